@@ -1,0 +1,58 @@
+"""What every gate family provides: pure functions of a key and of logits.
+
+A gate z in [0, 1] multiplies what a unit gives to the rest of the network. A family
+is a frozen dataclass whose fields are hyperparameters, so that equal gates compare
+equal, hash equal and share one compiled trace. It is written for one gate: every
+method maps over arrays of any shape, and `jax.vmap` over keys gives one draw per
+example.
+"""
+
+from typing import ClassVar, Protocol, Self, runtime_checkable
+
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """The contract of a gate family; `tests/test_gates.py` sweeps it as laws."""
+
+    rules: ClassVar[tuple[str, ...]]
+    """Names of the test-time estimators that `deterministic` knows."""
+
+    def init(
+        self, key: PRNGKeyArray, size: int, keep_prob: float
+    ) -> Float[Array, " units"]:
+        """Logits of `size` gates whose keep probability is about `keep_prob`."""
+        ...
+
+    def sample(
+        self, key: PRNGKeyArray, logits: Float[Array, "*units"]
+    ) -> Float[Array, "*units"]:
+        """One reparameterised draw of each gate, differentiable in its logit."""
+        ...
+
+    def prob_active(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
+        """P(z != 0) in closed form: the term that expected L0 sums."""
+        ...
+
+    def prob_one(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
+        """P(z = 1) in closed form."""
+        ...
+
+    def mean(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
+        """E[z]."""
+        ...
+
+    def deterministic(
+        self, logits: Float[Array, "*units"], rule: str
+    ) -> Float[Array, "*units"]:
+        """The gate's value at test time under the estimator named `rule`."""
+        ...
+
+    def project(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
+        """The nearest logits that the family allows; applied after every step."""
+        ...
+
+    def at_temperature(self, temperature: Float[Array, ""]) -> Self:
+        """The same family at another temperature, which may be traced (annealing)."""
+        ...
