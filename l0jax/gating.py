@@ -1,0 +1,113 @@
+"""The verbs of a gate family over a whole model: `{group: array}` in, the same out.
+
+Keys: each group draws from `fold_in(key, crc32(name))`. So draws of different groups
+are independent, adding a group changes no other group's draw, and every process
+agrees (Python's own `hash` of a string differs between processes).
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from l0jax.gates.gate import Gate
+from l0jax.units import Groups
+
+Vectors = dict[str, Float[Array, " units"]]
+
+
+def key_for(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """The key of one named thing, derived from a key shared by all."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def init(
+    key: PRNGKeyArray,
+    gate: Gate,
+    groups: Groups,
+    keep_prob: float | Mapping[str, float],
+) -> Vectors:
+    """Initial logits for every group; `keep_prob` is one number, or one per group.
+
+    Raises:
+        ValueError: if `keep_prob` is outside (0, 1), or names other groups than there
+            are.
+    """
+    if isinstance(keep_prob, Mapping) and set(keep_prob) != set(groups):
+        raise ValueError(
+            f"keep_prob is given for {', '.join(keep_prob) or 'nothing'}; "
+            f"the groups are {', '.join(groups)}"
+        )
+    return {
+        name: gate.init(
+            key_for(key, name),
+            group.size,
+            keep_prob[name] if isinstance(keep_prob, Mapping) else keep_prob,
+        )
+        for name, group in groups.items()
+    }
+
+
+def sample(
+    key: PRNGKeyArray, gate: Gate, logits: Mapping[str, Float[Array, " units"]]
+) -> Vectors:
+    """One draw of every gate; `jax.vmap` over keys for one draw per example."""
+    return {name: gate.sample(key_for(key, name), a) for name, a in logits.items()}
+
+
+def prob_active(gate: Gate, logits: Mapping[str, Float[Array, " units"]]) -> Vectors:
+    """P(z != 0) of every gate."""
+    return {name: gate.prob_active(a) for name, a in logits.items()}
+
+
+def deterministic(
+    gate: Gate, logits: Mapping[str, Float[Array, " units"]], rule: str
+) -> Vectors:
+    """Every gate at test time, by one of `gate.rules`.
+
+    Raises:
+        ValueError: if the family has no such rule.
+    """
+    return {name: gate.deterministic(a, rule) for name, a in logits.items()}
+
+
+def sample_average(
+    key: PRNGKeyArray,
+    gate: Gate,
+    logits: Mapping[str, Float[Array, " units"]],
+    draws: int,
+) -> Vectors:
+    """Every gate at test time as the mean of `draws` draws of it."""
+    keys = jax.random.split(key, draws)
+    many = jax.vmap(lambda one: sample(one, gate, logits))(keys)
+    return jax.tree.map(lambda z: z.mean(axis=0), many)
+
+
+def project(gate: Gate, logits: Mapping[str, Float[Array, " units"]]) -> Vectors:
+    """The logits after the family's projection."""
+    return {name: gate.project(a) for name, a in logits.items()}
+
+
+def draw_or_decide(
+    gate: Gate,
+    logits: Mapping[str, Float[Array, " units"]],
+    *,
+    key: PRNGKeyArray | None,
+    rule: str | None,
+) -> Vectors:
+    """`sample` if there is a key, `deterministic` if there is a rule.
+
+    Raises:
+        ValueError: unless exactly one of the two is given: which one it is changes
+            the answer, so there is no default.
+    """
+    if key is not None and rule is None:
+        return sample(key, gate, logits)
+    if rule is not None and key is None:
+        return deterministic(gate, logits, rule)
+    given = "both" if key is not None else "neither"
+    raise ValueError(
+        f"give key= to draw gates or rule= to set them, got {given}; "
+        f"rules: {', '.join(gate.rules)}"
+    )

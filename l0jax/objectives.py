@@ -1,0 +1,112 @@
+r"""What is added to the task loss: the expected L0 norm, alone or with L2.
+
+With gates z and weights $\tilde\theta$, the regulariser of Louizos et al. (2018),
+eq. 3 and appendix A, for a data set of N examples is
+
+$$ \frac{1}{N} \sum_g P(z_g \neq 0) \Big( c_g |g|
+     + \tfrac{W}{2} \sum_{j \in g} \tilde\theta_j^2 \Big)
+   + \frac{1}{N} \frac{W}{2} \sum_{j \notin \cup g} \tilde\theta_j^2,
+   \qquad W = N \cdot \text{weight decay}. $$
+
+The L2 term is that of the weights rescaled so that the gate does not shrink it: a unit
+pays for its norm in proportion to the probability that it is there.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from l0jax.units import Groups, Slot, arrays, charge
+
+Objective = Callable[[PyTree, Mapping[str, Float[Array, " units"]]], Float[Array, ""]]
+Charges = Mapping[str, tuple[Slot, ...]]
+
+
+def charges_of(groups: Groups) -> dict[str, tuple[Slot, ...]]:
+    """The weights that each unit pays for by default: those that use it."""
+    return {name: group.used_by for name, group in groups.items()}
+
+
+def expected_l0(
+    params: PyTree,
+    prob_active: Mapping[str, Float[Array, " units"]],
+    groups: Groups,
+    charges: Charges | None = None,
+) -> Float[Array, ""]:
+    r"""$E\|\theta\|_0 = \sum_g |g| P(z_g \neq 0)$ (Louizos et al. 2018, eq. 4).
+
+    Args:
+        params: the weights; only their shapes matter.
+        prob_active: P(z != 0) of each unit.
+        groups: the groups of units.
+        charges: which weights count for a unit, |g| of them; by default those that
+            its gate multiplies.
+    """
+    charges = charges_of(groups) if charges is None else charges
+    total = jnp.zeros(())
+    for name, probabilities in prob_active.items():
+        sizes = charge(jnp.ones_like, params, charges[name], groups[name].size)
+        total = total + (sizes * probabilities).sum()
+    return total
+
+
+def penalty(
+    groups: Groups,
+    lam: float | Mapping[str, float],
+    examples: int,
+    *,
+    weight_decay: float = 0.0,
+    charges: Charges | None = None,
+) -> Objective:
+    r"""The regulariser above, as a function `(params, prob_active) -> scalar`.
+
+    The reference implementation differs in two places that are corrected here. Its
+    gated convolution *subtracts* $\lambda$ for the bias, $P(\tfrac{W}{2} b^2 -
+    \lambda)$ with the sign of both terms inverted, so that a map of n weights and a
+    bias is charged n - 1 instead of n + 1. And its LeNet-5 passes the weight decay as W
+    without the factor N, which makes L2 N times weaker than stated.
+
+    Args:
+        groups: the gated groups.
+        lam: c in $\lambda = c/N$, one number or one per group.
+        examples: N, the number of training examples.
+        weight_decay: coefficient of $\tfrac12\|\theta\|^2$ beside a mean loss.
+        charges: slots whose weights each unit pays for, by default those that use it.
+            A weight that no unit pays for has plain weight decay.
+
+    Raises:
+        ValueError: if a coefficient is negative, `examples` is not positive, or `lam`
+            names other groups than there are.
+    """
+    if not isinstance(lam, Mapping):
+        lam = dict.fromkeys(groups, lam)
+    if set(lam) != set(groups):
+        raise ValueError(
+            f"lam is given for {', '.join(lam) or 'nothing'}; "
+            f"the groups are {', '.join(groups)}"
+        )
+    for name, value in {**lam, "weight_decay": weight_decay}.items():
+        if not value >= 0:
+            raise ValueError(f"the coefficient of {name!r} must be >= 0, got {value}")
+    if not examples > 0:
+        raise ValueError(f"examples must be > 0, got {examples}")
+    charges = charges_of(groups) if charges is None else charges
+    charged = {slot.path for slots in charges.values() for slot in slots}
+
+    def objective(params, prob_active):
+        total = jnp.zeros(())
+        for name, group in groups.items():
+            cost = charge(jnp.ones_like, params, charges[name], group.size)
+            cost = cost * (lam[name] / examples)
+            if weight_decay:
+                norm = charge(jnp.square, params, charges[name], group.size)
+                cost = cost + 0.5 * weight_decay * norm
+            total = total + (prob_active[name] * cost).sum()
+        if weight_decay:
+            for path, leaf in arrays(params).items():
+                if path not in charged:
+                    total = total + 0.5 * weight_decay * jnp.square(leaf).sum()
+        return total
+
+    return objective

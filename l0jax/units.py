@@ -1,0 +1,333 @@
+"""Units: in which arrays, along which axis, at which positions does unit j live?
+
+Gating, counting and removing all need this one fact. It is stated once per model, as
+a dictionary `{name: Group}`, and every verb here is a few lines over it. Arrays are
+addressed by their dotted path in any pytree: `"layers.0.kernel"`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the units of a group lie in one array.
+
+    Args:
+        path: the array, as a dotted path in the pytree of parameters.
+        axis: the axis along which the units lie, or None: the positions are the single
+            elements of the array, in row-major order.
+        unit_of: for each position the unit that it belongs to, or -1 for none. None:
+            position j is unit j. A feature map of 50 channels that was flattened into
+            800 inputs is `unit_of = tuple(j % 50 for j in range(800))`.
+    """
+
+    path: str
+    axis: int | None
+    unit_of: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Interchangeable units, and every place where one of them is stored.
+
+    Args:
+        name: how people and files call the group.
+        size: number of units.
+        used_by: slots that consume the units (the contracted axis of the next kernel).
+            Gates multiply these, so that a closed gate removes its unit exactly,
+            whatever bias, normalisation or activation lies in between.
+        made_by: slots that produce the units (kernel output axis, bias, norm scale).
+    """
+
+    name: str
+    size: int
+    used_by: tuple[Slot, ...]
+    made_by: tuple[Slot, ...] = ()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every place where a unit is stored."""
+        return self.made_by + self.used_by
+
+
+Groups = Mapping[str, Group]
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """The dotted path of a leaf, from its key path in JAX."""
+    # Flax boxes its arrays in a node with the one field `value`: not part of the name.
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator=".")
+
+
+def arrays(tree: PyTree) -> dict[str, Any]:
+    """All leaves of `tree` by dotted path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_of(key_path): leaf for key_path, leaf in leaves}
+
+
+def check(tree: PyTree, groups: Groups) -> None:
+    """Raises ValueError unless every slot of `groups` fits an array of `tree`."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in arrays(tree).items()}
+    for group in groups.values():
+        for slot in group.slots:
+            if slot.path not in shapes:
+                raise ValueError(
+                    f"group {group.name!r}: no array at {slot.path!r}; "
+                    f"there is {', '.join(shapes) or 'nothing'}"
+                )
+            _check_slot(group, slot, shapes[slot.path])
+
+
+def apply_gates(
+    params: PyTree, z: Mapping[str, Float[Array, " units"]], groups: Groups
+) -> PyTree:
+    """`params` with every position where a unit is *used* multiplied by its gate.
+
+    Args:
+        params: any pytree of arrays.
+        z: a vector of gate values for each group that is to be gated.
+        groups: where the units lie; groups that are not in `z` stay as they are.
+
+    Returns:
+        A new pytree of the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: if a group is unknown, a vector has the wrong length, or a slot
+            does not fit its array.
+    """
+    _check_names(z, groups)
+    factors: dict[str, list[Array]] = {}
+    shapes = {path: jnp.shape(leaf) for path, leaf in arrays(params).items()}
+    check(params, {name: _used(groups[name]) for name in z})
+    for name, values in z.items():
+        _check_length(groups[name], values)
+        for slot in groups[name].used_by:
+            factor = _along(values, slot, shapes[slot.path], outside=1)
+            factors.setdefault(slot.path, []).append(factor)
+
+    def gate(key_path, leaf):
+        for factor in factors.get(path_of(key_path), ()):
+            leaf = leaf * factor.astype(leaf.dtype)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(gate, params)
+
+
+def expected_size(
+    array: Array | np.ndarray | jax.ShapeDtypeStruct,
+    path: str,
+    prob_active: Mapping[str, Float[Array, " units"]],
+    groups: Groups,
+) -> Float[Array, ""]:
+    r"""Expected number of elements of one array that are left, under independent gates.
+
+    Element (i, k, …) is left if all its units are: along each axis the expected number
+    of positions is $\sum_j \prod_g P(z_{g,u_g(j)} \neq 0)$, and the axes multiply.
+
+    Args:
+        array: the array at `path`; only its shape is read.
+        path: its dotted path.
+        prob_active: P(z != 0) of each unit; groups that are missing are all there.
+        groups: where the units lie, on both the making and the using side.
+
+    Raises:
+        ValueError: if one group lies along two axes of the array: its positions are
+            then not independent.
+    """
+    axes: dict[int, Array] = {}
+    elements = jnp.ones(())
+    for name, probabilities in prob_active.items():
+        seen = set()
+        for slot in groups[name].slots:
+            if slot.path != path or slot.axis in seen:
+                continue
+            if seen:
+                raise ValueError(
+                    f"group {name!r} lies along axes {sorted(seen)} and {slot.axis} of "
+                    f"{path!r}: the expected size is not a product there"
+                )
+            seen.add(slot.axis)
+            along = _vector(probabilities, slot, outside=1)
+            if slot.axis is None:
+                elements = elements * along.mean()
+                continue
+            axes[slot.axis] = axes[slot.axis] * along if slot.axis in axes else along
+    for axis, size in enumerate(array.shape):
+        elements = elements * (axes[axis].sum() if axis in axes else float(size))
+    return elements
+
+
+def in_use(params: PyTree, groups: Groups) -> dict[str, Bool[np.ndarray, " units"]]:
+    """Which units still reach anything: `keep[name][j]` is False iff every position of
+    `params` that uses unit j is exactly zero.
+
+    Of parameters with test-time gates folded in, this is what `shrink` may take out
+    without changing the outputs, however the zeros came about: a closed gate of the
+    group itself, single weights that were all closed, or gates of another group on the
+    same axis.
+    """
+    leaves = arrays(params)
+    check(params, {name: _used(group) for name, group in groups.items()})
+    keep = {}
+    for name, group in groups.items():
+        alive = np.zeros(group.size, bool)
+        for slot in group.used_by:
+            reached = _by_position(np.asarray(leaves[slot.path]) != 0, slot, np.any)
+            units = _units(slot, group.size)
+            alive[units[reached & (units >= 0)]] = True
+        keep[name] = alive
+    return keep
+
+
+def shrink(
+    tree: PyTree, keep: Mapping[str, Bool[np.ndarray, " units"]], groups: Groups
+) -> PyTree:
+    """`tree` with the units that are not kept taken out of every array.
+
+    A position goes if any of its units goes. Single elements (a slot whose axis is
+    None) can't be taken out of an array: they become zero, or False in a mask.
+
+    Args:
+        tree: the arrays, on the host or on a device; every slot of `groups` is in it.
+        keep: a boolean vector for each group that loses units.
+        groups: where the units lie.
+
+    Returns:
+        A new pytree of the same structure with smaller arrays.
+
+    Raises:
+        ValueError: if a group is unknown, a vector has the wrong length or keeps
+            nothing, or a slot does not fit its array.
+    """
+    _check_names(keep, groups)
+    check(tree, {name: groups[name] for name in keep})
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    elements: dict[str, np.ndarray] = {}
+    for name, flags in keep.items():
+        flags = np.asarray(flags, bool)
+        _check_length(groups[name], flags)
+        if not flags.any():
+            raise ValueError(
+                f"group {name!r}: keep holds none of its {groups[name].size} units; "
+                "an array can't be empty, so keep at least one"
+            )
+        for slot in groups[name].slots:
+            along = np.append(flags, True)[_units(slot, len(flags))]
+            if slot.axis is None:
+                elements[slot.path] = elements.get(slot.path, True) & along
+            else:
+                key = (slot.path, slot.axis)
+                masks[key] = masks.get(key, True) & along
+
+    def cut(key_path, leaf):
+        path = path_of(key_path)
+        if path in elements:
+            leaf = leaf * elements[path].reshape(leaf.shape).astype(leaf.dtype)
+        for axis in range(jnp.ndim(leaf)):
+            if (path, axis) in masks:
+                leaf = leaf.take(np.flatnonzero(masks[path, axis]), axis=axis)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
+def charge(
+    values: Callable[[Array], Array], params: PyTree, slots: Iterable[Slot], size: int
+) -> Float[Array, " units"]:
+    """Sums `values` of the weights in `slots` by the unit that they belong to.
+
+    `charge(jnp.ones_like, …)` counts the weights of each unit, |g| in the papers;
+    `charge(jnp.square, …)` is their squared norm.
+    """
+    leaves = arrays(params)
+    total = jnp.zeros(size, jnp.float32)
+    for slot in slots:
+        amounts = values(leaves[slot.path].astype(jnp.float32))
+        amounts = _by_position(amounts, slot, jnp.sum)
+        if slot.unit_of is None:
+            total = total + amounts
+        else:
+            units = _units(slot, size)
+            # Positions of no unit go to an extra last entry, which is dropped.
+            total = total + jnp.zeros(size + 1).at[units].add(amounts)[:-1]
+    return total
+
+
+def _used(group: Group) -> Group:
+    return Group(group.name, group.size, group.used_by)
+
+
+def _units(slot: Slot, size: int) -> np.ndarray:
+    return np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
+
+
+def _by_position(array, slot: Slot, reduce: Callable):
+    """`array` reduced to one value for each position of the slot."""
+    if slot.axis is None:
+        return array.ravel()
+    return reduce(array, axis=tuple(a for a in range(array.ndim) if a != slot.axis))
+
+
+def _vector(values, slot: Slot, outside):
+    """`values` of the units, laid out along the slot's axis."""
+    if slot.unit_of is None:
+        return values
+    return jnp.append(values, jnp.full(1, outside, values.dtype))[
+        np.asarray(slot.unit_of)
+    ]
+
+
+def _along(values, slot: Slot, shape: tuple[int, ...], outside):
+    """`_vector`, shaped so that it broadcasts against an array of `shape`."""
+    along = _vector(values, slot, outside)
+    if slot.axis is None:
+        return along.reshape(shape)
+    spread = [1] * len(shape)
+    spread[slot.axis] = shape[slot.axis]
+    return along.reshape(spread)
+
+
+def _check_names(given: Mapping[str, Any], groups: Groups) -> None:
+    unknown = [name for name in given if name not in groups]
+    if unknown:
+        raise ValueError(
+            f"unknown group {unknown[0]!r}; there is {', '.join(groups) or 'none'}"
+        )
+
+
+def _check_length(group: Group, values) -> None:
+    if jnp.shape(values) != (group.size,):
+        raise ValueError(
+            f"group {group.name!r} has {group.size} units, "
+            f"got values of shape {jnp.shape(values)}"
+        )
+
+
+def _check_slot(group: Group, slot: Slot, shape: tuple[int, ...]) -> None:
+    where = f"group {group.name!r}, array {slot.path!r} of shape {shape}"
+    if slot.axis is not None and not 0 <= slot.axis < len(shape):
+        raise ValueError(f"{where}: it has no axis {slot.axis}")
+    positions = math.prod(shape) if slot.axis is None else shape[slot.axis]
+    described = group.size if slot.unit_of is None else len(slot.unit_of)
+    if positions != described:
+        what = "it" if slot.axis is None else f"axis {slot.axis}"
+        raise ValueError(
+            f"{where}: {what} has {positions} positions, the slot describes {described}"
+        )
+    if slot.unit_of is not None and not all(
+        -1 <= unit < group.size for unit in slot.unit_of
+    ):
+        raise ValueError(
+            f"{where}: unit_of must lie in [-1, {group.size}), "
+            f"got {min(slot.unit_of)} to {max(slot.unit_of)}"
+        )
