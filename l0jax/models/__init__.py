@@ -1,0 +1,44 @@
+"""Networks in Flax NNX at any widths. A new one is one file and one line in `MODELS`.
+
+Widths are data: a shrunk network is the same class with smaller arrays. Each model has
+`architecture`, the arguments that rebuild its present shape, and states its `groups`,
+the `charges` of each unit and its `operations`.
+"""
+
+from collections.abc import Mapping
+
+from flax import nnx
+
+from l0jax.models.lenet5 import LeNet5 as LeNet5
+from l0jax.models.mlp import MLP as MLP
+
+Model = MLP | LeNet5
+
+MODELS: dict[str, type[MLP] | type[LeNet5]] = {"mlp": MLP, "lenet5": LeNet5}
+
+
+def make(name: str, architecture: Mapping, *, rngs: nnx.Rngs) -> Model:
+    """The model called `name`, of the given architecture.
+
+    Raises:
+        ValueError: if no model has that name; the message lists those that exist.
+    """
+    if name not in MODELS:
+        raise ValueError(
+            f"unknown model {name!r}; there is {', '.join(sorted(MODELS))}"
+        )
+    return MODELS[name](**architecture, rngs=rngs)
+
+
+def name_of(model: nnx.Module) -> str:
+    """The name under which `model` stands in `MODELS`.
+
+    Raises:
+        ValueError: if its class is not registered.
+    """
+    for name, kind in MODELS.items():
+        if type(model) is kind:
+            return name
+    raise ValueError(
+        f"{type(model).__name__} is not in MODELS; there is {', '.join(sorted(MODELS))}"
+    )
