@@ -1,0 +1,93 @@
+"""Gates as a Flax Linen module around any Linen module.
+
+The two share one scope: parameter paths and initial values are those of the bare
+module, so that its checkpoints still fit. Gate logits are the collection `"gates"`
+beside `"params"`; train both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from l0jax import gating, units
+from l0jax.gates.gate import Gate
+from l0jax.units import Group
+
+COLLECTION = "gates"
+
+
+class Gated(nn.Module):
+    """A module whose units are gated.
+
+    `init` needs the random streams `params` and `gates`.
+
+    Args:
+        module: any Linen module.
+        gate: the gate family.
+        groups: where its units lie, by paths below `params`.
+        keep_prob: initial keep probability, one number or one per group.
+
+    Raises:
+        ValueError: if a slot of `groups` does not fit the parameters.
+    """
+
+    module: nn.Module
+    gate: Gate
+    groups: Mapping[str, Group]
+    keep_prob: float | Mapping[str, float] = 0.8
+
+    def setup(self):
+        """Creates or finds the logits."""
+        nn.share_scope(self, self.module)
+        # Linen falls back to the stream `params` where one is missing, which would
+        # change the initial values of the wrapped module.
+        if self.is_initializing() and not self.has_rng(COLLECTION):
+            raise ValueError(
+                "init needs a random stream for the gates: "
+                'init({"params": key, "gates": another_key}, ...)'
+            )
+        initial = {}
+        if self.is_initializing():
+            key = self.make_rng(COLLECTION)
+            initial = gating.init(key, self.gate, self.groups, self.keep_prob)
+        self.logits = {
+            name: self.variable(COLLECTION, name, lambda name=name: initial[name])
+            for name in self.groups
+        }
+
+    def __call__(
+        self,
+        *args: Any,
+        key: PRNGKeyArray | None = None,
+        rule: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's output under gates drawn with `key`, or set by `rule`.
+
+        Raises:
+            ValueError: unless exactly one of `key` and `rule` is given.
+        """
+        logits = {name: variable.value for name, variable in self.logits.items()}
+        z = gating.draw_or_decide(self.gate, logits, key=key, rule=rule)
+        if self.is_initializing():
+            outputs = self.module(*args, **kwargs)
+            units.check(self.module.variables["params"], self.groups)
+            return outputs
+
+        def gate(variables):
+            gated = units.apply_gates(variables["params"], z, self.groups)
+            return {**variables, "params": gated}
+
+        call = nn.map_variables(
+            lambda module: module(*args, **kwargs), "params", trans_in_fn=gate
+        )
+        return call(self.module)
+
+
+def prob_active(
+    gate: Gate, variables: Mapping[str, Any]
+) -> dict[str, Float[Array, " units"]]:
+    """P(z != 0) of every unit, for the objective."""
+    return gating.prob_active(gate, variables[COLLECTION])
