@@ -1,0 +1,14 @@
+"""l0jax: learning which parts of a network to keep."""
+
+from l0jax import costs as costs
+from l0jax import gates as gates
+from l0jax import gating as gating
+from l0jax import models as models
+from l0jax import objectives as objectives
+from l0jax import train as train
+from l0jax.objectives import expected_l0 as expected_l0
+from l0jax.units import Group as Group
+from l0jax.units import Slot as Slot
+from l0jax.units import apply_gates as apply_gates
+from l0jax.units import in_use as in_use
+from l0jax.units import shrink as shrink
