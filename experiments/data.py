@@ -1,0 +1,235 @@
+"""Image data sets by name, as NumPy arrays, with a validation set held out.
+
+`digits` comes with scikit-learn. The others are read by TensorFlow Datasets (TFDS) from
+the folder that the environment variable TFDS_DATA_DIR names, `~/tensorflow_datasets` if
+it names none. Reading needs no TensorFlow; preparing a data set that isn't there needs
+TensorFlow and a network, once.
+"""
+
+import importlib.util
+import io
+import os
+import queue
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
+
+# TFDS asks for importlib_resources when it prepares, without depending on it.
+_NEEDED_TO_PREPARE = ("tensorflow", "importlib_resources")
+_PATIENCE = 10.0  # seconds
+
+
+class DataError(RuntimeError):
+    """A data set is not there and can't be prepared, or can't be read."""
+
+
+class Split(NamedTuple):
+    """Images, and the class of each."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in three parts, each in the order of the stored examples.
+
+    Args:
+        name: one of `DATASETS`.
+        train: what is left of the stored training examples.
+        validation: what is held out of them.
+        test: the test examples.
+        classes: the number of classes; labels lie in `range(classes)`.
+        scale: `images / scale` lies in [0, 1].
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+    scale: float
+
+
+def load(name: str, validation: float) -> Dataset:
+    """A data set by name.
+
+    The validation set is the same in every run, whatever the run's seed; that of a
+    smaller fraction is part of that of a larger one.
+
+    Args:
+        name: one of `DATASETS`.
+        validation: fraction of the training examples that is held out, in (0, 1).
+
+    Raises:
+        ValueError: if there is no such data set, or if the fraction is outside (0, 1)
+            or leaves either side without an example.
+        DataError: if the data set is not there and can't be prepared here, or if its
+            folder can't be read.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    # Asked for before anything is read, for reading may mean downloading.
+    if not 0 < validation < 1:
+        raise ValueError(
+            f"validation is {validation}; a fraction of the training examples is "
+            "wanted, above 0 and below 1"
+        )
+    train, test, classes, scale = _digits() if name == "digits" else _prepared(name)
+    count = len(train.labels)
+    held_out = round(validation * count)
+    if not 0 < held_out < count:
+        raise ValueError(
+            f"validation is {validation}, which holds out {held_out} of the {count} "
+            f"training examples of {name}; at least one is wanted on either side"
+        )
+    # RandomState, for its stream is frozen; that of default_rng may change with NumPy.
+    order = np.random.RandomState(0).permutation(count)
+    chosen = np.zeros(count, bool)
+    chosen[order[:held_out]] = True
+    return Dataset(
+        name,
+        train=Split(train.images[~chosen], train.labels[~chosen]),
+        validation=Split(train.images[chosen], train.labels[chosen]),
+        test=test,
+        classes=classes,
+        scale=scale,
+    )
+
+
+def _digits() -> tuple[Split, Split, int, float]:
+    """Train, test, classes and scale of scikit-learn's 1,797 digits of 8x8 pixels.
+
+    There is no official split: the last 360 images are the test set.
+    """
+    from sklearn.datasets import load_digits  # takes a second
+
+    digits: Any = load_digits()
+    images = digits["images"].astype(np.uint8)[..., None]
+    labels = digits["target"].astype(np.int32)
+    train, test = slice(None, -360), slice(-360, None)
+    return (
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        10,
+        16.0,
+    )
+
+
+def _prepared(name: str) -> tuple[Split, Split, int, float]:
+    """Train, test, classes and scale of a data set of TFDS, prepared if need be.
+
+    Raises:
+        DataError: if it can't be prepared or read.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    data_dir = data_dir.expanduser().absolute()
+    folder = data_dir / name / str(tfds.builder_cls(name).VERSION)
+    if not folder.is_dir():
+        _prepare(name, data_dir, folder)
+    try:
+        builder: Any = tfds.builder_from_directory(folder)
+        train, test = (_read(builder, split) for split in ("train", "test"))
+        classes = builder.info.features["label"].num_classes
+    except (ImportError, MemoryError, PermissionError):
+        raise  # nothing that deleting the folder would mend
+    # JSON, protobuf, array_record, PNG and TFDS: each raises types of its own.
+    except Exception as error:
+        raise DataError(
+            f"{folder} can't be read ({_one_line(error)}): delete it and prepare "
+            "again, or point TFDS_DATA_DIR at another folder"
+        ) from error
+    return train, test, classes, 255.0
+
+
+def _read(builder: Any, split: str) -> Split:
+    """One split of a TFDS builder, in stored order."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    # Pillow alone is faster than the decoder of TFDS. Threads make it no faster still:
+    # most of what is left is Python.
+    source = builder.as_data_source(
+        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    # One call for all: TFDS is several times slower if asked one by one.
+    examples = source.__getitems__(range(len(source)))
+    height, width, channels = builder.info.features["image"].shape
+    images = np.empty((len(examples), height, width, channels), np.uint8)
+    for image, example in zip(images, examples, strict=True):
+        png = Image.open(io.BytesIO(example["image"]), formats=("PNG",))
+        image[...] = np.frombuffer(png.tobytes(), np.uint8).reshape(image.shape)
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return Split(images, labels)
+
+
+def _prepare(name: str, data_dir: Path, folder: Path) -> None:
+    """Downloads a data set and writes it to `folder`, which lies in `data_dir`.
+
+    Raises:
+        DataError: if TensorFlow or the network is missing, or preparing fails.
+    """
+    import tensorflow_datasets as tfds
+
+    missing = [
+        module
+        for module in _NEEDED_TO_PREPARE
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        obstacle = f"not installed: {', '.join(missing)}"
+    else:
+        # Asked first, for TFDS itself would try again for more than three minutes.
+        urls: Any = tfds.builder_cls(name).url_infos
+        obstacle = _unreachable(next(iter(urls)))
+    if not obstacle:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        try:
+            builder.download_and_prepare()
+        # Downloading, checking, TensorFlow and the disk: types of their own, again.
+        except Exception as error:
+            obstacle = _one_line(error)
+        else:
+            return
+    raise DataError(
+        f"{name} is not prepared (no folder {folder}) and can't be prepared here "
+        f"({obstacle}): point TFDS_DATA_DIR at a folder that holds {name} prepared, "
+        "or load it once where there is a network, after "
+        "`pip install 'l0jax[prepare]'`, which brings TensorFlow"
+    )
+
+
+def _unreachable(url: str, patience: float = _PATIENCE) -> str:
+    """Why `url` gives no answer within `patience` seconds; empty if it gives one."""
+    # What TFDS downloads with, so that proxies and certificates are the same.
+    import requests
+
+    answers = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            with requests.get(url, stream=True, timeout=patience) as response:
+                response.raise_for_status()
+            answers.put("")
+        except requests.RequestException as error:
+            answers.put(f"{url} can't be reached: {_one_line(error)}")
+
+    # The timeout of requests covers neither the look-up of the name nor all addresses
+    # of one name together; nor may a look-up that hangs keep the process from ending.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=patience)
+    except queue.Empty:
+        return f"{url} can't be reached: no answer in {patience:g} s"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

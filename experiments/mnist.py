@@ -1,0 +1,686 @@
+"""L0 regularisation with hard-concrete gates on MNIST (Louizos et al., ICLR 2018).
+
+    python -m experiments.mnist                        # 8x8 digits, no network needed
+    python -m experiments.mnist --dataset mnist --model lenet5 --epochs 100
+
+Trains the 784-300-100 MLP or LeNet-5-Caffe with a gate on every unit or every weight,
+shows it happening, and leaves a folder with the configuration, a line of metrics per
+epoch, TensorBoard events, checkpoints, pictures, and the shrunk network.
+
+Two cores: about a minute for the digits, 0.8 s per epoch for the MLP on MNIST, and
+12 s per epoch for LeNet-5. `experiments/mnist_rows.py` holds the settings behind
+`RESULTS.md` and what they reach.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+import l0jax.nnx
+from experiments import data
+from l0jax import costs, gates, gating, models, objectives, storage, train, units
+
+# Fields that say where and how far to run, not what is run.
+HOUSEKEEPING = ("out", "resume", "stop_after", "checkpoint_every", "progress")
+EVALUATION_BATCH = 2500
+RULES = (*gates.HardConcrete.rules, "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a network whose units or weights are gated, and shrink it."""
+
+    dataset: str = "digits"
+    """digits (bundled, 8x8), mnist, fashion_mnist or kmnist (by TensorFlow Datasets)"""
+    model: str = "mlp"
+    """mlp (300-100) or lenet5 (20-50-800-500)"""
+    gates: Literal["group", "weight"] = "group"
+    """one gate per unit (inputs of dense layers, feature maps), or one per weight"""
+    gate: str = "hard_concrete"
+    """the gate family"""
+
+    lam: tuple[float, ...] = (0.1,)
+    """c in λ = c/N, the cost of one expected weight: one number, or one per layer"""
+    weight_decay: float = 1e-4
+    """coefficient of ½‖θ‖² beside the mean loss; a unit's norm counts in proportion to
+    the probability that it is there"""
+
+    beta: float = 2 / 3
+    """temperature of the gates"""
+    beta_end: float | None = None
+    """temperature that β is annealed to, geometrically over the run; None keeps β"""
+    gamma: float = -0.1
+    """lower end of the stretch, below 0"""
+    zeta: float = 1.1
+    """upper end of the stretch, above 1"""
+    keep_prob: tuple[float, ...] | None = None
+    """initial keep probability: one number, or one per layer; None is the paper's, 0.8
+    for the inputs of the MLP and 0.5 elsewhere"""
+    per_example: bool = False
+    """draw the gates for each example rather than once per batch; each example then
+    has weights of its own, at many times the cost"""
+
+    epochs: int = 200
+    """passes over the training set"""
+    batch_size: int = 100
+    """examples per step"""
+    learning_rate: float = 1e-3
+    """of Adam, for the weights"""
+    gate_learning_rate: float | None = None
+    """of Adam, for the gates; None is that of the weights"""
+    decay_from: float = 0.75
+    """share of the run after which both learning rates fall linearly to 0. Too early,
+    and gates that have not closed by then never do; 1 keeps them constant"""
+    polyak: float = 0.999
+    """decay of the running average of weights and logits that is evaluated; 0 for none
+    """
+
+    test_rule: str = "paper"
+    """the gates at test time: paper (eq. 13), median, mean, or samples (the average of
+    many draws). mean and samples are never exactly 0 and so remove next to nothing"""
+    samples: int = 100
+    """draws that the test rule `samples` averages"""
+    validation: float = 1 / 12
+    """share of the training set held out for every choice (5,000 of MNIST's 60,000)"""
+    seed: int = 0
+    """of the initial values, the gates' noise and the order of the examples"""
+
+    out: Path | None = None
+    """run folder; None is runs/<dataset>-<model>-<digest of the configuration>"""
+    resume: bool = False
+    """go on from the newest checkpoint of the run folder"""
+    stop_after: int | None = None
+    """stop after this epoch, as if killed; go on later with --resume"""
+    checkpoint_every: int = 10
+    """epochs between checkpoints"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+class RunFolderError(ValueError):
+    """The run folder holds something that this run would overwrite."""
+
+
+class Diverged(FloatingPointError):
+    """The loss stopped being finite."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the experiment; returns what `summary.json` in the run folder holds."""
+    begun = time.perf_counter()
+    gate = check(config)
+    dataset = data.load(config.dataset, config.validation)
+
+    # ------------------------------------------------------------- the network
+    root = jax.random.key(config.seed)
+    shape = dataset.train.images.shape[1:]
+    model = models.make(
+        config.model,
+        architecture(config.model, shape, dataset.classes),
+        rngs=nnx.Rngs(gating.key_for(root, "params")),
+    )
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+    params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+
+    def apply(params, images):
+        network = nnx.merge(graph, params, others)
+        return network(images.astype(jnp.float32) / dataset.scale)
+
+    # ---------------------------------------------------------------- the gates
+    structure = model.groups
+    if config.gates == "group":
+        groups, charges = structure, model.charges
+    else:
+        groups = weight_groups(params)
+        charges = objectives.charges_of(groups)
+    lam = per_layer("lam", config.lam, groups)
+    keep_prob = per_layer("keep_prob", keep_probabilities(config, groups), groups)
+    logits = gating.init(gating.key_for(root, "gates"), gate, groups, keep_prob)
+
+    # ----------------------------------------------------------------- the step
+    examples = len(dataset.train.labels)
+    if examples < config.batch_size:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, more than the {examples} training "
+            f"examples of {config.dataset}"
+        )
+    steps_per_epoch = examples // config.batch_size
+    steps = steps_per_epoch * config.epochs
+    temperature = temperature_schedule(config, steps)
+    optimizer = optimizer_of(config, steps)
+    step = train.make_step(
+        apply,
+        cross_entropy,
+        objectives.penalty(
+            groups, lam, examples, weight_decay=config.weight_decay, charges=charges
+        ),
+        gate,
+        groups,
+        optimizer,
+        polyak=config.polyak,
+        temperature=temperature,
+        per_example=config.per_example,
+    )
+    run = train.make_run(step)
+    state = train.init({"params": params, "gates": logits}, optimizer)
+
+    # ----------------------------------------------------- evaluation, compiled
+    @jax.jit
+    def errors(params, z, images, labels):
+        outputs = apply(units.apply_gates(params, z, groups), images)
+        return (outputs.argmax(axis=-1) != labels).sum()
+
+    def error(params, z, split):
+        wrong = sum(
+            errors(
+                params,
+                z,
+                split.images[start : start + EVALUATION_BATCH],
+                split.labels[start : start + EVALUATION_BATCH],
+            )
+            for start in range(0, len(split.labels), EVALUATION_BATCH)
+        )
+        return 100 * float(wrong) / len(split.labels)
+
+    @jax.jit
+    def count(prob_active):
+        counted = {"weights": costs.weights(params, prob_active, groups, operations)}
+        for convention in costs.CONVENTIONS:
+            counted[convention] = costs.compute(
+                params, prob_active, groups, operations, convention
+            )
+        return counted
+
+    @jax.jit
+    def decide(state):
+        """What is evaluated: averaged weights, P(z != 0), gates at test time."""
+        theta = (
+            state.theta if not config.polyak else train.averaged(state, config.polyak)
+        )
+        now = train.gate_at(gate, temperature, state.step)
+        if config.test_rule == "samples":
+            key = gating.key_for(root, "test-time samples")
+            z = gating.sample_average(key, now, theta["gates"], config.samples)
+        else:
+            z = gating.deterministic(now, theta["gates"], config.test_rule)
+        active = gating.prob_active(now, theta["gates"])
+        l0 = objectives.expected_l0(params, active, groups, charges)
+        return theta["params"], active, z, l0
+
+    operations = model.operations
+    dense = jax.device_get(count({n: jnp.ones(g.size) for n, g in groups.items()}))
+
+    # ---------------------------------------------------- run folder and resume
+    folder = config.out or default_folder(config)
+    checkpoints = storage.Checkpoints(folder / "checkpoints")
+    prepare_folder(folder, config)
+    log = Log(folder)
+    first, best = 1, None
+    if config.resume:
+        found = checkpoints.restore(state, tqdm.write)
+        if found is not None:
+            at, state, notes = found
+            first, best = at + 1, notes["best"]
+    log.keep_until(first - 1)
+    if first == 1:
+        log.activity(0, unit_activity(structure, params, groups, logits, gate))
+
+    # ------------------------------------------------------------- the training
+    training = jax.tree.map(jnp.asarray, (dataset.train.images, dataset.train.labels))
+    batch = jax.tree.map(lambda a: a[: config.batch_size], training)
+    bar = tqdm(
+        total=steps,
+        initial=(first - 1) * steps_per_epoch,
+        disable=not config.progress,
+        # In a log file, a line now and then.
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,
+        unit="step",
+        dynamic_ncols=True,
+    )
+    first_step_after = None
+    last_epoch = min(config.epochs, config.stop_after or config.epochs)
+    for epoch in range(first, last_epoch + 1):
+        started = time.perf_counter()
+        totals = train.no_totals(step, state, batch, root)
+        order = train.order_of_epoch(root, epoch, examples, config.batch_size)
+        for part in parts(order):
+            state, totals = run(state, totals, training, part, root)
+            if first_step_after is None:
+                jax.block_until_ready(state.step)
+                first_step_after = time.perf_counter() - begun
+            bar.update(len(part))
+        totals = jax.device_get(totals)
+        seconds = time.perf_counter() - started
+        if totals.first_bad_step >= 0:
+            bar.close()
+            raise Diverged(
+                f"the loss is not finite at step {totals.first_bad_step} "
+                f"(epoch {epoch}); the last good checkpoint is "
+                f"{last_checkpoint(checkpoints)}; a smaller learning_rate may help"
+            )
+
+        evaluated, active, z, l0 = decide(state)
+        folded = jax.device_get(units.apply_gates(evaluated, z, groups))
+        keep = units.in_use(folded, structure)
+        left = {name: int(flags.sum()) for name, flags in keep.items()}
+        decided = decided_costs(count, folded, keep, groups)
+        row = {
+            "epoch": epoch,
+            "step": int(state.step),
+            "seconds": seconds,
+            "steps_per_second": steps_per_epoch / seconds,
+            "loss": float(totals.sums["loss"]) / int(totals.steps),
+            "penalty": float(totals.sums["penalty"]) / int(totals.steps),
+            "train_error": 100
+            * float(totals.sums["errors"])
+            / (int(totals.steps) * config.batch_size),
+            "validation_error": error(evaluated, z, dataset.validation),
+            "expected_l0": float(l0),
+            "architecture": left,
+            "weights": round(decided["weights"]),
+            "expected": to_floats(count(active)),
+            "decided": decided,
+            "dense": to_floats(dense),
+            "undecided": undecided(active),
+        }
+        if best is None or row["validation_error"] < best["validation_error"]:
+            best = result_of(row, error(evaluated, z, dataset.test))
+            row["test_error"] = best["test_error"]
+        elif epoch == config.epochs:
+            row["test_error"] = error(evaluated, z, dataset.test)
+        log.row(row)
+        log.activity(epoch, unit_activity(structure, evaluated, groups, active))
+        bar.set_postfix_str(progress_line(row), refresh=False)
+        if epoch % config.checkpoint_every == 0 or epoch == last_epoch:
+            checkpoints.save(epoch, state, {"best": best})
+    bar.close()
+    log.close()
+    if last_epoch < config.epochs:
+        return {"stopped_after": last_epoch, "folder": str(folder)}
+
+    # ------------------------------------------------------ the smaller network
+    row = log.rows()[-1]
+    evaluated, active, z, _ = decide(state)
+    gated = nnx.merge(graph, evaluated, others)
+    folded = l0jax.nnx.fold(gated, z, groups)
+    keep = units.in_use(nnx.state(folded), structure)
+    dead = [name for name, flags in keep.items() if not flags.any()]
+    for name in dead:
+        # No array can be empty. The unit that stays has a closed gate folded in, so
+        # that it contributes nothing.
+        keep[name][0] = True
+    small = l0jax.nnx.shrink(folded, keep, structure)
+    storage.save(small, folder / "shrunk")
+    test_images = dataset.test.images[:EVALUATION_BATCH].astype(np.float32)
+    difference = disagreement(folded, small, test_images / dataset.scale)
+    log.gates(active, z)
+
+    summary = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "test_rule": config.test_rule,
+        "shape": list(shape),
+        "last": result_of(row, row["test_error"]),
+        "best_on_validation": best,
+        "dense_weights": round(float(dense["weights"])),
+        "shrunk": {
+            "architecture": small.architecture,
+            "parameters": sum(
+                a.size for a in jax.tree.leaves(nnx.state(small, nnx.Param))
+            ),
+            "max_relative_difference": difference,
+        },
+        "dead": dead,
+        "seconds_to_first_step": first_step_after,
+        "seconds": sum(r["seconds"] for r in log.rows()),
+        "wall_seconds": time.perf_counter() - begun,
+        "folder": str(folder),
+    }
+    log.summary(summary)
+    return summary
+
+
+# ------------------------------------------------------------------------- pieces
+
+
+def check(config: Config) -> gates.Gate:
+    """Raises ValueError for what can't be run; returns the gate family."""
+    if config.dataset not in data.DATASETS:
+        raise ValueError(
+            f"unknown dataset {config.dataset!r}; there is {', '.join(data.DATASETS)}"
+        )
+    if config.model not in models.MODELS:
+        raise ValueError(
+            f"unknown model {config.model!r}; there is "
+            f"{', '.join(sorted(models.MODELS))}"
+        )
+    if config.test_rule not in RULES:
+        raise ValueError(
+            f"unknown test_rule {config.test_rule!r}; there is {', '.join(RULES)}"
+        )
+    for name in ("epochs", "batch_size", "samples", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not 0 <= config.decay_from <= 1:
+        raise ValueError(f"decay_from must lie in [0, 1], got {config.decay_from}")
+    if not 0 <= config.polyak < 1:
+        raise ValueError(f"polyak must lie in [0, 1), got {config.polyak}")
+    if config.beta_end is not None and not config.beta_end > 0:
+        raise ValueError(f"beta_end must be > 0, got {config.beta_end}")
+    return gates.make(
+        config.gate, beta=config.beta, gamma=config.gamma, zeta=config.zeta
+    )
+
+
+def architecture(model: str, shape: tuple[int, ...], classes: int) -> dict:
+    """The paper's widths for images of `shape`."""
+    if model == "lenet5":
+        return {"shape": shape, "classes": classes}
+    return {"features": (math.prod(shape), 300, 100, classes)}
+
+
+def weight_groups(params) -> dict[str, units.Group]:
+    """One group per kernel, with each of its weights as a unit; biases stay."""
+    return {
+        path: units.Group(path, leaf.size, (units.Slot(path, None),))
+        for path, leaf in units.arrays(params).items()
+        if leaf.ndim > 1
+    }
+
+
+def keep_probabilities(config: Config, groups: units.Groups) -> tuple[float, ...]:
+    if config.keep_prob is not None:
+        return config.keep_prob
+    return tuple(0.8 if name == "input" else 0.5 for name in groups)
+
+
+def per_layer(field: str, values: tuple[float, ...], groups: units.Groups) -> dict:
+    """One value for each group, from one number for all or one for each."""
+    if len(values) == 1:
+        return dict.fromkeys(groups, values[0])
+    if len(values) != len(groups):
+        raise ValueError(
+            f"{field} has {len(values)} values; give one, or one for each of the "
+            f"{len(groups)} gated layers ({', '.join(groups)})"
+        )
+    return dict(zip(groups, values, strict=True))
+
+
+def temperature_schedule(config: Config, steps: int):
+    if config.beta_end is None:
+        return None
+    return optax.exponential_decay(config.beta, steps, config.beta_end / config.beta)
+
+
+def optimizer_of(config: Config, steps: int) -> optax.GradientTransformation:
+    """Adam for weights and gates, each with its rate: constant, then linear to 0."""
+    from_step = int(config.decay_from * steps)
+
+    def adam(rate):
+        return optax.adam(
+            optax.linear_schedule(rate, 0.0, max(steps - from_step, 1), from_step)
+            if config.decay_from < 1
+            else rate
+        )
+
+    gate_rate = config.gate_learning_rate
+    return train.gates_apart(
+        adam(config.learning_rate),
+        adam(config.learning_rate if gate_rate is None else gate_rate),
+    )
+
+
+def cross_entropy(outputs, labels):
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    wrong = (outputs.argmax(axis=-1) != labels).sum()
+    return losses.mean(), {"errors": wrong.astype(jnp.float32)}
+
+
+def parts(order):
+    """An epoch's order in equal pieces, after each of which the progress bar moves.
+
+    Equal, so that one program fits all of them.
+    """
+    steps = len(order)
+    pieces = max(n for n in range(1, 13) if steps % n == 0 and (n == 1 or steps >= 120))
+    return np.split(np.asarray(order), pieces)
+
+
+def decided_costs(count, folded, keep, groups) -> dict[str, float]:
+    """Costs by the gates at test time, from weights with those gates folded in."""
+    leaves = units.arrays(folded)
+    left = {
+        name: keep[name] if name in keep else np.ravel(leaves[name]) != 0
+        for name in groups
+    }
+    return to_floats(count({n: jnp.asarray(a, jnp.float32) for n, a in left.items()}))
+
+
+def unit_activity(structure, params, groups, values, gate=None) -> dict:
+    """P(z != 0) per unit; of weight gates, the mean over the weights that use it.
+
+    `values` are probabilities, or logits if a `gate` is given.
+    """
+    active = gating.prob_active(gate, values) if gate is not None else values
+    if groups is structure:
+        return active
+    ones = jax.tree.map(jnp.ones_like, params)
+    weighted = units.apply_gates(ones, active, groups)
+    totals = {}
+    for name, group in structure.items():
+        amount = units.charge(lambda a: a, weighted, group.used_by, group.size)
+        count = units.charge(lambda a: a, ones, group.used_by, group.size)
+        totals[name] = amount / count
+    return totals
+
+
+def undecided(active) -> float:
+    """Share of gates that are neither clearly open nor clearly closed."""
+    every = np.concatenate([np.asarray(p) for p in active.values()])
+    return float(((every > 0.05) & (every < 0.95)).mean())
+
+
+def disagreement(a, b, inputs) -> float:
+    """max |a - b| / max |a| of the outputs of two networks."""
+    first, second = np.asarray(a(inputs)), np.asarray(b(inputs))
+    return float(np.abs(first - second).max() / max(np.abs(first).max(), 1e-30))
+
+
+def to_floats(tree) -> dict[str, float]:
+    return {name: float(value) for name, value in tree.items()}
+
+
+def result_of(row: dict, test_error: float) -> dict:
+    """What is reported of one epoch."""
+    names = ("epoch", "validation_error", "architecture", "weights", "expected_l0")
+    return {name: row[name] for name in names} | {
+        "test_error": test_error,
+        "decided": row["decided"],
+        "expected": row["expected"],
+    }
+
+
+def progress_line(row: dict) -> str:
+    widths = "-".join(str(n) for n in row["architecture"].values())
+    dead = " DEAD" if 0 in row["architecture"].values() else ""
+    return (
+        f"loss {row['loss']:.4f}, val {row['validation_error']:.2f} %, "
+        f"L0 {row['expected_l0']:,.0f}, {widths}{dead}, "
+        f"{row['steps_per_second']:.0f} steps/s"
+    )
+
+
+def as_json(config: Config) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def scientific(config: Config) -> dict:
+    """The fields that decide the result."""
+    return {k: v for k, v in as_json(config).items() if k not in HOUSEKEEPING}
+
+
+def default_folder(config: Config) -> Path:
+    text = json.dumps(scientific(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path("runs") / f"{config.dataset}-{config.model}-{digest}"
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """Writes config.json, or raises RunFolderError if another run's lies there."""
+    file = folder / "config.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        new = scientific(config)
+        differing = [k for k in new if k not in old or old[k] != new[k]]
+        if differing:
+            name = differing[0]
+            raise RunFolderError(
+                f"{folder} holds a run of another configuration: {name} is "
+                f"{old.get(name)!r} there and {new[name]!r} here; choose another --out"
+            )
+        if not config.resume:
+            raise RunFolderError(
+                f"{folder} holds a run of this configuration already; go on with "
+                "--resume, or choose another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    # What changes the random draws is part of the record.
+    record = as_json(config) | {
+        "jax": jax.__version__,
+        "threefry_partitionable": jax.config.values["jax_threefry_partitionable"],
+    }
+    file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def last_checkpoint(checkpoints: storage.Checkpoints) -> str:
+    steps = checkpoints.steps()
+    return str(checkpoints.folder / str(steps[-1])) if steps else "none yet"
+
+
+class Log:
+    """The run folder's record: JSON lines, TensorBoard events, arrays of gates."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file = folder / "metrics.jsonl"
+        self.events = None
+        (folder / "activity").mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict]:
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def keep_until(self, epoch: int) -> None:
+        """Drops what was logged after `epoch`: a resumed run logs it again."""
+        kept = [row for row in self.rows() if row["epoch"] <= epoch]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def row(self, row: dict) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.events is None:
+            # Imported after the first epoch: it takes two seconds.
+            from tensorboardX import SummaryWriter
+
+            self.events = SummaryWriter(str(self.folder / "tensorboard"))
+        for name in ("loss", "penalty", "expected_l0", "weights", "steps_per_second"):
+            self.events.add_scalar(name, row[name], row["step"])
+        for name in ("train_error", "validation_error", "test_error"):
+            if name in row:
+                self.events.add_scalar(f"error/{name}", row[name], row["step"])
+        for name, count in row["architecture"].items():
+            self.events.add_scalar(f"units/{name}", count, row["step"])
+
+    def activity(self, epoch: int, active: dict) -> None:
+        small: dict[str, Any] = {
+            n: np.asarray(p, np.float16) for n, p in active.items()
+        }
+        np.savez(self.folder / "activity" / f"{epoch:05d}.npz", **small)
+
+    def gates(self, active: dict, z: dict) -> None:
+        values: dict[str, Any] = {}
+        for name in active:
+            values[f"{name}/prob_active"] = np.asarray(active[name], np.float32)
+            values[f"{name}/value"] = np.asarray(z[name], np.float32)
+        np.savez_compressed(self.folder / "gates.npz", **values)
+
+    def summary(self, summary: dict) -> None:
+        text = json.dumps(summary, indent=2)
+        (self.folder / "summary.json").write_text(text + "\n")
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+def table(summary: dict) -> str:
+    """The closing table: the network by its last and by its best validation epoch."""
+    dense = summary["dense_weights"]
+    lines = [
+        f"{'':22} {'test error':>10} {'validation':>10} {'weights':>9} {'of dense':>9}"
+        f" {'MACs':>11}  architecture",
+    ]
+    for title, name in (
+        ("last epoch", "last"),
+        ("best on validation", "best_on_validation"),
+    ):
+        result = summary[name]
+        widths = "-".join(str(n) for n in result["architecture"].values())
+        lines.append(
+            f"{title:18} {result['epoch']:>3} {result['test_error']:>9.2f}%"
+            f" {result['validation_error']:>9.2f}% {result['weights']:>9,}"
+            f" {100 * result['weights'] / dense:>8.1f}%"
+            f" {result['decided']['macs']:>11,.0f}  {widths}"
+        )
+    shrunk = summary["shrunk"]
+    lines += [
+        "",
+        f"gates at test time by the rule {summary['test_rule']!r}; "
+        f"the dense network has {dense:,} weights",
+        f"shrunk network: {shrunk['parameters']:,} parameters, its logits within "
+        f"{shrunk['max_relative_difference']:.1e} of the gated network's",
+        f"first step {summary['seconds_to_first_step']:.1f} s after the start, "
+        f"{summary['wall_seconds']:.0f} s in all",
+        f"written to {summary['folder']}",
+    ]
+    for name in summary["dead"]:
+        lines.append(
+            f"DEAD: group {name!r} has lost all its units, so that the output no "
+            "longer depends on the input; λ is too large"
+        )
+    return "\n".join(lines)
+
+
+def cli() -> None:
+    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    try:
+        summary = main(config)
+    except (ValueError, Diverged, data.DataError) as error:
+        raise SystemExit(f"experiments.mnist: {error}") from None
+    if "stopped_after" in summary:
+        print(f"stopped after epoch {summary['stopped_after']}; go on with --resume")
+        return
+    # Imported at the end, when its second no longer delays the first step.
+    from experiments import figures
+
+    print(table(summary))
+    for picture in figures.draw(Path(summary["folder"])):
+        print(f"picture {picture}")
+
+
+if __name__ == "__main__":
+    cli()

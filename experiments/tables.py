@@ -1,0 +1,269 @@
+"""Prints `RESULTS.md` from the committed results.
+
+    python -m experiments.tables            # writes RESULTS.md
+    python -m experiments.tables --check    # fails if RESULTS.md says something else
+
+The README quotes the table between its two markers, and the same command fills it in.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from experiments import mnist_rows
+
+ROOT = Path(__file__).parent.parent
+NOTES = Path(__file__).parent / "results" / "notes.md"
+BENCHMARKS = ROOT / "benchmarks" / "results"
+MARKERS = ("<!-- table: mnist -->", "<!-- end of table -->")
+
+
+def interval(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± half width of the 95 % interval of the mean (Student's t)."""
+    numbers = np.asarray(list(values), float)
+    mean = f"{numbers.mean():,.{digits}f}"
+    if len(numbers) < 2:
+        return mean
+    spread = numbers.std(ddof=1) / np.sqrt(len(numbers))
+    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * spread
+    return f"{mean} ± {half:,.{digits}f}"
+
+
+def by_row() -> dict[str, list[dict]]:
+    """Results of each row, by seed."""
+    grouped = defaultdict(list)
+    for result in mnist_rows.results():
+        grouped[result["row"]].append(result)
+    return grouped
+
+
+def architectures(results: list[dict], which: str = "last") -> str:
+    """The surviving units of every seed, `219-214-100, …`."""
+    return ", ".join(
+        "-".join(str(n) for n in result[which]["architecture"].values())
+        for result in results
+    )
+
+
+def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
+    """Whether the means are within the row's limits."""
+    if row.weights_limit is None:
+        return ""
+    error = np.mean([r["last"]["test_error"] for r in results])
+    weights = np.mean([r["last"]["weights"] for r in results])
+    # Compared as printed, so that no reader finds a limit kept that is not.
+    kept = round(error, 2) <= row.error_limit and round(weights) <= row.weights_limit
+    return (
+        f"{'within' if kept else 'NOT within'} {row.error_limit} %, "
+        f"{row.weights_limit:,} weights"
+    )
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def structured() -> str:
+    """The table of the paper's four rows."""
+    lines = []
+    for name, results in by_row().items():
+        row = mnist_rows.ROWS[name]
+        if row.weights_limit is None:
+            continue
+        lines.append(
+            [
+                f"`{name}`",
+                row.published,
+                f"{interval(r['last']['test_error'] for r in results)} %",
+                interval((r["last"]["weights"] for r in results), 0),
+                architectures(results),
+                f"{interval(r['best_on_validation']['test_error'] for r in results)} %",
+                interval((r["best_on_validation"]["weights"] for r in results), 0),
+                str(len(results)),
+                str(results[0]["config"]["epochs"]),
+                verdict(row, results),
+            ]
+        )
+    header = [
+        "row",
+        "published (best epoch on the test set)",
+        "test error, last epoch",
+        "weights",
+        "architectures by seed",
+        "test error, best epoch on validation",
+        "its weights",
+        "seeds",
+        "epochs",
+        "limits of last epoch",
+    ]
+    return markdown(header, lines)
+
+
+def weightwise() -> str:
+    """The curve of error against single weights left."""
+    lines = []
+    for name, results in by_row().items():
+        if mnist_rows.ROWS[name].weights_limit is not None:
+            continue
+        config = results[0]["config"]
+        lines.append(
+            [
+                f"`{name}`",
+                config["model"],
+                ", ".join(f"{c:g}" for c in config["lam"]),
+                f"{interval(r['last']['test_error'] for r in results)} %",
+                interval((r["last"]["weights"] for r in results), 0),
+                architectures(results),
+                str(len(results)),
+                str(config["epochs"]),
+            ]
+        )
+    header = [
+        "row",
+        "network",
+        "c in λ = c/N",
+        "test error, last epoch",
+        "weights left",
+        "units that still reach anything",
+        "seeds",
+        "epochs",
+    ]
+    return markdown(header, lines)
+
+
+def settings() -> str:
+    """What each row's settings are, where they are not the defaults."""
+    defaults = mnist_rows.mnist.scientific(mnist_rows.mnist.Config())
+    lines = []
+    for name, results in by_row().items():
+        config = results[0]["config"]
+        changed = ", ".join(
+            f"{field} {value}"
+            for field, value in config.items()
+            if value != defaults[field]
+            and field not in ("dataset", "model", "seed", "epochs")
+        )
+        seconds = interval((r["seconds"] for r in results), 0)
+        lines.append(
+            [
+                f"`{mnist_rows.command(name)}`",
+                changed or "defaults",
+                results[0]["test_rule"],
+                results[0]["jax"],
+                seconds,
+            ]
+        )
+    header = [
+        "command",
+        "settings that are not defaults",
+        "test-time rule",
+        "JAX",
+        "training seconds per seed",
+    ]
+    return markdown(header, lines)
+
+
+def benchmarks() -> str:
+    """The recorded benchmark, a line per ratio."""
+    lines = []
+    for file in sorted(BENCHMARKS.glob("*.jsonl")):
+        for text in file.read_text().splitlines():
+            entry = json.loads(text)
+            lines.append(
+                [
+                    entry["what"],
+                    entry["value"],
+                    entry["limit"],
+                    "within" if entry["within"] else "NOT within",
+                    entry["detail"],
+                ]
+            )
+    return markdown(["what", "measured", "limit", "", "detail"], lines)
+
+
+def document() -> str:
+    """The text of RESULTS.md."""
+    return f"""# Results
+
+Printed by `python -m experiments.tables` from `experiments/results` and
+`benchmarks/results`; not edited by hand.
+
+## L0 regularisation on MNIST
+
+Every run trains on 55,000 images and holds out 5,000 for all choices. Errors are of the
+10,000 test images, mean ± 95 % interval over seeds (Student's t). "Last epoch" is the
+result; "best on validation" is the epoch with the lowest validation error, whose
+network may be larger. No epoch and no setting was chosen on the test set. Weights are
+those of kernels, biases not counted, as in the literature.
+
+### Gates on groups of units
+
+{structured()}
+
+### Gates on single weights
+
+{weightwise()}
+
+### Settings and commands
+
+{settings()}
+
+## Benchmarks
+
+Ratios, each measured in one run by alternating the things compared:
+`python -m benchmarks.steps`.
+
+{benchmarks()}
+
+{NOTES.read_text().strip() if NOTES.exists() else ""}
+"""
+
+
+def quoted(readme: str) -> str:
+    """The README with its table filled in."""
+    before, rest = readme.split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    lines = []
+    for name, results in by_row().items():
+        row = mnist_rows.ROWS[name]
+        if row.weights_limit is not None:
+            lines.append(
+                [
+                    f"`{name}`",
+                    row.published,
+                    f"{interval(r['last']['test_error'] for r in results)} %",
+                    interval((r["last"]["weights"] for r in results), 0),
+                    architectures(results),
+                ]
+            )
+    header = ["row", "published", "test error", "weights", "architectures by seed"]
+    table = markdown(header, lines)
+    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+
+
+def main(check: bool) -> None:
+    """Writes RESULTS.md and the README's table, or compares them."""
+    readme = ROOT / "README.md"
+    wanted = {
+        ROOT / "RESULTS.md": document(),
+        readme: quoted(readme.read_text()),
+    }
+    for file, text in wanted.items():
+        if not check:
+            file.write_text(text)
+        elif not file.exists() or file.read_text() != text:
+            raise SystemExit(
+                f"{file.name} does not say what the results say; "
+                "run python -m experiments.tables"
+            )
+
+
+if __name__ == "__main__":
+    main("--check" in sys.argv[1:])
