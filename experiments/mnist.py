@@ -13,7 +13,6 @@ Two cores: about a minute for the digits, 0.8 s per epoch for the MLP on MNIST, 
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -30,7 +29,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import data
+from experiments import data, run_folder
 from l0jax import costs, gates, gating, models, objectives, storage, train, units
 
 # Fields that say where and how far to run, not what is run.
@@ -110,17 +109,13 @@ class Config:
     """show a progress bar"""
 
 
-class RunFolderError(ValueError):
-    """The run folder holds something that this run would overwrite."""
-
-
 class Diverged(FloatingPointError):
     """The loss stopped being finite."""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; returns what `summary.json` in the run folder holds."""
-    begun = time.perf_counter()
+    begun = time.time()
     gate = check(config)
     dataset = data.load(config.dataset, config.validation)
 
@@ -224,10 +219,11 @@ def main(config: Config) -> dict[str, Any]:
     dense = jax.device_get(count({n: jnp.ones(g.size) for n, g in groups.items()}))
 
     # ---------------------------------------------------- run folder and resume
-    folder = config.out or default_folder(config)
+    name = f"{config.dataset}-{config.model}"
+    folder = config.out or run_folder.default(name, scientific(config))
     checkpoints = storage.Checkpoints(folder / "checkpoints")
-    prepare_folder(folder, config)
-    log = Log(folder)
+    run_folder.prepare(folder, scientific(config), as_json(config), config.resume)
+    log = run_folder.Log(folder)
     first, best = 1, None
     if config.resume:
         found = checkpoints.restore(state, tqdm.write)
@@ -250,7 +246,7 @@ def main(config: Config) -> dict[str, Any]:
         unit="step",
         dynamic_ncols=True,
     )
-    first_step_after = None
+    first_step_at = None
     last_epoch = min(config.epochs, config.stop_after or config.epochs)
     for epoch in range(first, last_epoch + 1):
         started = time.perf_counter()
@@ -258,18 +254,20 @@ def main(config: Config) -> dict[str, Any]:
         order = train.order_of_epoch(root, epoch, examples, config.batch_size)
         for part in parts(order):
             state, totals = run(state, totals, training, part, root)
-            if first_step_after is None:
+            if first_step_at is None:
                 jax.block_until_ready(state.step)
-                first_step_after = time.perf_counter() - begun
+                first_step_at = time.time()
             bar.update(len(part))
         totals = jax.device_get(totals)
         seconds = time.perf_counter() - started
         if totals.first_bad_step >= 0:
             bar.close()
+            good = checkpoints.steps()
             raise Diverged(
                 f"the loss is not finite at step {totals.first_bad_step} "
                 f"(epoch {epoch}); the last good checkpoint is "
-                f"{last_checkpoint(checkpoints)}; a smaller learning_rate may help"
+                f"{checkpoints.folder / str(good[-1]) if good else 'none yet'}; "
+                "a smaller learning_rate may help"
             )
 
         evaluated, active, z, l0 = decide(state)
@@ -344,9 +342,10 @@ def main(config: Config) -> dict[str, Any]:
             "max_relative_difference": difference,
         },
         "dead": dead,
-        "seconds_to_first_step": first_step_after,
+        "first_step_at": first_step_at,
+        "seconds_to_first_step": first_step_at and first_step_at - begun,
         "seconds": sum(r["seconds"] for r in log.rows()),
-        "wall_seconds": time.perf_counter() - begun,
+        "wall_seconds": time.time() - begun,
         "folder": str(folder),
     }
     log.summary(summary)
@@ -532,101 +531,6 @@ def scientific(config: Config) -> dict:
     return {k: v for k, v in as_json(config).items() if k not in HOUSEKEEPING}
 
 
-def default_folder(config: Config) -> Path:
-    text = json.dumps(scientific(config), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path("runs") / f"{config.dataset}-{config.model}-{digest}"
-
-
-def prepare_folder(folder: Path, config: Config) -> None:
-    """Writes config.json, or raises RunFolderError if another run's lies there."""
-    file = folder / "config.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        new = scientific(config)
-        differing = [k for k in new if k not in old or old[k] != new[k]]
-        if differing:
-            name = differing[0]
-            raise RunFolderError(
-                f"{folder} holds a run of another configuration: {name} is "
-                f"{old.get(name)!r} there and {new[name]!r} here; choose another --out"
-            )
-        if not config.resume:
-            raise RunFolderError(
-                f"{folder} holds a run of this configuration already; go on with "
-                "--resume, or choose another --out"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    # What changes the random draws is part of the record.
-    record = as_json(config) | {
-        "jax": jax.__version__,
-        "threefry_partitionable": jax.config.values["jax_threefry_partitionable"],
-    }
-    file.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def last_checkpoint(checkpoints: storage.Checkpoints) -> str:
-    steps = checkpoints.steps()
-    return str(checkpoints.folder / str(steps[-1])) if steps else "none yet"
-
-
-class Log:
-    """The run folder's record: JSON lines, TensorBoard events, arrays of gates."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.file = folder / "metrics.jsonl"
-        self.events = None
-        (folder / "activity").mkdir(parents=True, exist_ok=True)
-
-    def rows(self) -> list[dict]:
-        if not self.file.exists():
-            return []
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
-
-    def keep_until(self, epoch: int) -> None:
-        """Drops what was logged after `epoch`: a resumed run logs it again."""
-        kept = [row for row in self.rows() if row["epoch"] <= epoch]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def row(self, row: dict) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.events is None:
-            # Imported after the first epoch: it takes two seconds.
-            from tensorboardX import SummaryWriter
-
-            self.events = SummaryWriter(str(self.folder / "tensorboard"))
-        for name in ("loss", "penalty", "expected_l0", "weights", "steps_per_second"):
-            self.events.add_scalar(name, row[name], row["step"])
-        for name in ("train_error", "validation_error", "test_error"):
-            if name in row:
-                self.events.add_scalar(f"error/{name}", row[name], row["step"])
-        for name, count in row["architecture"].items():
-            self.events.add_scalar(f"units/{name}", count, row["step"])
-
-    def activity(self, epoch: int, active: dict) -> None:
-        small: dict[str, Any] = {
-            n: np.asarray(p, np.float16) for n, p in active.items()
-        }
-        np.savez(self.folder / "activity" / f"{epoch:05d}.npz", **small)
-
-    def gates(self, active: dict, z: dict) -> None:
-        values: dict[str, Any] = {}
-        for name in active:
-            values[f"{name}/prob_active"] = np.asarray(active[name], np.float32)
-            values[f"{name}/value"] = np.asarray(z[name], np.float32)
-        np.savez_compressed(self.folder / "gates.npz", **values)
-
-    def summary(self, summary: dict) -> None:
-        text = json.dumps(summary, indent=2)
-        (self.folder / "summary.json").write_text(text + "\n")
-
-    def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
-
-
 def table(summary: dict) -> str:
     """The closing table: the network by its last and by its best validation epoch."""
     dense = summary["dense_weights"]
@@ -653,7 +557,7 @@ def table(summary: dict) -> str:
         f"the dense network has {dense:,} weights",
         f"shrunk network: {shrunk['parameters']:,} parameters, its logits within "
         f"{shrunk['max_relative_difference']:.1e} of the gated network's",
-        f"first step {summary['seconds_to_first_step']:.1f} s after the start, "
+        f"first step {summary['seconds_to_first_step'] or 0:.1f} s after the start, "
         f"{summary['wall_seconds']:.0f} s in all",
         f"written to {summary['folder']}",
     ]

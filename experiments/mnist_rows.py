@@ -45,10 +45,8 @@ class Row:
     error_limit: float | None = None
 
 
-MLP = mnist.Config(dataset="mnist", model="mlp")
-LENET5 = mnist.Config(
-    dataset="mnist", model="lenet5", epochs=40, gate_learning_rate=3e-3
-)
+MLP = mnist.Config(dataset="mnist", model="mlp", gate_learning_rate=None)
+LENET5 = mnist.Config(dataset="mnist", model="lenet5", epochs=40)
 
 ROWS = {
     # Stopped at 100 epochs: the gates go on closing, to 44,000 weights at 200.
@@ -65,13 +63,15 @@ ROWS = {
         error_limit=1.8,
     ),
     "lenet5-uniform": Row(
-        LENET5,
+        dataclasses.replace(LENET5, gate_learning_rate=1e-2, weight_decay=2e-4),
         published="20-25-45-462 (38,410), 0.9 %",
         weights_limit=38_410,
         error_limit=1.0,
     ),
     "lenet5-per-layer": Row(
-        LENET5,
+        dataclasses.replace(
+            LENET5, gate_learning_rate=5e-3, lam=(20.0, 0.6, 0.2, 10.0)
+        ),
         published="9-18-65-25 (6,150), 1.0 %",
         weights_limit=6_150,
         error_limit=1.0,

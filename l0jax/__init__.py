@@ -3,8 +3,11 @@
 from l0jax import costs as costs
 from l0jax import gates as gates
 from l0jax import gating as gating
+from l0jax import linen as linen
 from l0jax import models as models
+from l0jax import nnx as nnx
 from l0jax import objectives as objectives
+from l0jax import storage as storage
 from l0jax import train as train
 from l0jax.objectives import expected_l0 as expected_l0
 from l0jax.units import Group as Group

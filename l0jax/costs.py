@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from l0jax.units import Groups, arrays, expected_size
@@ -42,16 +43,16 @@ def weights(
     prob_active: Mapping[str, Float[Array, " units"]],
     groups: Groups,
     operations: Sequence[Operation],
-) -> Float[Array, ""] | float:
+) -> Float[Array, ""]:
     """Expected number of kernel weights left (biases not counted).
 
     With probabilities that are all 0 or 1 this is the exact number after removal.
     """
     leaves = arrays(params)
-    return sum(
-        expected_size(leaves[op.kernel], op.kernel, prob_active, groups)
-        for op in operations
-    )
+    total = jnp.zeros(())
+    for op in operations:
+        total = total + expected_size(leaves[op.kernel], op.kernel, prob_active, groups)
+    return total
 
 
 def compute(
@@ -60,7 +61,7 @@ def compute(
     groups: Groups,
     operations: Sequence[Operation],
     convention: str,
-) -> Float[Array, ""] | float:
+) -> Float[Array, ""]:
     """Expected cost of one example, in one of `CONVENTIONS`.
 
     Raises:
@@ -71,7 +72,7 @@ def compute(
             f"unknown convention {convention!r}; there is {', '.join(CONVENTIONS)}"
         )
     leaves = arrays(params)
-    total = 0.0
+    total = jnp.zeros(())
     for op in operations:
         kernel = leaves[op.kernel]
         *window, _, outputs = kernel.shape

@@ -102,7 +102,8 @@ def fold(
 ) -> Module:
     """A copy of `module` with gate values multiplied into its weights."""
     graph, params, rest = nnx.split(module, nnx.Param, ...)
-    return nnx.merge(graph, units.apply_gates(params, z, groups), rest)
+    # A copy, or running statistics would be shared with `module`.
+    return nnx.merge(graph, units.apply_gates(params, z, groups), rest, copy=True)
 
 
 def shrink(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from l0jax.units import Groups, Slot, arrays, charge
+from l0jax.units import Groups, Slot, arrays, charge, free
 
 Objective = Callable[[PyTree, Mapping[str, Float[Array, " units"]]], Float[Array, ""]]
 Charges = Mapping[str, tuple[Slot, ...]]
@@ -92,7 +92,7 @@ def penalty(
     if not examples > 0:
         raise ValueError(f"examples must be > 0, got {examples}")
     charges = charges_of(groups) if charges is None else charges
-    charged = {slot.path for slots in charges.values() for slot in slots}
+    charged = [slot for slots in charges.values() for slot in slots]
 
     def objective(params, prob_active):
         total = jnp.zeros(())
@@ -105,8 +105,8 @@ def penalty(
             total = total + (prob_active[name] * cost).sum()
         if weight_decay:
             for path, leaf in arrays(params).items():
-                if path not in charged:
-                    total = total + 0.5 * weight_decay * jnp.square(leaf).sum()
+                slots = [slot for slot in charged if slot.path == path]
+                total = total + 0.5 * weight_decay * free(jnp.square, leaf, slots)
         return total
 
     return objective

@@ -28,14 +28,16 @@ ARCHITECTURE = "architecture.json"
 ARRAYS = "arrays.safetensors"
 
 
-def save(model: models.Model, folder: Path | str) -> None:
+def save(model: nnx.Module, folder: Path | str) -> None:
     """Writes `model`, an instance of one of `l0jax.models.MODELS`, into `folder`.
 
     Raises:
         ValueError: if its class is not in `MODELS`.
     """
     folder = Path(folder)
-    architecture = {"model": models.name_of(model), "arguments": model.architecture}
+    name = models.name_of(model)
+    assert isinstance(model, models.Model)
+    architecture = {"model": name, "arguments": model.architecture}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=2) + "\n")
     leaves = units.arrays(nnx.state(model))
@@ -60,15 +62,14 @@ def load(folder: Path | str) -> models.Model:
     try:
         described = json.loads((folder / ARCHITECTURE).read_text())
         stored = load_file(folder / ARRAYS)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder}: a file of the saved model is damaged: {error}"
-        ) from error
-    abstract = nnx.eval_shape(
-        lambda: models.make(
-            described["model"], described["arguments"], rngs=nnx.Rngs(0)
+        name, arguments = described["model"], described["arguments"]
+        abstract = nnx.eval_shape(
+            lambda: models.make(name, arguments, rngs=nnx.Rngs(0))
         )
-    )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: the saved model is damaged: {type(error).__name__}: {error}"
+        ) from error
     graph, state = nnx.split(abstract)
     expected = {path: leaf.shape for path, leaf in units.arrays(state).items()}
     found = {path: array.shape for path, array in stored.items()}
@@ -86,7 +87,12 @@ def load(folder: Path | str) -> models.Model:
     filled = jax.tree_util.tree_map_with_path(
         lambda key_path, _: jax.numpy.asarray(stored[units.path_of(key_path)]), state
     )
-    return nnx.merge(graph, filled)
+    model = nnx.merge(graph, filled)
+    try:
+        models.check(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return model
 
 
 class Checkpoints:

@@ -132,7 +132,8 @@ def expected_size(
     r"""Expected number of elements of one array that are left, under independent gates.
 
     Element (i, k, …) is left if all its units are: along each axis the expected number
-    of positions is $\sum_j \prod_g P(z_{g,u_g(j)} \neq 0)$, and the axes multiply.
+    of positions is $\sum_j \prod_g P(z_{g,u_g(j)} \neq 0)$, and the axes multiply. Only
+    where single elements are gated too is the sum taken over all elements.
 
     Args:
         array: the array at `path`; only its shape is read.
@@ -144,27 +145,27 @@ def expected_size(
         ValueError: if one group lies along two axes of the array: its positions are
             then not independent.
     """
-    axes: dict[int, Array] = {}
-    elements = jnp.ones(())
+    axes: dict[int | None, Array] = {}
     for name, probabilities in prob_active.items():
-        seen = set()
-        for slot in groups[name].slots:
-            if slot.path != path or slot.axis in seen:
-                continue
-            if seen:
-                raise ValueError(
-                    f"group {name!r} lies along axes {sorted(seen)} and {slot.axis} of "
-                    f"{path!r}: the expected size is not a product there"
-                )
-            seen.add(slot.axis)
+        slots = [slot for slot in groups[name].slots if slot.path == path]
+        places = list(dict.fromkeys(slot.axis for slot in slots))
+        if len(places) > 1:
+            raise ValueError(
+                f"group {name!r} lies along axes {places} of {path!r}: the expected "
+                "size is not a product there"
+            )
+        for slot in _stated_once(slots, groups[name].size):
             along = _vector(probabilities, slot, outside=1)
-            if slot.axis is None:
-                elements = elements * along.mean()
-                continue
-            axes[slot.axis] = axes[slot.axis] * along if slot.axis in axes else along
-    for axis, size in enumerate(array.shape):
-        elements = elements * (axes[axis].sum() if axis in axes else float(size))
-    return elements
+            axes[slot.axis] = along * axes.get(slot.axis, 1)
+    if None in axes:
+        left = jnp.ones(array.shape)
+        for axis, along in axes.items():
+            left = left * _placed(along, axis, array.shape)
+        return left.sum()
+    size = jnp.ones(())
+    for axis, positions in enumerate(array.shape):
+        size = size * (axes[axis].sum() if axis in axes else float(positions))
+    return size
 
 
 def in_use(params: PyTree, groups: Groups) -> dict[str, Bool[np.ndarray, " units"]]:
@@ -207,7 +208,7 @@ def shrink(
 
     Raises:
         ValueError: if a group is unknown, a vector has the wrong length or keeps
-            nothing, or a slot does not fit its array.
+            nothing, a slot does not fit its array, or nothing is left of an array.
     """
     _check_names(keep, groups)
     check(tree, {name: groups[name] for name in keep})
@@ -234,8 +235,15 @@ def shrink(
         if path in elements:
             leaf = leaf * elements[path].reshape(leaf.shape).astype(leaf.dtype)
         for axis in range(jnp.ndim(leaf)):
-            if (path, axis) in masks:
-                leaf = leaf.take(np.flatnonzero(masks[path, axis]), axis=axis)
+            if (path, axis) not in masks:
+                continue
+            left = np.flatnonzero(masks[path, axis])
+            if not left.size:
+                raise ValueError(
+                    f"nothing is left of axis {axis} of {path!r}: each of its "
+                    "positions belongs to a unit that is not kept"
+                )
+            leaf = leaf.take(left, axis=axis)
         return leaf
 
     return jax.tree_util.tree_map_with_path(cut, tree)
@@ -261,6 +269,18 @@ def charge(
             # Positions of no unit go to an extra last entry, which is dropped.
             total = total + jnp.zeros(size + 1).at[units].add(amounts)[:-1]
     return total
+
+
+def free(
+    values: Callable[[Array], Array], array: Array, slots: Iterable[Slot]
+) -> Float[Array, ""]:
+    """Sums `values` of the weights of one array that belong to no unit of `slots`."""
+    owned = np.zeros(array.shape, bool)
+    for slot in slots:
+        if slot.unit_of is None:
+            return jnp.zeros(())
+        owned |= _placed(np.asarray(slot.unit_of) >= 0, slot.axis, array.shape)
+    return jnp.where(owned, 0, values(array.astype(jnp.float32))).sum()
 
 
 def _used(group: Group) -> Group:
@@ -289,12 +309,25 @@ def _vector(values, slot: Slot, outside):
 
 def _along(values, slot: Slot, shape: tuple[int, ...], outside):
     """`_vector`, shaped so that it broadcasts against an array of `shape`."""
-    along = _vector(values, slot, outside)
-    if slot.axis is None:
+    return _placed(_vector(values, slot, outside), slot.axis, shape)
+
+
+def _placed(along, axis: int | None, shape: tuple[int, ...]):
+    """A vector along one axis, shaped to broadcast against an array of `shape`."""
+    if axis is None:
         return along.reshape(shape)
-    spread = [1] * len(shape)
-    spread[slot.axis] = shape[slot.axis]
-    return along.reshape(spread)
+    return along.reshape([n if a == axis else 1 for a, n in enumerate(shape)])
+
+
+def _stated_once(slots: list[Slot], size: int) -> list[Slot]:
+    """`slots` of one axis, without positions whose unit an earlier one states."""
+    once: list[Slot] = []
+    for slot in slots:
+        left = _units(slot, size)
+        for earlier in once:
+            left = np.where(left == _units(earlier, size), -1, left)
+        once.append(Slot(slot.path, slot.axis, tuple(left.tolist())))
+    return once
 
 
 def _check_names(given: Mapping[str, Any], groups: Groups) -> None:

@@ -7,7 +7,7 @@ method maps over arrays of any shape, and `jax.vmap` over keys gives one draw pe
 example.
 """
 
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -53,6 +53,6 @@ class Gate(Protocol):
         """The nearest logits that the family allows; applied after every step."""
         ...
 
-    def at_temperature(self, temperature: Float[Array, ""]) -> Self:
+    def at_temperature(self, temperature: Float[Array, ""]) -> "Gate":
         """The same family at another temperature, which may be traced (annealing)."""
         ...

@@ -11,7 +11,7 @@ differentiable in $\log\alpha$, the logit that is trained.
 
 import dataclasses
 import math
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from l0jax.gates import noise
 # E[z] integrates a smooth function of one variable over [0, 1]. 32 Gauss-Legendre
 # nodes leave an error below 1e-6 for beta >= 0.1; the test compares with SciPy.
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
-NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
+NODES, WEIGHTS = ((NODES + 1) / 2).tolist(), (WEIGHTS / 2).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class HardConcrete:
         if not self.limit > 0:
             raise ValueError(f"limit must be > 0, got {self.limit}")
 
-    def at_temperature(self, temperature: Float[Array, ""]) -> Self:
+    def at_temperature(self, temperature: Float[Array, ""]) -> "HardConcrete":
         """The same gate with `beta` replaced; `temperature` may be traced."""
         return dataclasses.replace(self, beta=temperature)
 
@@ -89,7 +89,8 @@ class HardConcrete:
         """One draw per gate (eq. 10-12), with pathwise gradients in the logits."""
         u = noise.uniform(key, logits.shape)
         # The noise is float32 also under logits of lower precision.
-        dtype = jnp.promote_types(logits.dtype, jnp.float32)
+        wide = jnp.finfo(logits.dtype).bits > 32
+        dtype = logits.dtype if wide else jnp.float32
         logistic = jnp.log(u / (1 - u)).astype(dtype)
         return self._stretch((logistic + logits.astype(dtype)) / self.beta)
 
@@ -104,7 +105,7 @@ class HardConcrete:
     def mean(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
         r"""$E[z] = \int_0^1 P(z > x)\,dx$, by Gauss-Legendre quadrature."""
         survival = [
-            weight * jax.nn.sigmoid(logits - self._log_odds(float(node)))
+            weight * jax.nn.sigmoid(logits - self._log_odds(node))
             for node, weight in zip(NODES, WEIGHTS, strict=True)
         ]
         return sum(survival[1:], start=survival[0])

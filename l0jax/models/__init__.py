@@ -30,6 +30,18 @@ def make(name: str, architecture: Mapping, *, rngs: nnx.Rngs) -> Model:
     return MODELS[name](**architecture, rngs=rngs)
 
 
+def check(model: Model) -> None:
+    """Raises ValueError unless `model.reads` marks one feature for each row that reads.
+
+    The mask is data, so that no shape tells.
+    """
+    marked, rows = int(model.reads[...].sum()), model.architecture["reads"]
+    if marked != rows:
+        raise ValueError(
+            f"`reads` marks {marked} features, and the layer that reads has {rows} rows"
+        )
+
+
 def name_of(model: nnx.Module) -> str:
     """The name under which `model` stands in `MODELS`.
 

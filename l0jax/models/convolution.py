@@ -9,13 +9,16 @@ used.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 def conv2d(
-    x: Float[Array, "batch h w inputs"], kernel: Float[Array, "kh kw inputs outputs"]
+    x: Float[Array, "batch h w inputs"],
+    kernel: Float[Array | np.ndarray, "kh kw inputs outputs"],
 ) -> Float[Array, "batch ho wo outputs"]:
     """Cross-correlation without padding, stride 1."""
+    kernel = jnp.asarray(kernel)
     if jax.default_backend() == "cpu":
         return _product_of_patches(x, kernel)
     return jax.lax.conv_general_dilated(

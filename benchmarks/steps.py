@@ -1,0 +1,243 @@
+"""What gates cost per training step, and how fast LeNet-5's step is beside PyTorch's.
+
+    python -m benchmarks.steps             # prints ratios and limits
+    python -m benchmarks.steps --record    # and writes benchmarks/results/steps.jsonl
+    pip install torch==2.13.0              # for the comparison with PyTorch
+
+The things compared take turns in one process, so that a machine whose speed drifts
+treats them alike; a ratio is the median over turns. Five minutes on two cores. The data
+are random images of MNIST's shape: no step depends on what they show.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.mnist import cross_entropy, weight_groups
+from l0jax import gates, gating, models, objectives, train
+
+RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
+EXAMPLES, BATCH = 10_000, 100
+
+
+def images_and_labels():
+    key = jax.random.key(0)
+    images = jax.random.randint(key, (EXAMPLES, 28, 28, 1), 0, 256, jnp.int32)
+    labels = jax.random.randint(key, (EXAMPLES,), 0, 10, jnp.int32)
+    return images.astype(jnp.uint8), labels
+
+
+def stepper(model: models.Model, kind: str, steps: int) -> Callable[[], None]:
+    """Runs `steps` training steps of `model` gated per `kind`, compiled before."""
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+    params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+    groups = {
+        "none": {},
+        "group": model.groups,
+        "weight": weight_groups(params),
+    }[kind]
+    gate = gates.HardConcrete()
+    optimizer = train.gates_apart(optax.adam(1e-3), optax.adam(1e-3))
+    step = train.make_step(
+        lambda params, x: nnx.merge(graph, params, others)(x.astype(jnp.float32) / 255),
+        cross_entropy,
+        objectives.penalty(groups, 0.1, EXAMPLES, weight_decay=1e-4),
+        gate,
+        groups,
+        optimizer,
+        polyak=0.999,
+    )
+    key = jax.random.key(1)
+    data = images_and_labels()
+    order = train.order_of_epoch(key, 0, EXAMPLES, BATCH)[:steps]
+    logits = gating.init(key, gate, groups, 0.8)
+    # A copy, for the run donates its state and the models share their arrays.
+    theta = jax.tree.map(jnp.array, {"params": params, "gates": logits})
+    state = train.init(theta, optimizer)
+    batch = jax.tree.map(lambda a: a[:BATCH], data)
+    totals = train.no_totals(step, state, batch, key)
+    run = train.make_run(step)
+    kept = [*run(state, totals, data, order, key)]
+
+    def go():
+        kept[:] = run(*kept, data, order, key)
+        jax.block_until_ready(kept)
+
+    return go
+
+
+def torch_stepper(steps: int) -> Callable[[], None]:
+    """The same LeNet-5, loss and optimiser in PyTorch, in its default layout."""
+    import torch
+    from torch import nn
+
+    network = nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    images = torch.randint(0, 256, (EXAMPLES, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (EXAMPLES,))
+
+    def go():
+        order = torch.randperm(EXAMPLES).reshape(-1, BATCH)
+        for rows in order[:steps]:
+            optimizer.zero_grad()
+            outputs = network(images[rows].float() / 255)
+            nn.functional.cross_entropy(outputs, labels[rows]).backward()
+            optimizer.step()
+
+    go()
+    return go
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], None]], turns: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each turn."""
+    seconds = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, go in contenders.items():
+            begun = time.perf_counter()
+            go()
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+    """The median over turns of a's time over b's."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+def entry(what: str, value: float, limit: float, unit: str, detail: str) -> dict:
+    return {
+        "what": what,
+        "value": f"{value:.2f}{unit}",
+        "limit": f"≤ {limit:g}{unit}",
+        # Compared as printed.
+        "within": round(value, 2) <= limit,
+        "detail": detail,
+    }
+
+
+def milliseconds(seconds: dict[str, list[float]], steps: int) -> str:
+    return ", ".join(
+        f"{name} {1e3 * statistics.median(s) / steps:.2f} ms"
+        for name, s in seconds.items()
+    )
+
+
+def gate_costs(turns: int) -> list[dict]:
+    steps = 50
+    model = models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0))
+    seconds = take_turns(
+        {kind: stepper(model, kind, steps) for kind in ("none", "group", "weight")},
+        turns,
+    )
+    detail = f"per step: {milliseconds(seconds, steps)}"
+    return [
+        entry(
+            f"MLP step, one gate per {unit}, over the step without gates",
+            ratio(seconds, unit, "none"),
+            limit,
+            "×",
+            detail,
+        )
+        for unit, limit in (("group", 1.15), ("weight", 2.0))
+    ]
+
+
+def against_torch(turns: int) -> list[dict]:
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: its comparison is left out", file=sys.stderr)
+        return []
+    steps = 20
+    model = models.LeNet5(rngs=nnx.Rngs(0))
+    seconds = take_turns(
+        {
+            "l0jax": stepper(model, "none", steps),
+            "l0jax gated": stepper(model, "group", steps),
+            "PyTorch": torch_stepper(steps),
+        },
+        turns,
+    )
+    return [
+        entry(
+            f"LeNet-5 step over PyTorch {torch.__version__.split('+')[0]}",
+            ratio(seconds, "l0jax", "PyTorch"),
+            1.0,
+            "×",
+            f"per step: {milliseconds(seconds, steps)}",
+        )
+    ]
+
+
+def start_up() -> list[dict]:
+    """Seconds from the command to the end of the first step, compilation included."""
+    cases = [("digits", 10.0)]
+    if os.environ.get("TFDS_DATA_DIR"):
+        cases.append(("mnist", 20.0))
+    else:
+        print("TFDS_DATA_DIR is not set: MNIST is left out", file=sys.stderr)
+    results = []
+    for dataset, limit in cases:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "run"
+            command = f"-m experiments.mnist --dataset {dataset} --epochs 1 --out"
+            begun = time.time()
+            subprocess.run(
+                [sys.executable, *command.split(), str(out), "--no-progress"],
+                check=True,
+                capture_output=True,
+            )
+            summary = json.loads((out / "summary.json").read_text())
+        results.append(
+            entry(
+                f"first step on {dataset}, after the start of the command",
+                summary["first_step_at"] - begun,
+                limit,
+                " s",
+                "imports, data and compilation included",
+            )
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--turns", type=int, default=15)
+    arguments = parser.parse_args()
+    entries = start_up() + gate_costs(arguments.turns) + against_torch(arguments.turns)
+    for e in entries:
+        verdict = "within" if e["within"] else "NOT within"
+        print(f"{e['what']}: {e['value']} ({verdict} {e['limit']}); {e['detail']}")
+    if arguments.record:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+
+if __name__ == "__main__":
+    main()

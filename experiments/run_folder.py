@@ -1,0 +1,116 @@
+"""The folder of one run: what was asked for, and what was seen on the way."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+CONFIG = "config.json"
+
+
+class RunFolderError(ValueError):
+    """The run folder holds something that this run would overwrite."""
+
+
+def default(name: str, settings: dict) -> Path:
+    """A folder of its own for each set of settings: `runs/<name>-<digest>`."""
+    text = json.dumps(settings, sort_keys=True)
+    return Path("runs") / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
+    """Makes the folder and writes `config` into it.
+
+    Args:
+        folder: where the run is written.
+        settings: what decides the result; a run that goes on must have the same.
+        config: all fields, for the record.
+        resume: whether a run of the same settings may go on.
+
+    Raises:
+        RunFolderError: if the folder holds a run of other settings, or one of the same
+            and `resume` is False.
+    """
+    file = folder / CONFIG
+    if file.exists():
+        old = json.loads(file.read_text())
+        differing = [k for k in settings if k not in old or old[k] != settings[k]]
+        if differing:
+            name = differing[0]
+            raise RunFolderError(
+                f"{folder} holds a run of another configuration: {name} is "
+                f"{old.get(name)!r} there and {settings[name]!r} here; choose another "
+                "--out"
+            )
+        if not resume:
+            raise RunFolderError(
+                f"{folder} holds a run of this configuration already; go on with "
+                "--resume, or choose another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    # What changes the random draws is part of the record.
+    record = config | {
+        "jax": jax.__version__,
+        "threefry_partitionable": jax.config.values["jax_threefry_partitionable"],
+    }
+    file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+class Log:
+    """The run folder's record: JSON lines, TensorBoard events, arrays of gates."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file = folder / "metrics.jsonl"
+        self.events = None
+        (folder / "activity").mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict]:
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def keep_until(self, epoch: int) -> None:
+        """Drops what was logged after `epoch`: a resumed run logs it again."""
+        kept = [row for row in self.rows() if row["epoch"] <= epoch]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def row(self, row: dict) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.events is None:
+            # Imported after the first epoch: it takes two seconds.
+            from tensorboardX import SummaryWriter
+
+            self.events = SummaryWriter(str(self.folder / "tensorboard"))
+        for name in ("loss", "penalty", "expected_l0", "weights", "steps_per_second"):
+            self.events.add_scalar(name, row[name], row["step"])
+        for name in ("train_error", "validation_error", "test_error"):
+            if name in row:
+                self.events.add_scalar(f"error/{name}", row[name], row["step"])
+        for name, count in row["architecture"].items():
+            self.events.add_scalar(f"units/{name}", count, row["step"])
+
+    def activity(self, epoch: int, active: dict) -> None:
+        small: dict[str, Any] = {
+            n: np.asarray(p, np.float16) for n, p in active.items()
+        }
+        np.savez(self.folder / "activity" / f"{epoch:05d}.npz", **small)
+
+    def gates(self, active: dict, z: dict) -> None:
+        values: dict[str, Any] = {}
+        for name in active:
+            values[f"{name}/prob_active"] = np.asarray(active[name], np.float32)
+            values[f"{name}/value"] = np.asarray(z[name], np.float32)
+        np.savez_compressed(self.folder / "gates.npz", **values)
+
+    def summary(self, summary: dict) -> None:
+        text = json.dumps(summary, indent=2)
+        (self.folder / "summary.json").write_text(text + "\n")
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()

@@ -1,0 +1,450 @@
+"""Law 1: what a gate family says of its distribution is what its draws do.
+
+Swept over `GATES`, so that a new family needs no test of its own; below the sweep stand
+the published closed forms of the hard concrete gate.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, special
+
+from l0jax import gates
+from l0jax.gates import GATES, HardConcrete, noise
+from l0jax.gates.gate import Gate
+
+# Nowhere symmetric about 0: a flipped sign would hide there.
+LOGITS = (-4.6, -2.3, -1.1, -0.4, 0.7, 1.9, 3.3)
+TEMPERATURES = (0.2, 0.5, 1.4)
+DRAWS = 200_000
+
+
+def instances():
+    """Each family at its defaults, at each temperature, and with each float moved."""
+    for name, family in GATES.items():
+        gate = family()
+        yield pytest.param(gate, id=name)
+        for temperature in TEMPERATURES:
+            yield pytest.param(
+                gate.at_temperature(jnp.float32(temperature)),
+                id=f"{name}-temperature={temperature}",
+            )
+        for field in dataclasses.fields(gate):
+            if isinstance(value := getattr(gate, field.name), float):
+                yield pytest.param(
+                    dataclasses.replace(gate, **{field.name: 1.3 * value}),
+                    id=f"{name}-{field.name}={1.3 * value:.3g}",
+                )
+
+
+sweep = pytest.mark.parametrize("gate", list(instances()))
+families = pytest.mark.parametrize("family", GATES.values(), ids=list(GATES))
+curves = pytest.mark.parametrize("curve", ["prob_active", "prob_one", "mean"])
+
+
+def in_float64(gate):
+    """The gate with its traced temperature, if it has one, in double precision."""
+    wide = {
+        field.name: value.astype(jnp.float64)
+        for field in dataclasses.fields(gate)
+        if isinstance(value := getattr(gate, field.name), jax.Array)
+    }
+    return dataclasses.replace(gate, **wide)
+
+
+def curves_of(gate):
+    """Everything of a family that is a function of the logit alone, by name."""
+    curves = {name: getattr(gate, name) for name in ("prob_active", "prob_one", "mean")}
+    for rule in gate.rules:
+        curves[f"rule {rule}"] = functools.partial(gate.deterministic, rule=rule)
+    return curves
+
+
+def draw(gate, seed, logits, draws):
+    keys = jax.random.split(jax.random.key(seed), draws)
+    return np.asarray(jax.jit(jax.vmap(lambda key: gate.sample(key, logits)))(keys))
+
+
+@sweep
+def test_the_family_keeps_the_contract(gate):
+    assert isinstance(gate, Gate)
+    assert len(set(gate.rules)) == len(gate.rules) > 0
+
+
+@sweep
+def test_probabilities_and_mean_are_those_of_the_draws(gate):
+    logits = jnp.float32(LOGITS)
+    z = draw(gate, 1, logits, DRAWS).astype(np.float64)
+    assert z.min() >= 0
+    assert z.max() <= 1
+    for stated, hits in (
+        (gate.prob_active(logits), z != 0),
+        (gate.prob_one(logits), z == 1),
+    ):
+        p = np.asarray(stated, np.float64)
+        error = 5 * np.sqrt(p * (1 - p) / DRAWS)
+        np.testing.assert_array_less(np.abs(hits.mean(0) - p), error)
+    error = 5 * z.std(0) / math.sqrt(DRAWS)
+    np.testing.assert_array_less(np.abs(z.mean(0) - gate.mean(logits)), error)
+
+
+@sweep
+def test_draws_of_one_call_are_independent(gate):
+    logits = jnp.full(2000, 0.3)
+    z = np.asarray(gate.sample(jax.random.key(2), logits), np.float64)
+    # Neighbours, and halves: two gates may share the bits of one random word.
+    for apart in (1, 2, len(z) // 2):
+        pair = np.corrcoef(z[:-apart], z[apart:])[0, 1]
+        assert abs(pair) < 5 / math.sqrt(len(z) - apart)
+    assert not np.array_equal(z, gate.sample(jax.random.key(3), logits))
+    np.testing.assert_array_equal(z, gate.sample(jax.random.key(2), logits))
+
+
+@curves
+@sweep
+def test_curves_have_the_derivative_of_finite_differences(gate, curve):
+    with jax.enable_x64(True):
+        of = getattr(in_float64(gate), curve)
+        logits, step = jnp.float64(LOGITS), 1e-5
+        secant = (of(logits + step) - of(logits - step)) / (2 * step)
+        slope = jax.vmap(jax.grad(of))(logits)
+        np.testing.assert_allclose(slope, secant, rtol=1e-6, atol=1e-9)
+
+
+@sweep
+def test_draws_have_the_derivative_of_finite_differences(gate):
+    with jax.enable_x64(True):
+        gate, step = in_float64(gate), 1e-6
+        logits = jnp.tile(jnp.float64(LOGITS), 300)
+        of = functools.partial(gate.sample, jax.random.key(4))
+        slope = jax.jvp(of, (logits,), (jnp.ones_like(logits),))[1]
+        below, above = of(logits - step), of(logits + step)
+        # A step from one piece of the gate into the next has no derivative: rare.
+        smooth = ((below > 0) == (above > 0)) & ((below < 1) == (above < 1))
+        assert smooth.mean() > 0.999
+        secant = (above - below) / (2 * step)
+        np.testing.assert_allclose(slope[smooth], secant[smooth], rtol=1e-5, atol=1e-7)
+        assert (slope > 0).mean() > 0.05, "no draw lets a gradient through"
+
+
+@sweep
+def test_everything_is_monotone_in_the_logit(gate):
+    logits = jnp.linspace(-6.0, 6.0, 241)
+    for name, curve in curves_of(gate).items():
+        values = np.asarray(curve(logits))
+        assert (np.diff(values) >= 0).all(), name
+        assert values[0] < values[120] < values[-1], name
+    one_noise = jax.vmap(lambda logit: gate.sample(jax.random.key(5), logit))(logits)
+    assert (np.diff(np.asarray(one_noise)) >= 0).all()
+
+
+@given(st.floats(-8, 8), st.floats(-8, 8))
+@families
+def test_probabilities_are_ordered(family, a, b):
+    gate, (low, high) = family(), sorted((a, b))
+    ends = jnp.float32([low, high])
+    active, one = gate.prob_active(ends), gate.prob_one(ends)
+    assert (one >= 0).all()
+    assert (one <= gate.mean(ends) + 1e-6).all()
+    assert (gate.mean(ends) <= active + 1e-6).all()
+    assert (active <= 1).all()
+    assert active[0] <= active[1]
+    assert one[0] <= one[1]
+
+
+@sweep
+def test_float32_is_close_to_float64(gate):
+    with jax.enable_x64(True):
+        logits = jnp.linspace(-6.0, 6.0, 121)
+        for curve in curves_of(gate):
+            single = curves_of(gate)[curve](logits.astype(jnp.float32))
+            double = curves_of(in_float64(gate))[curve](logits)
+            assert (single.dtype, double.dtype) == (jnp.float32, jnp.float64), curve
+            np.testing.assert_allclose(single, double, atol=1e-5, rtol=0)
+
+
+@sweep
+def test_half_precision_logits_keep_noise_in_full_precision(gate):
+    """A bfloat16 uniform has 128 values: P(z = 1) would be 3 % off."""
+    logits = jnp.tile(jnp.bfloat16(LOGITS), 500)
+    z = gate.sample(jax.random.key(6), logits)
+    assert z.dtype == jnp.float32
+    wide = gate.sample(jax.random.key(6), logits.astype(jnp.float32))
+    np.testing.assert_array_equal(z, wide)
+    inside = z[(z > 0) & (z < 1)]
+    assert len(np.unique(inside)) > 400
+
+
+@sweep
+def test_every_rule_gives_a_gate_and_others_raise(gate):
+    logits = jnp.float32(LOGITS)
+    decided = {rule: gate.deterministic(logits, rule) for rule in gate.rules}
+    for values in decided.values():
+        assert values.shape == logits.shape
+        assert (values >= 0).all()
+        assert (values <= 1).all()
+    distinct = {tuple(np.asarray(values).tolist()) for values in decided.values()}
+    assert len(distinct) == len(gate.rules)
+    with pytest.raises(ValueError, match="coin") as error:
+        gate.deterministic(logits, "coin")
+    assert all(rule in str(error.value) for rule in gate.rules)
+
+
+@families
+def test_equal_gates_are_interchangeable(family):
+    gate = family()
+    assert gate == family()
+    assert hash(gate) == hash(family())
+    traced = jax.jit(lambda gate, x: gate.prob_active(x), static_argnums=0)
+    for each in (family(), family()):
+        traced(each, jnp.float32(LOGITS))
+    assert traced._cache_size() == 1
+    for field in dataclasses.fields(gate):
+        if isinstance(value := getattr(gate, field.name), float):
+            other = dataclasses.replace(gate, **{field.name: 1.3 * value})
+            assert other != gate
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(gate, field.name, value)
+    assert family.__name__ in repr(gate)
+
+
+@families
+def test_temperature_may_be_traced_and_is_all_that_changes(family):
+    gate, logits = family(), jnp.float32(LOGITS)
+
+    def curves(temperature):
+        now = gate.at_temperature(temperature)
+        return now.prob_active(logits), now.sample(jax.random.key(7), logits)
+
+    traced = jax.jit(curves)
+    for temperature in TEMPERATURES:
+        for one, other in zip(
+            traced(jnp.float32(temperature)),
+            curves(jnp.float32(temperature)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert traced._cache_size() == 1
+    hot, cold = curves(jnp.float32(1.4))[1], curves(jnp.float32(0.2))[1]
+    assert not np.array_equal(hot, cold)
+    np.testing.assert_array_equal(
+        gate.at_temperature(jnp.float32(0.2)).project(100 * logits),
+        gate.project(100 * logits),
+    )
+
+
+@sweep
+def test_projection_is_one(gate):
+    logits = jnp.linspace(-50.0, 50.0, 101)
+    once = gate.project(logits)
+    assert once.shape == logits.shape
+    assert (jnp.diff(once) >= 0).all()
+    np.testing.assert_array_equal(gate.project(once), once)
+
+
+@families
+def test_initial_logits_lie_where_they_should(family):
+    gate, size = family(), 20_000
+    active = []
+    for keep_prob in (0.05, 0.3, 0.8):
+        logits = gate.init(jax.random.key(8), size, keep_prob)
+        assert logits.shape == (size,)
+        assert logits.dtype == jnp.float32
+        assert np.std(logits) > 0, "equal gates can't be told apart"
+        assert not np.array_equal(logits, gate.init(jax.random.key(9), size, keep_prob))
+        active.append(float(gate.prob_active(logits).mean()))
+    assert active == sorted(active)
+    for outside in (0.0, 1.0, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="keep_prob") as error:
+            gate.init(jax.random.key(0), 3, outside)
+        assert str(outside) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,)])
+@families
+def test_gates_take_arrays_of_any_shape(family, shape):
+    gate, logits = family(), jnp.full(shape, 0.3)
+    for values in (
+        gate.sample(jax.random.key(0), logits),
+        gate.project(logits),
+        *(curve(logits) for curve in curves_of(gate).values()),
+    ):
+        assert values.shape == shape
+        assert values.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [1000, 1001, 200_000])
+def test_noise_is_uniform_on_the_open_interval(size):
+    u = np.asarray(noise.uniform(jax.random.key(13), (size,)), np.float64)
+    assert u.min() > 0
+    assert u.max() < 1
+    assert len(np.unique(u)) > 0.75 * min(size, noise.CELLS)
+    # Each of 16 intervals, at both ends of the vector, gets its share; moments too.
+    for part in (u, u[: size // 2], u[size // 2 :]):
+        counts = np.histogram(part, 16, (0, 1))[0] / len(part)
+        spread = math.sqrt(1 / 16 * 15 / 16 / len(part))
+        assert np.abs(counts - 1 / 16).max() < 5 * spread
+        assert abs(part.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / len(part))
+        assert abs((part**2).mean() - 1 / 3) < 5 * math.sqrt(4 / 45 / len(part))
+    # Low bits are as random as high ones.
+    fine = (u * noise.CELLS - 0.5) % 16
+    assert abs(fine.mean() - 7.5) < 5 * math.sqrt(255 / 12 / size)
+    np.testing.assert_array_equal(fine, np.round(fine))
+
+
+@families
+def test_the_registry_makes_families_by_name(family):
+    name = next(name for name, each in GATES.items() if each is family)
+    assert gates.make(name) == family()
+    with pytest.raises(ValueError, match="'soft'") as error:
+        gates.make("soft")
+    assert name in str(error.value)
+
+
+# -------------------------------------------------- the hard concrete gate in print
+
+# log alpha: P(z=0), P(z=1), P(0<z<1), P(z!=0), E[z], the paper's rule, the median
+TABLE = {
+    -4.60517: (0.952870, 0.002018, 0.045112, 0.047130, 0.01312, 0.0, 0.0),
+    -2.39790: (0.689825, 0.018048, 0.292126, 0.310175, 0.10272, 0.0, 0.0),
+    -1.59860: (0.500000, 0.039271, 0.460729, 0.500000, 0.19431, 0.10181, 0.0),
+    -1.0: (0.354665, 0.069229, 0.576106, 0.645335, 0.29295, 0.22273, 0.11891),
+    0.0: (0.168178, 0.168178, 0.663644, 0.831822, 0.5, 0.5, 0.5),
+    0.8473: (0.079739, 0.320539, 0.599722, 0.920261, 0.67812, 0.74, 0.83709),
+    1.3863: (0.048113, 0.447124, 0.504763, 0.951887, 0.77360, 0.86, 0.96667),
+    4.60517: (0.002018, 0.952870, 0.045112, 0.997982, 0.98688, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("log_alpha", TABLE)
+def test_hard_concrete_reproduces_the_reference_values(log_alpha):
+    gate, logit = HardConcrete(), jnp.float32(log_alpha)
+    active, one = gate.prob_active(logit), gate.prob_one(logit)
+    found = [1 - active, one, active - one, active, gate.mean(logit)]
+    found += [gate.deterministic(logit, rule) for rule in ("paper", "median")]
+    np.testing.assert_allclose(found, TABLE[log_alpha], atol=1e-4)
+    assert gate.deterministic(logit, "mean") == gate.mean(logit)
+
+
+@pytest.mark.parametrize(("gamma", "zeta"), [(-0.1, 1.1), (-0.3, 1.05)])
+@pytest.mark.parametrize("beta", [0.1, 2 / 3, 1.5])
+def test_hard_concrete_mean_is_the_integral_of_the_survival_function(beta, gamma, zeta):
+    def survival(x, logit):
+        s = (x - gamma) / (zeta - gamma)
+        return special.expit(logit - beta * special.logit(s))
+
+    with jax.enable_x64(True):
+        found = HardConcrete(beta, gamma, zeta).mean(jnp.float64(LOGITS))
+    exact = [integrate.quad(survival, 0, 1, args=(a,), limit=500)[0] for a in LOGITS]
+    np.testing.assert_allclose(found, exact, atol=1e-6)
+
+
+@given(st.floats(-4.6, 4.6), st.floats(0.1, 2.0), st.floats(-0.9, -0.05))
+def test_hard_concrete_rules_prune_at_their_own_thresholds(logit, beta, gamma):
+    """The paper's rule closes at log(-gamma/zeta), the median at beta times that."""
+    zeta = 1 - gamma
+    edge = math.log(-gamma / zeta)
+    gate, a = HardConcrete(beta, gamma, zeta), jnp.float32(logit)
+    if abs(logit - edge) > 1e-3:
+        assert (gate.deterministic(a, "paper") == 0) == (logit < edge)
+        at_the_edge = float(special.expit(edge - beta * edge))
+        assert (gate.prob_active(a) < at_the_edge) == (logit < edge)
+    if abs(logit - beta * edge) > 1e-3:
+        assert (gate.deterministic(a, "median") == 0) == (logit < beta * edge)
+        assert (gate.prob_active(a) < 0.5) == (logit < beta * edge)
+    assert gate.deterministic(a, "mean") > 0
+
+
+def test_hard_concrete_paper_rule_prunes_below_a_third():
+    gate, edge = HardConcrete(), -math.log(11)
+    below, above = jnp.float32(edge - 1e-3), jnp.float32(edge + 1e-3)
+    assert gate.deterministic(below, "paper") == 0 < gate.deterministic(above, "paper")
+    assert gate.prob_active(jnp.float32(edge)) == pytest.approx(0.310, abs=5e-4)
+
+
+def test_hard_concrete_clamp_leaves_a_dead_gate_its_cost():
+    gate = HardConcrete()
+    ends = gate.project(jnp.float32([-100.0, 100.0, 1.25]))
+    np.testing.assert_allclose(ends, [math.log(0.01), math.log(100), 1.25], rtol=1e-6)
+    assert gate.prob_active(ends)[0] == pytest.approx(0.0471, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("keep_prob", "density"), [(0.5, 0.832), (0.7, 0.920), (0.8, 0.952), (0.95, 0.989)]
+)
+def test_hard_concrete_starts_denser_than_its_keep_probability(keep_prob, density):
+    gate, size = HardConcrete(), 10_000
+    logits = np.asarray(gate.init(jax.random.key(10), size, keep_prob), np.float64)
+    location = math.log(keep_prob / (1 - keep_prob))
+    assert abs(logits.mean() - location) < 5 * 0.01 / math.sqrt(size)
+    assert abs(logits.std() - 0.01) < 5 * 0.01 / math.sqrt(2 * size)
+    assert gate.prob_active(jnp.float32(location)) == pytest.approx(density, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("log_alpha", "first", "second"),
+    [(0.0, 0.2187, 0.0785), (2.0, 0.1141, 0.0387), (-2.0, 0.1141, 0.0387)],
+)
+def test_hard_concrete_pathwise_gradient_has_its_moments(log_alpha, first, second):
+    gate, logits = HardConcrete(), jnp.full(DRAWS, log_alpha, jnp.float32)
+    z, slope = jax.jvp(
+        lambda a: gate.sample(jax.random.key(11), a),
+        (logits,),
+        (jnp.ones_like(logits),),
+    )
+    slope = np.asarray(slope, np.float64)
+    assert (slope[(z == 0) | (z == 1)] == 0).all()
+    assert (slope[(z > 0) & (z < 1)] > 0).all()
+    for power, expected in ((slope, first), (slope**2, second)):
+        error = 5 * power.std() / math.sqrt(DRAWS)
+        assert abs(power.mean() - expected) < error + 5e-5
+
+
+def test_hard_concrete_gradients_in_closed_form():
+    """d P(z != 0) / d log alpha = P (1 - P); dz / d log alpha from z itself."""
+    gate = HardConcrete()
+    with jax.enable_x64(True):
+        logits = jnp.float64(LOGITS)
+        p = gate.prob_active(logits)
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(gate.prob_active))(logits), p * (1 - p), rtol=1e-9
+        )
+        z, slope = jax.jvp(
+            lambda a: gate.sample(jax.random.key(12), a),
+            (jnp.tile(logits, 500),),
+            (jnp.ones(500 * len(LOGITS)),),
+        )
+        inside = (z > 0) & (z < 1)
+        s = (z - gate.gamma) / (gate.zeta - gate.gamma)
+        closed = jnp.where(
+            inside, (gate.zeta - gate.gamma) * s * (1 - s) / gate.beta, 0.0
+        )
+        np.testing.assert_allclose(slope, closed, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta", 0.0),
+        ("beta", -1.0),
+        ("gamma", 0.0),
+        ("gamma", 0.1),
+        ("zeta", 1.0),
+        ("zeta", 0.5),
+        ("limit", 0.0),
+        ("beta", math.nan),
+        ("limit", math.nan),
+    ],
+)
+def test_hard_concrete_refuses_what_is_no_gate(field, value):
+    with pytest.raises(ValueError, match=field) as error:
+        HardConcrete(**{field: value})
+    if field != "limit":
+        assert str(value) in str(error.value)

@@ -1,0 +1,118 @@
+"""Law 9: imports flow downward, and only one file touches the disk."""
+
+import ast
+import pathlib
+
+import pytest
+
+import l0jax
+
+(PACKAGE,) = map(pathlib.Path, l0jax.__path__)
+FILES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+# From the ground up; a module imports from lower layers, or from its own package.
+LAYERS = (
+    ("units", "gates"),
+    ("gating", "costs"),
+    ("objectives", "models"),
+    ("nnx", "linen", "train"),
+    ("storage",),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}
+ONLY_IN_STORAGE = {"orbax", "safetensors", "hashlib", "json", "shutil", "pathlib"}
+# What the standard library offers a pure function.
+PURE = {
+    "collections",
+    "dataclasses",
+    "enum",
+    "functools",
+    "itertools",
+    "math",
+    "operator",
+    "types",
+    "typing",
+    "zlib",
+}
+
+sweep = pytest.mark.parametrize("module", FILES)
+
+
+def imported(file):
+    """Every module that is imported anywhere in a file, by its full dotted name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def layer_of(dotted):
+    return dotted.split(".")[0]
+
+
+def test_every_module_has_its_layer():
+    found = {layer_of(module) for module in FILES} - {"__init__"}
+    assert found == set(RANK)
+
+
+@sweep
+def test_imports_flow_downward(module):
+    own = layer_of(module)
+    if own == "__init__":
+        return
+    for name in imported(FILES[module]):
+        if name.split(".")[0] != "l0jax":
+            continue
+        other = layer_of(name.removeprefix("l0jax").removeprefix("."))
+        assert other in RANK, f"{module} imports all of l0jax"
+        assert other == own or RANK[other] < RANK[own], f"{module} imports {name}"
+
+
+@sweep
+def test_outside_imports_are_the_few_that_are_allowed(module):
+    allowed = ALLOWED | PURE | {"l0jax"}
+    if module == "storage":
+        allowed = allowed | ONLY_IN_STORAGE
+    found = {name.split(".")[0] for name in imported(FILES[module])}
+    assert found <= allowed, f"{module} imports {found - allowed}"
+
+
+@sweep
+def test_nothing_prints_or_opens_files(module):
+    # What reads or writes a file, the clock, the network or the terminal.
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    forbidden = {"print", "input", "breakpoint", "exec", "eval"}
+    if module != "storage":
+        forbidden |= {"open"}
+    assert not called & forbidden
+    attributes = {
+        node.attr
+        for node in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    verbs = {"savez", "tofile", "fromfile", "memmap", "write_text", "read_text"}
+    verbs |= {"write_bytes", "read_bytes", "mkdir", "unlink", "savetxt", "loadtxt"}
+    if module != "storage":
+        assert not attributes & verbs
+    assert not attributes & {"stdout", "stderr", "debug"}
+
+
+def test_storage_imports_orbax_only_to_save():
+    """At the top of the file, reading a shrunk model would wait for it."""
+    tree = ast.parse(FILES["storage"].read_text())
+    top = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not any(name.startswith(("orbax", "optax")) for name in top)

@@ -1,0 +1,458 @@
+"""Laws of the training step: what is drawn when, and that nothing else matters.
+
+Two tiny networks: one with two dense layers, and one whose outputs *are* its gates.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l0jax import gates, gating, objectives, storage, train
+from l0jax.units import Group, Slot, apply_gates
+
+GATE = gates.HardConcrete()
+ROOT = jax.random.key(0)
+GROUPS = {
+    "input": Group("input", 4, (Slot("dense1", 0),)),
+    "hidden": Group("hidden", 6, (Slot("dense2", 0),), (Slot("dense1", 1),)),
+}
+EXAMPLES, BATCH = 50, 8
+OBJECTIVE = objectives.penalty(GROUPS, 2.0, EXAMPLES, weight_decay=1e-3)
+POLYAK = 0.8
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["dense1"]) @ params["dense2"]
+
+
+def squared(outputs, targets):
+    error = jnp.square(outputs - targets).mean()
+    return error, {"largest": jnp.abs(outputs).max()}
+
+
+def temperature(step):
+    return 0.9 * 0.97 ** step.astype(jnp.float32)
+
+
+def relaxed(optimizer):
+    """Adam and its schedules raise a float to the power of an integer count."""
+
+    def update(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(*args)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def adam():
+    rate = optax.linear_schedule(3e-2, 1e-3, 20, 3)
+    return relaxed(train.gates_apart(optax.adam(rate), optax.adam(0.1)))
+
+
+def theta(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "params": {
+            "dense1": jnp.float32(rng.normal(size=(4, 6))),
+            "dense2": jnp.float32(rng.normal(size=(6, 2))),
+        },
+        "gates": gating.init(jax.random.key(seed), GATE, GROUPS, 0.5),
+    }
+
+
+def data(examples=EXAMPLES, seed=1):
+    rng = np.random.default_rng(seed)
+    inputs = jnp.float32(rng.normal(size=(examples, 4)))
+    return inputs, jnp.float32(rng.normal(size=(examples, 2)))
+
+
+def make(optimizer=None, apply=apply, **how):
+    optimizer = adam() if optimizer is None else optimizer
+    how = {"polyak": POLYAK, "temperature": temperature, **how}
+    return train.make_step(apply, squared, OBJECTIVE, GATE, GROUPS, optimizer, **how)
+
+
+def start(optimizer=None, seed=0):
+    return train.init(theta(seed), adam() if optimizer is None else optimizer)
+
+
+def batch_of(rows, examples=EXAMPLES):
+    return jax.tree.map(lambda a: a[np.asarray(rows)], data(examples))
+
+
+def epochs(run, step, state, which, examples=EXAMPLES):
+    """Trains the epochs `which`; the totals are those of the last."""
+    whole = data(examples)
+    for epoch in which:
+        totals = train.no_totals(step, state, batch_of(range(BATCH), examples), ROOT)
+        order = train.order_of_epoch(ROOT, epoch, examples, BATCH)
+        state, totals = run(state, totals, whole, order, ROOT)
+    return state, totals
+
+
+def equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# ------------------------------------------------------------------- what is drawn
+
+PROBE = {"all": Group("all", 5, (Slot("w", 0),))}
+PROBE_LOGITS = jnp.float32([-1.5, -0.5, 0.0, 0.8, 2.0])
+
+
+def probe(per_example, **how):
+    """A step whose metric `z` holds the gates as the network met them."""
+
+    def gates_of(params, x):
+        return jnp.broadcast_to(params["w"][None], (x.shape[0], 5))
+
+    def loss(outputs, targets):
+        return (outputs @ targets).mean(), {"z": outputs}
+
+    return train.make_step(
+        gates_of,
+        loss,
+        lambda params, prob_active: jnp.zeros(()),
+        GATE,
+        PROBE,
+        optax.sgd(1.0),
+        per_example=per_example,
+        **how,
+    )
+
+
+def probed(step, at, key=ROOT, examples=3):
+    state = train.init(
+        {"params": {"w": jnp.ones(5)}, "gates": {"all": PROBE_LOGITS}}, optax.sgd(1.0)
+    )
+    state = state._replace(step=jnp.int32(at))
+    batch = (jnp.zeros((examples, 1)), jnp.float32([1, 2, 3, -1, -2]))
+    # Targets are the same vector for every example: mapped over examples, unread.
+    new, metrics = jax.jit(step)(state, batch, key)
+    return np.asarray(metrics["z"]), new
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_steps_draw_their_own_gates_and_nothing_else_matters(per_example):
+    step = probe(per_example)
+    first, _ = probed(step, 3)
+    equal(probed(step, 3)[0], first)
+    for at, key in ((4, ROOT), (3, jax.random.key(1)), (0, ROOT)):
+        assert not np.array_equal(probed(step, at, key)[0], first)
+
+
+def test_gates_of_a_step_are_those_of_its_key():
+    z, _ = probed(probe(False), 3)
+    key = jax.random.fold_in(ROOT, 3)
+    expected = gating.sample(key, GATE, {"all": PROBE_LOGITS})["all"]
+    np.testing.assert_allclose(z, np.tile(expected, (3, 1)), rtol=1e-6)
+
+
+def test_gates_are_drawn_at_the_temperature_of_their_step():
+    z, _ = probed(probe(False, temperature=temperature), 30)
+    now = GATE.at_temperature(temperature(jnp.int32(30)))
+    expected = gating.sample(jax.random.fold_in(ROOT, 30), now, {"all": PROBE_LOGITS})[
+        "all"
+    ]
+    np.testing.assert_allclose(z[0], expected, rtol=1e-5)
+    assert not np.allclose(z, probed(probe(False), 30)[0])
+
+
+def test_per_example_draws_are_independent_and_have_the_law_of_the_gate():
+    n = 4000
+    z, new = probed(probe(True), 0, examples=n)
+    z = z.astype(np.float64)
+    assert len(np.unique(z[:, 2])) > n / 2
+    error = 5 * z.std(0) / math.sqrt(n)
+    np.testing.assert_array_less(np.abs(z.mean(0) - GATE.mean(PROBE_LOGITS)), error)
+    p = np.asarray(GATE.prob_active(PROBE_LOGITS), np.float64)
+    spread = 5 * np.sqrt(p * (1 - p) / n)
+    np.testing.assert_array_less(np.abs((z != 0).mean(0) - p), spread)
+    for one, other in ((z[:-1, 2], z[1:, 2]), (z[:, 1], z[:, 2])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(n)
+    # The gradient of the mean is the mean of pathwise gradients, to 5 sigma of theirs.
+    moved = np.asarray(PROBE_LOGITS - new.theta["gates"]["all"], np.float64)
+    targets = np.array([1, 2, 3, -1, -2])
+    with jax.enable_x64(True):
+        wide = jnp.asarray(PROBE_LOGITS, jnp.float64)
+        slope = np.asarray(jax.vmap(jax.grad(GATE.mean))(wide))
+    error = 5 * np.abs(targets) * 0.3 / math.sqrt(n)
+    np.testing.assert_array_less(np.abs(moved - targets * slope), error)
+
+
+def test_per_example_losses_have_the_mean_of_shared_ones():
+    """For one example the two are the same distribution: equal means over keys."""
+    keys = jax.random.split(jax.random.key(5), 3000)
+    state, batch, means = start(), batch_of([0]), []
+    for per_example in (False, True):
+        step = make(per_example=per_example)
+
+        def loss(key, step=step):
+            return step(state, batch, key)[1]["loss"]
+
+        losses = np.asarray(jax.jit(jax.vmap(loss))(keys), np.float64)
+        means.append((losses.mean(), losses.var() / len(keys)))
+    (one, a), (other, b) = means
+    assert abs(one - other) < 5 * math.sqrt(a + b)
+
+
+# --------------------------------------------------------------------- one step
+
+
+def by_hand(state, batch, rate=0.1):
+    """One step of plain gradient descent, from the functional core."""
+    now = GATE.at_temperature(temperature(state.step))
+    key = jax.random.fold_in(ROOT, state.step)
+
+    def total(theta):
+        z = gating.sample(key, now, theta["gates"])
+        outputs = apply(apply_gates(theta["params"], z, GROUPS), batch[0])
+        task = squared(outputs, batch[1])[0]
+        cost = OBJECTIVE(theta["params"], gating.prob_active(now, theta["gates"]))
+        return task + cost, (task, cost)
+
+    slopes, parts = jax.grad(total, has_aux=True)(state.theta)
+    new = jax.tree.map(lambda a, g: a - rate * g, state.theta, slopes)
+    new["gates"] = gating.project(now, new["gates"])
+    return new, parts
+
+
+def test_a_step_is_gradient_descent_on_loss_and_penalty():
+    sgd = optax.sgd(0.1)
+    state, step = start(sgd), jax.jit(make(sgd))
+    for rows in ([0, 1, 2], [7, 8, 9], [4, 5, 6]):
+        expected, (task, cost) = by_hand(state, batch_of(rows))
+        state, metrics = step(state, batch_of(rows), ROOT)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            state.theta,
+            expected,
+        )
+        np.testing.assert_allclose(metrics["loss"], task, rtol=1e-5)
+        np.testing.assert_allclose(metrics["penalty"], cost, rtol=1e-5)
+        assert set(metrics) == {"loss", "penalty", "largest"}
+    assert state.step == 3
+
+
+def test_logits_are_projected_after_every_step():
+    sgd = optax.sgd(1e4)
+    state, _ = make(sgd)(start(sgd), batch_of(range(BATCH)), ROOT)
+    values = jnp.concatenate(list(state.theta["gates"].values()))
+    assert jnp.abs(values).max() == jnp.float32(GATE.limit)
+    equal(gating.project(GATE, state.theta["gates"]), state.theta["gates"])
+    # The average is of what is used, not of what the optimiser proposed.
+    average = train.averaged(state, POLYAK)["gates"]
+    for name, values in state.theta["gates"].items():
+        np.testing.assert_allclose(average[name], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["params", "gates"])
+def test_gates_and_weights_have_their_own_optimisers(frozen):
+    rates = {"params": optax.sgd(0.1), "gates": optax.sgd(0.1), frozen: optax.sgd(0.0)}
+    optimizer = train.gates_apart(rates["params"], rates["gates"])
+    before = start(optimizer)
+    state, _ = make(optimizer)(before, batch_of(range(BATCH)), ROOT)
+    for part in ("params", "gates"):
+        leaves = zip(
+            jax.tree.leaves(state.theta[part]),
+            jax.tree.leaves(before.theta[part]),
+            strict=True,
+        )
+        assert all(np.array_equal(a, b) == (part == frozen) for a, b in leaves)
+
+
+def test_a_step_leaves_its_arguments_alone():
+    state = start()
+    kept = jax.tree.map(np.array, state)
+    make()(state, batch_of(range(BATCH)), ROOT)
+    equal(state, kept)
+
+
+@pytest.mark.parametrize("polyak", [0.0, 0.8, 0.999])
+def test_polyak_average_is_the_weighted_mean_of_the_past(polyak):
+    step, state = jax.jit(make(polyak=polyak)), start()
+    equal(train.averaged(state, polyak), state.theta)
+    past = []
+    for t in range(1, 6):
+        state, _ = step(state, batch_of(range(BATCH)), ROOT)
+        past.append(jax.tree.map(np.float64, state.theta))
+        weights = [(1 - polyak) * polyak ** (t - 1 - i) for i in range(t)]
+        mean = jax.tree.map(
+            lambda *values, w=weights: (
+                sum(a * b for a, b in zip(w, values, strict=True)) / sum(w)
+            ),
+            *past,
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            train.averaged(state, polyak),
+            mean,
+        )
+
+
+# ----------------------------------------------------------------- many of them
+
+
+def test_an_epoch_visits_each_example_once_in_a_fresh_order():
+    orders = [
+        np.asarray(train.order_of_epoch(key, epoch, EXAMPLES, BATCH))
+        for key, epoch in itertools.product((ROOT, jax.random.key(9)), (1, 2, 3))
+    ]
+    for order in orders:
+        assert order.shape == (EXAMPLES // BATCH, BATCH)
+        assert len(np.unique(order)) == order.size
+        assert order.min() >= 0
+        assert order.max() < EXAMPLES
+    assert len({order.tobytes() for order in orders}) == len(orders)
+    equal(train.order_of_epoch(ROOT, 2, EXAMPLES, BATCH), orders[1])
+    whole = np.sort(train.order_of_epoch(ROOT, 1, 48, 8).ravel())
+    np.testing.assert_array_equal(whole, np.arange(48))
+    # Over many epochs each example comes first equally often (5 sigma).
+    firsts = jax.vmap(lambda e: train.order_of_epoch(ROOT, e, 5, 5)[0, 0])(
+        jnp.arange(2000)
+    )
+    counts = np.bincount(np.asarray(firsts), minlength=5)
+    assert np.abs(counts - 400).max() < 5 * math.sqrt(2000 * 0.2 * 0.8)
+
+
+def test_a_run_is_its_steps_one_after_another():
+    step = make()
+    state, totals = epochs(train.make_run(step), step, start(), [1])
+    single, sums, expected = jax.jit(step), {}, start()
+    for rows in train.order_of_epoch(ROOT, 1, EXAMPLES, BATCH):
+        expected, metrics = single(expected, batch_of(rows), ROOT)
+        sums = {name: sums.get(name, 0.0) + float(m) for name, m in metrics.items()}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        state,
+        expected,
+    )
+    assert totals.steps == EXAMPLES // BATCH
+    assert totals.first_bad_step == -1
+    assert set(totals.sums) == set(sums)
+    for name, value in sums.items():
+        np.testing.assert_allclose(totals.sums[name], value, rtol=1e-4)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    """Law 7: 2n steps = n, save, load in a new program, n: bit for bit."""
+    step = make()
+    once, totals = epochs(train.make_run(step), step, start(), [1, 2, 3, 4])
+
+    half, _ = epochs(train.make_run(step), step, start(), [1, 2])
+    checkpoints = storage.Checkpoints(tmp_path)
+    checkpoints.save(2, half, {"best": 0.5})
+    fresh = make()
+    like = start(seed=7)
+    at, loaded, notes = storage.Checkpoints(tmp_path).restore(like, pytest.fail)
+    assert (at, notes) == (2, {"best": 0.5})
+    equal(loaded, half)
+    twice, resumed = epochs(train.make_run(fresh), fresh, loaded, [3, 4])
+    assert jax.tree.structure(twice) == jax.tree.structure(once)
+    equal(twice, once)
+    equal(resumed, totals)
+    assert once.step == 4 * (EXAMPLES // BATCH)
+    equal(train.averaged(twice, POLYAK), train.averaged(once, POLYAK))
+
+
+def test_one_trace_serves_all_epochs():
+    """Law 5: annealing, schedules and the epoch's number are data, not constants."""
+    traces = []
+
+    def traced(params, x):
+        traces.append(1)
+        return apply(params, x)
+
+    step = make(apply=traced)
+    run = train.make_run(step)
+    batch, state = batch_of(range(BATCH)), start()
+    empty = jax.tree.map(np.asarray, train.no_totals(step, state, batch, ROOT))
+    after = []
+    for epoch in range(4):
+        totals = jax.tree.map(jnp.asarray, empty)
+        order = train.order_of_epoch(ROOT, epoch, EXAMPLES, BATCH)
+        state, _ = run(state, totals, data(), order, ROOT)
+        after.append(len(traces))
+    assert after[0] == after[-1]
+    assert after[0] <= 3, "no_totals, and one trace of the run and of its loop"
+
+
+def lowered(examples):
+    step = make()
+    state, batch = start(), batch_of(range(BATCH), examples)
+    totals = train.no_totals(step, state, batch, ROOT)
+    order = train.order_of_epoch(ROOT, 1, examples, BATCH)[:3]
+    run = train.make_run(step)
+    return run.lower(state, totals, data(examples), order, ROOT).as_text()
+
+
+def test_the_data_set_is_an_argument_and_no_constant():
+    small, large = lowered(40), lowered(40_000)
+    assert "40000x4xf32" in large
+    assert abs(len(large) - len(small)) < 2000
+    assert max(map(len, large.splitlines())) < 20_000
+
+
+def test_the_state_is_donated():
+    step = make()
+    state, batch, whole = start(), batch_of(range(BATCH)), data()
+    totals = train.no_totals(step, state, batch, ROOT)
+    order = train.order_of_epoch(ROOT, 1, EXAMPLES, BATCH)
+    train.make_run(step)(state, totals, whole, order, ROOT)
+    assert all(a.is_deleted() for a in jax.tree.leaves(state.theta))
+    assert not any(a.is_deleted() for a in jax.tree.leaves((whole, order, ROOT)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_first_loss_that_is_not_finite_is_marked(bad):
+    step = make(optax.sgd(0.0))
+    run = train.make_run(step)
+    inputs, targets = data()
+    state, marked = start(optax.sgd(0.0)), []
+    for epoch, spoilt in ((1, None), (2, 3), (3, 0)):
+        totals = train.no_totals(step, state, batch_of(range(BATCH)), ROOT)
+        order = train.order_of_epoch(ROOT, epoch, EXAMPLES, BATCH)
+        wrong = targets
+        if spoilt is not None:
+            # This step and the one after it: the first counts.
+            rows = jnp.concatenate([order[spoilt, :1], order[spoilt + 1, :1]])
+            wrong = targets.at[rows].set(bad)
+        state, totals = run(state, totals, (inputs, wrong), order, ROOT)
+        marked.append(int(totals.first_bad_step))
+    steps = EXAMPLES // BATCH
+    assert marked == [-1, steps + 3, 2 * steps]
+
+
+def test_a_penalty_that_is_not_finite_is_marked_too():
+    totals = train.Totals(jnp.int32(0), {"loss": jnp.zeros(())}, jnp.int32(-1))
+    fine = {"loss": jnp.float32(1), "penalty": jnp.float32(2)}
+    for broken in ({"loss": jnp.float32(jnp.nan)}, {"penalty": jnp.float32(jnp.inf)}):
+        after = train.add(totals, fine, jnp.int32(4))
+        after = train.add(after, {**fine, **broken}, jnp.int32(5))
+        after = train.add(after, {**fine, **broken}, jnp.int32(6))
+        assert (int(after.steps), int(after.first_bad_step)) == (3, 5)
+
+
+def test_training_lowers_the_loss_and_closes_the_gates_of_unread_inputs():
+    """The sign of everything: the target reads one input of four."""
+    optimizer = relaxed(optax.adam(3e-2))
+    objective = objectives.penalty(GROUPS, 0.3, 64)
+    step = train.make_step(apply, squared, objective, GATE, GROUPS, optimizer)
+    x = jnp.float32(np.random.default_rng(3).normal(size=(64, 4)))
+    whole = (x, jnp.tanh(x[:, :1]) * jnp.float32([[1.0, -1.0]]))
+    batch = jax.tree.map(lambda a: a[:8], whole)
+    state, run, losses = start(optimizer), train.make_run(step), []
+    for epoch in range(40):
+        totals = train.no_totals(step, state, batch, ROOT)
+        order = train.order_of_epoch(ROOT, epoch, 64, 8)
+        state, totals = run(state, totals, whole, order, ROOT)
+        losses.append(float(totals.sums["loss"]) / int(totals.steps))
+    assert np.mean(losses[-5:]) < 0.3 * losses[0]
+    active = gating.prob_active(GATE, state.theta["gates"])["input"]
+    assert active[0] > 0.9
+    assert active[1:].max() < 0.5
