@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from l0jax.gates import noise
 from l0jax.gates.gate import Gate
 from l0jax.units import Groups
 
@@ -19,7 +20,7 @@ Vectors = dict[str, Float[Array, " units"]]
 
 def key_for(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """The key of one named thing, derived from a key shared by all."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return noise.fold_in(key, zlib.crc32(name.encode()))
 
 
 def init(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating
 from l0jax.gates.gate import Gate
+from l0jax.gates.noise import fold_in
 from l0jax.objectives import Objective
 from l0jax.units import Groups, apply_gates
 
@@ -118,7 +119,7 @@ def make_step(
     def step(state: State, batch: tuple[PyTree, PyTree], key: PRNGKeyArray):
         inputs, targets = batch
         now = gate_at(gate, temperature, state.step)
-        noise = jax.random.fold_in(key, state.step)
+        noise = fold_in(key, state.step)
 
         def one_draw(params, logits, noise, inputs):
             z = gating.sample(noise, now, logits)

@@ -10,6 +10,7 @@ differentiable in $\log\alpha$, the logit that is trained.
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -139,9 +140,25 @@ class HardConcrete:
         return jnp.clip(logits, -self.limit, self.limit)
 
     def _stretch(self, logit_of_s: Float[Array, "*units"]) -> Float[Array, "*units"]:
-        s = jax.nn.sigmoid(logit_of_s)
-        return jnp.clip(s * (self.zeta - self.gamma) + self.gamma, 0.0, 1.0)
+        return _stretched(logit_of_s, self.gamma, self.zeta)
 
     def _log_odds(self, x: float) -> float | Float[Array, ""]:
         """beta * logit of the unstretched s at which the stretched one equals x."""
         return self.beta * math.log((x - self.gamma) / (self.zeta - x))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _stretched(
+    logit_of_s: Float[Array, "*units"], gamma: float, zeta: float
+) -> Float[Array, "*units"]:
+    s = jax.nn.sigmoid(logit_of_s)
+    return jnp.clip(s * (zeta - gamma) + gamma, 0.0, 1.0)
+
+
+@_stretched.defjvp
+def _stretched_jvp(gamma, zeta, primals, tangents):
+    # s(1 - s) in terms of z itself, so that the gates are all that a step keeps for its
+    # backward pass.
+    z = _stretched(*primals, gamma, zeta)
+    slope = (z - gamma) * (zeta - z) / (zeta - gamma)
+    return z, jnp.where((z > 0) & (z < 1), slope, 0) * tangents[0]

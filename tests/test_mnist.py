@@ -1,0 +1,1021 @@
+"""The experiment from its settings to its files, on the digits.
+
+Most laws are swept over a few short runs that between them use every option. What a
+network does is computed again in NumPy, from the checkpoint and the gates it left.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import data, mnist, mnist_rows, run_folder
+from l0jax import costs, gates, models, storage, train, units
+
+SHORT = mnist.Config(
+    epochs=5,
+    batch_size=50,
+    lam=(0.2,),
+    weight_decay=1e-4,
+    learning_rate=1e-2,
+    gate_learning_rate=0.1,
+    polyak=0.9,
+    checkpoint_every=2,
+    progress=False,
+)
+STEPS = 26  # of each epoch: a twelfth of the 1,437 examples is held out
+EXAMPLES = 1317
+WIDTHS = {"input": 64, "hidden1": 300, "hidden2": 100}
+OUTPUTS = [300, 100, 10]  # of the layers that read them
+DENSE = 64 * 300 + 300 * 100 + 100 * 10
+ARRAYS = [f"layers.{i}.kernel" for i in range(3)]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "group": {},
+    "weight": {"gates": "weight", "epochs": 3, "keep_prob": (0.4, 0.5, 0.6)},
+    "per example": {
+        "per_example": True,
+        "test_rule": "mean",
+        "batch_size": 100,
+        "epochs": 1,
+    },
+    # Nothing moves, so that the penalty is known.
+    "frozen": {
+        "learning_rate": 0.0,
+        "gate_learning_rate": 0.0,
+        "polyak": 0.0,
+        "test_rule": "samples",
+        "samples": 50,
+        "lam": (1.0, 2.0, 3.0),
+        "weight_decay": 0.01,
+        "keep_prob": (0.9, 0.6, 0.3),
+        "epochs": 1,
+    },
+    "dead": {
+        "lam": (0.0, 50.0, 0.1),
+        "beta_end": 0.3,
+        "test_rule": "median",
+        "epochs": 2,
+    },
+}
+every_run = pytest.mark.parametrize("kind", KINDS)
+
+CLOCK = {
+    "seconds",
+    "steps_per_second",
+    "first_step_at",
+    "seconds_to_first_step",
+    "wall_seconds",
+    "folder",
+}
+
+
+class Run(NamedTuple):
+    config: mnist.Config
+    summary: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.out is not None
+        return self.config.out
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return run_folder.Log(self.folder).rows()
+
+    @property
+    def steps(self) -> int:
+        return EXAMPLES // self.config.batch_size
+
+
+def run(folder, **changes):
+    config = dataclasses.replace(SHORT, out=folder, **changes)
+    return Run(config, mnist.main(config))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_kept(tmp_path_factory):
+    """Runs of equal settings share compiled programs: compiling is most of a run."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs of each kind, `runs("weight")`."""
+
+    @functools.cache
+    def finished(kind):
+        return run(tmp_path_factory.mktemp("finished") / "run", **KINDS[kind])
+
+    return finished
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run like "group", as if killed after three of five epochs."""
+    return run(tmp_path_factory.mktemp("stopped") / "run", stop_after=3)
+
+
+def without(names, tree):
+    """`tree` without the entries of these names, however deep."""
+    if isinstance(tree, dict):
+        return {k: without(names, v) for k, v in tree.items() if k not in names}
+    return [without(names, v) for v in tree] if isinstance(tree, list) else tree
+
+
+def same_run(found, expected, apart_from=CLOCK):
+    assert without(apart_from, found.rows) == without(apart_from, expected.rows)
+    found, expected = found.summary, expected.summary
+    assert without(apart_from, found) == without(apart_from, expected)
+
+
+def npz(file):
+    with np.load(file) as stored:
+        return dict(stored)
+
+
+def same_arrays(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+# --------------------------------------------------------- what a run has to leave
+
+
+class Left(NamedTuple):
+    """What was evaluated at the end of a run, in float64: for each layer the weights
+    before and after gating, the biases, and P(z != 0) and the gates' values."""
+
+    weights: list[np.ndarray]
+    folded: list[np.ndarray]
+    biases: list[np.ndarray]
+    active: list[np.ndarray]
+    values: list[np.ndarray]
+    log_alpha: list[np.ndarray]
+
+    def __call__(self, images):
+        x = images.reshape(len(images), -1) / 16.0
+        for i, (kernel, bias) in enumerate(zip(self.folded, self.biases, strict=True)):
+            x = (np.maximum(x, 0) if i else x) @ kernel + bias
+        return x
+
+
+@functools.cache
+def dense():
+    made = mnist.architecture("mlp", (8, 8, 1), 10)
+    return models.make("mlp", made, rngs=nnx.Rngs(0))
+
+
+def names(config):
+    """Of the groups, in the order of the layers."""
+    return list(WIDTHS) if config.gates == "group" else ARRAYS
+
+
+def checkpoint(run):
+    """The newest one: epoch, state, notes."""
+    params = nnx.to_pure_dict(nnx.state(dense(), nnx.Param))
+    sizes = {name: np.size(units.arrays(params)[name]) for name in ARRAYS}
+    sizes = WIDTHS if run.config.gates == "group" else sizes
+    logits = {name: jnp.zeros(size) for name, size in sizes.items()}
+    optimizer = mnist.optimizer_of(run.config, 1)
+    like = train.init({"params": params, "gates": logits}, optimizer)
+    found = storage.Checkpoints(run.folder / "checkpoints").restore(like, pytest.fail)
+    assert found is not None
+    return found
+
+
+def left(run):
+    _, state, _ = checkpoint(run)
+    decay, steps = run.config.polyak, int(state.step)
+    theta, share = (state.average, 1 - decay**steps) if decay else (state.theta, 1)
+    arrays = {path: np.float64(a) / share for path, a in units.arrays(theta).items()}
+    stored = npz(run.folder / "gates.npz")
+    assert len(stored) == 6
+    weights = [arrays[f"params.{path}"] for path in ARRAYS]
+    values = [np.float64(stored[f"{name}/value"]) for name in names(run.config)]
+    return Left(
+        weights,
+        [w * z.reshape(len(w), -1) for w, z in zip(weights, values, strict=True)],
+        [arrays[f"params.layers.{i}.bias"] for i in range(3)],
+        [np.float64(stored[f"{name}/prob_active"]) for name in names(run.config)],
+        values,
+        [arrays[f"gates.{name}"] for name in names(run.config)],
+    )
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def prob_active(log_alpha, beta):
+    return sigmoid(log_alpha - beta * math.log(0.1 / 1.1))
+
+
+def error(outputs, split):
+    return 100 * (np.argmax(outputs, axis=-1) != split.labels).sum() / len(split.labels)
+
+
+def digits():
+    return data.load("digits", 1 / 12)
+
+
+@every_run
+def test_a_run_leaves_its_record(runs, kind):
+    run = runs(kind)
+    epochs = list(range(1, run.config.epochs + 1))
+    stored = json.loads((run.folder / "config.json").read_text())
+    assert stored.items() >= mnist.as_json(run.config).items()
+    assert json.loads((run.folder / "summary.json").read_text()) == run.summary
+    assert [row["epoch"] for row in run.rows] == epochs
+    assert [row["step"] for row in run.rows] == [run.steps * e for e in epochs]
+    for row in run.rows:
+        for what in ("expected", "decided", "dense"):
+            assert set(row[what]) == {"weights", *costs.CONVENTIONS}
+        assert row["steps_per_second"] * row["seconds"] == pytest.approx(run.steps)
+        # Of the examples seen in the epoch, a whole number.
+        seen = run.steps * run.config.batch_size
+        wrong = row["train_error"] * seen / 100
+        assert wrong == pytest.approx(round(wrong), abs=1e-3)
+        assert 0 < wrong < seen
+        assert row["loss"] > 0
+    assert sorted(int(f.stem) for f in (run.folder / "activity").iterdir()) == [
+        0,
+        *epochs,
+    ]
+    (events,) = (run.folder / "tensorboard").iterdir()
+    assert events.stat().st_size > 100
+    at, state, notes = checkpoint(run)
+    assert (at, state.step) == (epochs[-1], run.rows[-1]["step"])
+    assert notes == {"best": run.summary["best_on_validation"]}
+
+
+@every_run
+def test_gates_are_those_of_the_averaged_logits(runs, kind):
+    config, found = runs(kind).config, left(runs(kind))
+    beta = config.beta_end or config.beta
+    for log_alpha, active, z in zip(
+        found.log_alpha, found.active, found.values, strict=True
+    ):
+        np.testing.assert_allclose(active, prob_active(log_alpha, beta), atol=1e-5)
+        if config.test_rule in ("mean", "samples"):
+            expected = gates.HardConcrete(beta).mean(jnp.float32(log_alpha))
+        else:
+            scale = beta if config.test_rule == "median" else 1
+            expected = np.clip(1.2 * sigmoid(log_alpha / scale) - 0.1, 0, 1)
+        if config.test_rule == "samples":
+            # To 5 sigma, of values whose deviation is at most a half.
+            spread = 2.5 / math.sqrt(config.samples)
+            np.testing.assert_allclose(z, expected, atol=spread)
+            overall = abs(z.mean() - np.mean(expected))
+            assert 1e-5 < overall < spread / math.sqrt(len(z))
+        else:
+            np.testing.assert_allclose(z, expected, atol=1e-5)
+
+
+@every_run
+def test_the_shrunk_network_is_the_gated_one(runs, kind):
+    run, dataset = runs(kind), digits()
+    small, gated = storage.load(run.folder / "shrunk"), left(run)
+    images = jnp.asarray(dataset.test.images, jnp.float32) / 16
+    logits, expected = np.asarray(small(images)), gated(dataset.test.images)
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert run.summary["shrunk"]["max_relative_difference"] <= 1e-5
+    # And so are the errors that are reported.
+    assert error(logits, dataset.test) == run.summary["last"]["test_error"]
+    validation = error(gated(dataset.validation.images), dataset.validation)
+    assert run.rows[-1]["validation_error"] == pytest.approx(validation, abs=1e-9)
+
+
+@every_run
+def test_the_shrunk_network_is_as_small_as_is_reported(runs, kind):
+    run, found = runs(kind), left(runs(kind))
+    in_use = [int((kernel != 0).any(axis=1).sum()) for kernel in found.folded]
+    row, shrunk = run.rows[-1], run.summary["shrunk"]
+    assert row["architecture"] == dict(zip(WIDTHS, in_use, strict=True))
+    dead = [name for name, n in row["architecture"].items() if n == 0]
+    assert run.summary["dead"] == dead
+    # No array can be empty: of a dead group one unit stays.
+    widths = [max(n, 1) for n in in_use]
+    assert shrunk["architecture"] == {"features": [64, *widths[1:], 10]} | {
+        "reads": widths[0]
+    }
+    arrays = units.arrays(nnx.state(storage.load(run.folder / "shrunk")))
+    shapes = [arrays[path].shape for path in ARRAYS]
+    assert shapes == list(zip(widths, [*widths[1:], 10], strict=True))
+    counted = sum(math.prod(shape) + shape[1] for shape in shapes)
+    assert shrunk["parameters"] == counted
+    if run.config.gates == "group" and not dead:
+        assert row["weights"] == sum(map(math.prod, shapes))
+    if run.config.gates == "weight":
+        # Not all that is left: of a unit that nothing reads, its weights go too.
+        nonzero = sum(np.count_nonzero(arrays[path]) for path in ARRAYS)
+        assert nonzero <= row["weights"]
+
+
+def test_units_and_weights_are_removed(runs):
+    """What the runs above are for."""
+    for kind in ("group", "weight"):
+        row = runs(kind).rows[-1]
+        assert 0 < row["weights"] < 0.6 * DENSE
+        removed = [row["architecture"][n] < size for n, size in WIDTHS.items()]
+        assert sum(removed) >= 2, "of at least two layers"
+    for kind in ("per example", "frozen"):
+        assert runs(kind).rows[-1]["architecture"] == WIDTHS
+    assert runs("weight").rows[-1]["loss"] < 0.5 * runs("weight").rows[0]["loss"]
+
+
+def by_hand(units_left, weights_left=None):
+    """The costs in each convention, from the sizes of the layers."""
+    sizes = [*units_left, 10]
+    if weights_left is None:
+        weights_left = sum(a * b for a, b in itertools.pairwise(sizes))
+    return {
+        "weights": weights_left,
+        "macs": weights_left,
+        "reference_flops": sum(
+            2 * a * b for a, b in zip(units_left, OUTPUTS, strict=True)
+        ),
+        "flops_objective": weights_left + sum(sizes[1:]),
+    }
+
+
+@every_run
+def test_costs_are_those_of_the_formulas(runs, kind):
+    run, found, row = runs(kind), left(runs(kind)), runs(kind).rows[-1]
+    full = list(WIDTHS.values())
+    if run.config.gates == "group":
+        expected = by_hand([p.sum() for p in found.active])
+        decided = by_hand(row["architecture"].values())
+        pays = OUTPUTS
+    else:
+        # Single weights don't change the sizes of layers.
+        expected = by_hand(full, sum(p.sum() for p in found.active))
+        decided = by_hand(full, sum(np.count_nonzero(a) for a in found.folded))
+        pays = [1, 1, 1]
+    assert row["expected"] == pytest.approx(expected, rel=1e-4)
+    assert row["decided"] == pytest.approx(decided, rel=1e-6)
+    assert row["dense"] == by_hand(full)
+    assert row["weights"] == decided["weights"]
+    assert run.summary["dense_weights"] == DENSE
+    l0 = sum(n * p.sum() for n, p in zip(pays, found.active, strict=True))
+    assert row["expected_l0"] == pytest.approx(l0, rel=1e-4)
+    every = np.concatenate(found.active)
+    between = ((every > 0.05) & (every < 0.95)).mean()
+    assert row["undecided"] == pytest.approx(between)
+
+
+@every_run
+def test_activity_is_that_of_the_units(runs, kind):
+    """At the start by the keep probability, at the end by the gates."""
+    run, found = runs(kind), left(runs(kind))
+    files = sorted((run.folder / "activity").iterdir())
+    first, last = npz(files[0]), npz(files[-1])
+    keep_prob = run.config.keep_prob or (0.8, 0.5, 0.5)
+    for i, (name, size) in enumerate(WIDTHS.items()):
+        active = found.active[i]
+        if run.config.gates == "weight":
+            active = active.reshape(size, -1).mean(axis=1)
+        np.testing.assert_allclose(last[name], active, atol=1e-3)
+        odds = math.log(keep_prob[i] / (1 - keep_prob[i]))
+        initial = prob_active(odds, run.config.beta)
+        # Logits start with a deviation of 0.01, the slope is at most a quarter.
+        np.testing.assert_allclose(first[name], np.full(size, initial), atol=0.0145)
+
+
+def groups_named(*names):
+    return {name: units.Group(name, 1, ()) for name in names}
+
+
+def test_keep_probabilities_are_the_papers_where_none_is_given():
+    mlp, lenet5 = groups_named(*WIDTHS), groups_named("conv1", "conv2", "features")
+    assert mnist.keep_probabilities(SHORT, mlp) == (0.8, 0.5, 0.5)
+    assert mnist.keep_probabilities(SHORT, lenet5) == (0.5, 0.5, 0.5)
+    given = dataclasses.replace(SHORT, keep_prob=(0.3,))
+    assert mnist.keep_probabilities(given, mlp) == (0.3,)
+
+
+def test_the_penalty_of_a_frozen_run_is_the_papers(runs):
+    run, found = runs("frozen"), left(runs("frozen"))
+    decay, total = run.config.weight_decay, 0.0
+    for c, p, kernel in zip(run.config.lam, found.active, found.weights, strict=True):
+        cost = c / EXAMPLES * kernel.shape[1] + decay / 2 * (kernel**2).sum(axis=1)
+        total += (p * cost).sum()
+    assert run.rows[0]["penalty"] == pytest.approx(total, rel=1e-4)
+
+
+@every_run
+def test_the_best_epoch_is_the_first_of_lowest_validation_error(runs, kind):
+    rows, summary = runs(kind).rows, runs(kind).summary
+    errors = [row["validation_error"] for row in rows]
+    best = rows[int(np.argmin(errors))]
+    for row, told in ((best, "best_on_validation"), (rows[-1], "last")):
+        assert summary[told].items() <= row.items()
+        assert {"test_error", "decided", "expected", "epoch"} <= set(summary[told])
+    # The test error is looked at where it may be reported, and nowhere else.
+    improved = [e < min(errors[:i], default=math.inf) for i, e in enumerate(errors)]
+    improved[-1] = True
+    assert ["test_error" in row for row in rows] == improved
+
+
+def test_a_group_that_loses_all_its_units_is_reported(runs):
+    run = runs("dead")
+    assert run.summary["dead"] == ["hidden1"]
+    assert run.rows[-1]["architecture"]["hidden1"] == 0
+    assert "DEAD: group 'hidden1'" in mnist.table(run.summary)
+    assert mnist.progress_line(run.rows[-1]).count("DEAD") == 1
+    # It has run to the end, and the network it leaves sees nothing.
+    assert run.rows[-1]["epoch"] == run.config.epochs
+    outputs = storage.load(run.folder / "shrunk")(jnp.eye(64).reshape(64, 8, 8, 1))
+    np.testing.assert_array_equal(outputs, np.tile(outputs[0], (64, 1)))
+    alive = runs("group")
+    assert "DEAD" not in mnist.table(alive.summary)
+    assert "DEAD" not in mnist.progress_line(alive.rows[-1])
+
+
+@every_run
+def test_the_table_says_what_the_summary_says(runs, kind):
+    summary = runs(kind).summary
+    text = mnist.table(summary)
+    for title, name in (
+        ("last epoch", "last"),
+        ("best on valid", "best_on_validation"),
+    ):
+        (line,) = (line for line in text.splitlines() if line.startswith(title))
+        told = summary[name]
+        share = 100 * told["weights"] / DENSE
+        assert line.split()[-7:] == [
+            str(told["epoch"]),
+            f"{told['test_error']:.2f}%",
+            f"{told['validation_error']:.2f}%",
+            f"{told['weights']:,}",
+            f"{share:.1f}%",
+            f"{told['decided']['macs']:,.0f}",
+            "-".join(map(str, told["architecture"].values())),
+        ]
+    assert repr(summary["test_rule"]) in text
+    assert f"{summary['shrunk']['parameters']:,} parameters" in text
+    assert f"{summary['shrunk']['max_relative_difference']:.1e}" in text
+    assert summary["folder"] in text
+
+
+class Counter(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def emit(self, record):
+        if found := re.match(r"Compiling (\S+)", record.getMessage()):
+            self.names.append(found.group(1))
+
+
+def test_nothing_is_compiled_after_the_first_epoch(tmp_path, monkeypatch):
+    counter, after, row = Counter(), [], run_folder.Log.row
+
+    def counted(log, values):
+        row(log, values)
+        after.append(list(counter.names))
+
+    monkeypatch.setattr(run_folder.Log, "row", counted)
+    monkeypatch.setattr(logging.getLogger("jax"), "handlers", [counter])
+    with jax.log_compiles():
+        run(tmp_path / "run")
+    assert "jit(run)" in after[0]
+    assert [names[len(after[0]) :] for names in after] == [[]] * SHORT.epochs
+
+
+# ------------------------------------------------------------------- what is drawn
+
+
+def test_labels_of_the_test_set_change_nothing_but_test_errors(
+    runs, tmp_path, monkeypatch
+):
+    images, labels = digits().test
+    shuffled = data.Split(images, np.random.default_rng(0).permutation(labels))
+    other = dataclasses.replace(digits(), test=shuffled)
+    monkeypatch.setattr(data, "load", lambda name, validation: other)
+    found, expected = run(tmp_path / "run"), runs("group")
+    # So the same seed twice is the same run, too.
+    same_run(found, expected, CLOCK | {"test_error"})
+    wrong = found.summary["last"]["test_error"]
+    assert wrong > expected.summary["last"]["test_error"] + 20
+
+
+def test_the_seed_decides_weights_gates_and_noise(runs, tmp_path):
+    first, other = runs("frozen"), run(tmp_path / "run", seed=1, **KINDS["frozen"])
+    for a, b in zip(left(first).weights, left(other).weights, strict=True):
+        assert not np.isclose(a, b).mean() > 0.1
+    for a, b in zip(left(first).log_alpha, left(other).log_alpha, strict=True):
+        assert not np.isclose(a, b).mean() > 0.1
+    assert first.rows[0]["loss"] != other.rows[0]["loss"]
+
+
+# ------------------------------------------------------------------- stop and go on
+
+
+def go_on(stopped, folder, **changes):
+    """Resumes a copy of the run that was stopped."""
+    shutil.copytree(stopped.folder, folder, dirs_exist_ok=True)
+    return run(folder, resume=True, **changes)
+
+
+def truncate(run, epoch):
+    """Cuts the largest file of a checkpoint in half; returns what will be named."""
+    folder = run.folder / "checkpoints" / str(epoch)
+    largest = max(folder.rglob("*"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    return str(folder)
+
+
+def same_files(found, expected):
+    for name in ("gates.npz", *(f"activity/{e:05d}.npz" for e in range(6))):
+        same_arrays(npz(found.folder / name), npz(expected.folder / name))
+    for name in ("architecture.json", "arrays.safetensors"):
+        ours, theirs = (r.folder / "shrunk" / name for r in (found, expected))
+        assert ours.read_bytes() == theirs.read_bytes()
+    states = [units.arrays(checkpoint(r)[1]) for r in (found, expected)]
+    same_arrays(*states)
+
+
+def test_a_run_stops_where_it_is_told_to(stopped, runs):
+    assert stopped.summary == {"stopped_after": 3, "folder": str(stopped.folder)}
+    assert without(CLOCK, stopped.rows) == without(CLOCK, runs("group").rows[:3])
+    assert checkpoint(stopped)[0] == 3
+    assert not (stopped.folder / "summary.json").exists()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(stopped, runs, tmp_path, capsys):
+    found = go_on(stopped, tmp_path / "run")
+    same_run(found, runs("group"))
+    same_files(found, runs("group"))
+    # The epochs before were not run again.
+    assert found.rows[:3] == stopped.rows
+    assert "damaged" not in "".join(capsys.readouterr())
+
+
+def test_a_truncated_checkpoint_is_passed_over(stopped, runs, tmp_path, capsys):
+    shutil.copytree(stopped.folder, tmp_path / "run")
+    copy = Run(dataclasses.replace(SHORT, out=tmp_path / "run"), {})
+    damaged = truncate(copy, 3)
+    found = run(tmp_path / "run", resume=True)
+    said = "".join(capsys.readouterr())
+    assert f"checkpoint {damaged} is damaged" in said
+    assert said.count("damaged") == 1
+    same_run(found, runs("group"))
+    same_files(found, runs("group"))
+    assert found.rows[:2] == stopped.rows[:2]
+    assert found.rows[2] != stopped.rows[2]
+
+
+def test_without_a_whole_checkpoint_a_run_starts_again(stopped, runs, tmp_path, capsys):
+    shutil.copytree(stopped.folder, tmp_path / "run")
+    copy = Run(dataclasses.replace(SHORT, out=tmp_path / "run"), {})
+    damaged = [truncate(copy, epoch) for epoch in (3, 2)]
+    run(tmp_path / "run", resume=True, stop_after=1)
+    said = "".join(capsys.readouterr())
+    assert all(f"checkpoint {name} is damaged" in said for name in damaged)
+    assert without(CLOCK, copy.rows) == without(CLOCK, runs("group").rows[:1])
+
+
+@pytest.mark.parametrize("kind", ["group", "frozen"])
+def test_to_resume_a_finished_run_changes_nothing(runs, kind, tmp_path):
+    before = runs(kind)
+    shutil.copytree(before.folder, tmp_path / "run")
+    found = run(tmp_path / "run", resume=True, **KINDS[kind])
+    same_run(found, before)
+    assert found.rows == before.rows
+    same_arrays(npz(found.folder / "gates.npz"), npz(before.folder / "gates.npz"))
+
+
+def test_a_folder_in_use_is_left_alone(stopped):
+    files = [file for file in sorted(stopped.folder.rglob("*")) if file.is_file()]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(run_folder.RunFolderError, match="go on with --resume"):
+        run(stopped.folder)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+            run(stopped.folder, seed=1, resume=resume)
+    assert [file for file in sorted(stopped.folder.rglob("*")) if file.is_file()] == (
+        files
+    )
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_row_goes_on_where_it_stopped_and_is_recorded(
+    stopped, runs, tmp_path, monkeypatch, capsys
+):
+    row = mnist_rows.Row(SHORT)
+    monkeypatch.setattr(mnist_rows, "ROWS", {"tiny": row})
+    monkeypatch.setattr(mnist_rows, "RUNS", tmp_path)
+    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "all.jsonl")
+    shutil.copytree(stopped.folder, tmp_path / "tiny-seed0")
+    result = mnist_rows.run("tiny", 0)
+    expected = runs("group").summary
+    for field in ("test_rule", "last", "best_on_validation", "shrunk", "dead"):
+        assert result[field] == expected[field]
+    assert result["config"] == mnist.scientific(row.config)
+    assert (result["row"], result["seed"]) == ("tiny", 0)
+    assert (result["jax"], result["command"]) == (
+        jax.__version__,
+        mnist_rows.command("tiny"),
+    )
+    summary = json.loads((tmp_path / "tiny-seed0" / "summary.json").read_text())
+    assert result["seconds"] == summary["seconds"]
+    assert capsys.readouterr().out == mnist.table(summary) + "\n"
+    assert mnist_rows.results() == [result]
+    # Of another seed: a run, a folder and a line of its own.
+    monkeypatch.setattr(
+        mnist_rows,
+        "ROWS",
+        {"tiny": mnist_rows.Row(dataclasses.replace(SHORT, **KINDS["frozen"]))},
+    )
+    other = mnist_rows.run("tiny", 1)
+    assert other["config"]["seed"] == 1
+    assert (tmp_path / "tiny-seed1" / "summary.json").exists()
+    assert mnist_rows.results() == [result, other]
+
+
+# -------------------------------------------------------------------- what is wrong
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "dataset": ({"dataset": "emnist"}, ["dataset 'emnist'", *data.DATASETS]),
+    "model": ({"model": "vgg"}, ["model 'vgg'", *models.MODELS]),
+    "gate": ({"gate": "soft"}, ["gate 'soft'", *gates.GATES]),
+    "rule": (
+        {"test_rule": "best"},
+        ["test_rule 'best'", "paper", "median", "mean", "samples"],
+    ),
+    "validation": ({"validation": 1.5}, ["validation", "1.5", "below 1"]),
+    "small images": ({"model": "lenet5"}, ["LeNet-5", "16 by 16", "(8, 8, 1)"]),
+    "large batch": (
+        {"batch_size": 1318},
+        ["batch_size", "1318", "1317 training examples", "digits"],
+    ),
+    "weight decay": ({"weight_decay": -0.5}, ["weight_decay", "-0.5", ">= 0"]),
+    "stop after": ({"stop_after": 0}, ["stop_after", "0", "at least 1"]),
+    "rate": ({"learning_rate": -0.1}, ["learning_rate", "-0.1"]),
+    "gate rate": ({"gate_learning_rate": -0.1}, ["gate_learning_rate", "-0.1"]),
+    **{
+        f"lam of {n}": (
+            {"lam": (1.0,) * n},
+            ["lam", f"{n} values", "one for each of the 3", *WIDTHS],
+        )
+        for n in (0, 2, 4)
+    },
+    "keep_prob of 2": (
+        {"keep_prob": (0.5, 0.5)},
+        ["keep_prob", "2 values", "one for each of the 3", *WIDTHS],
+    ),
+    "lam of weights": (
+        {"gates": "weight", "lam": (1.0, 2.0)},
+        ["lam", "2 values", *ARRAYS],
+    ),
+    **{
+        f"lam {value}": ({"lam": (0.1, value, 0.1)}, ["lam", ">= 0", str(value)])
+        for value in (-0.5, math.nan)
+    },
+    **{
+        f"keep_prob {value}": ({"keep_prob": (value,)}, ["keep_prob", "(0, 1)", what])
+        for value, what in ((0.0, "0.0"), (1.0, "1.0"), (math.nan, "nan"))
+    },
+    **{
+        f"{field} {value}": ({field: value}, [field, limit, str(value)])
+        for field, limit, values in (
+            ("beta", "> 0", (0.0, -0.5, math.nan)),
+            ("beta_end", "> 0", (0.0, -0.5, math.nan)),
+            ("gamma", "< 0", (0.0, 0.5, math.nan)),
+            ("zeta", "> 1", (1.0, 0.5, math.nan)),
+            ("decay_from", "[0, 1]", (-0.1, 1.1, math.nan)),
+            ("polyak", "[0, 1)", (-0.1, 1.0, math.nan)),
+            ("epochs", "at least 1", (0, -3)),
+            ("batch_size", "at least 1", (0, -3)),
+            ("samples", "at least 1", (0, -3)),
+            ("checkpoint_every", "at least 1", (0, -3)),
+        )
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_settings_are_named_before_anything_is_written(bad, tmp_path):
+    changes, words = BAD[bad]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        run(tmp_path / "run", **changes)
+    said = str(error.value)
+    assert "\n" not in said
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"polyak": 0.0, "decay_from": 0.0},
+        {"decay_from": 1.0, "lam": (0.0,), "keep_prob": (0.1, 0.5, 0.9)},
+    ],
+)
+def test_settings_at_their_limits_pass(changes):
+    config = dataclasses.replace(SHORT, beta=0.5, gamma=-0.2, zeta=1.3, **changes)
+    gate = mnist.check(config)
+    assert gate == gates.HardConcrete(beta=0.5, gamma=-0.2, zeta=1.3)
+
+
+def spoiling(epoch, before):
+    """`train.make_run`, but that an epoch's steps meet or leave nothing finite."""
+    sound = train.make_run
+
+    def spoilt(state):
+        broken = jax.tree.map(lambda a: a * jnp.inf, (state.theta, state.average))
+        return state._replace(theta=broken[0], average=broken[1])
+
+    def make_run(step):
+        run, epochs = sound(step), itertools.count(1)
+
+        def spoilt_run(state, *rest):
+            spoil = next(epochs) == epoch
+            state, totals = run(spoilt(state) if spoil and before else state, *rest)
+            return (spoilt(state) if spoil and not before else state), totals
+
+        return spoilt_run
+
+    return make_run
+
+
+def finite(run, epoch):
+    """Whether all that a checkpoint holds is finite."""
+    import orbax.checkpoint as ocp
+
+    folder = run.folder / "checkpoints" / str(epoch)
+    arrays = ocp.StandardCheckpointer().restore(folder)
+    return all(np.isfinite(a).all() for a in jax.tree.leaves(arrays))
+
+
+def test_a_run_that_diverges_keeps_what_was_good(runs, tmp_path, monkeypatch):
+    diverged = Run(dataclasses.replace(SHORT, out=tmp_path / "run"), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_run", spoiling(3, before=True))
+        with pytest.raises(mnist.Diverged) as error:
+            run(tmp_path / "run")
+    said = str(error.value)
+    good = tmp_path / "run" / "checkpoints" / "2"
+    words = (f"at step {2 * STEPS} ", "(epoch 3)", str(good), "learning_rate")
+    assert [word for word in words if word not in said] == []
+    assert "\n" not in said
+    before = diverged.rows
+    assert without(CLOCK, before) == without(CLOCK, runs("group").rows[:2])
+    assert finite(diverged, 2)
+    # With the cause gone, it goes on from there.
+    same_run(run(tmp_path / "run", resume=True), runs("group"))
+    assert diverged.rows[:2] == before
+
+
+@pytest.mark.parametrize(("epoch", "good"), [(2, "none yet"), (5, "4")])
+def test_what_the_last_step_of_an_epoch_breaks_is_noticed(
+    epoch, good, tmp_path, monkeypatch
+):
+    """No loss has met it yet, and it must not be called a good checkpoint."""
+    diverged = Run(dataclasses.replace(SHORT, out=tmp_path / "run"), {})
+    monkeypatch.setattr(train, "make_run", spoiling(epoch, before=False))
+    with pytest.raises(mnist.Diverged, match=rf"epoch {epoch}\).*{good};"):
+        run(tmp_path / "run")
+    steps = storage.Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    assert all(finite(diverged, step) for step in steps)
+    assert [row["epoch"] for row in diverged.rows] == list(range(1, epoch))
+
+
+# -------------------------------------------------------------------- command line
+
+
+def command(monkeypatch, **changes):
+    """Calls the command line with the options that give these settings."""
+    given = {**vars(SHORT), **changes}
+    words = []
+    for field in dataclasses.fields(mnist.Config):
+        value, option = given[field.name], field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *map(str, values)]
+    monkeypatch.setattr(sys, "argv", ["mnist", *words])
+    mnist.cli()
+
+
+def test_the_command_line_shows_what_happens(runs, tmp_path, monkeypatch):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        command(monkeypatch, out=tmp_path / "run", progress=True, **KINDS["dead"])
+    config = dataclasses.replace(runs("dead").config, out=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    same_run(Run(config, summary), runs("dead"))
+    table = mnist.table(summary)
+    assert "DEAD" in table
+    assert out.getvalue().startswith(table + "\n")
+    # The pictures come last, each with its place.
+    lines = out.getvalue().removeprefix(table + "\n").splitlines()
+    pictures = sorted((tmp_path / "run" / "figures").iterdir())
+    assert sorted(lines) == [f"picture {file}" for file in pictures]
+    assert len(pictures) >= 4
+    last = err.getvalue().splitlines()[-1]
+    assert mnist.progress_line(Run(config, summary).rows[-1]) in last
+    assert f"{2 * STEPS}/{2 * STEPS}" in last
+
+
+def test_a_run_has_a_folder_of_its_own_by_default(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # To go on in a folder that isn't there is to begin.
+    for epoch in (1, 2):
+        command(monkeypatch, resume=True, stop_after=epoch)
+        said = capsys.readouterr()
+        assert said.out == f"stopped after epoch {epoch}; go on with --resume\n"
+        assert "it/s" not in said.err
+        assert "step/s" not in said.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    settings = mnist.scientific(SHORT)
+    assert folder == tmp_path / run_folder.default("digits-mlp", settings)
+    found = Run(dataclasses.replace(SHORT, out=folder), {})
+    assert without(CLOCK, found.rows) == without(CLOCK, runs("group").rows[:2])
+
+
+def no_data(name, validation):
+    raise data.DataError(f"{name} is not prepared")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lam": (1.0, 2.0)}, ["lam has 2 values"]),
+        ({"learning_rate": 1e30, "epochs": 1}, ["at step 1 (epoch 1)", "none yet"]),
+        ({"dataset": "kmnist"}, ["kmnist is not prepared"]),
+        ({"out": Path(__file__)}, [__file__]),
+    ],
+)
+def test_an_error_is_one_line(changes, words, tmp_path, monkeypatch):
+    if changes.get("dataset"):
+        monkeypatch.setattr(data, "load", no_data)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, **{"out": tmp_path / "run", **changes})
+    # A message as its code: Python prints it to stderr, and exits with 1.
+    said = stop.value.code
+    assert isinstance(said, str)
+    assert said.startswith("experiments.mnist: ")
+    assert "\n" not in said
+    assert all(word in said for word in words)
+
+
+def test_an_error_ends_the_process_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.mnist", "--dataset", "emnist"],
+        capture_output=True,
+        text=True,
+        cwd=Path(mnist.__file__).parents[1],
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("experiments.mnist: unknown dataset 'emnist'")
+
+
+def explained():
+    """The text below each field of `Config`, by name."""
+    (tree,) = ast.parse(inspect.getsource(mnist.Config)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return texts
+
+
+def test_help_explains_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mnist", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        mnist.cli()
+    assert stop.value.code == 0
+    # Without the frame, and however it is wrapped.
+    squeezed = re.sub(r"[\s│]", "", capsys.readouterr().out)
+    texts = explained()
+    for field in dataclasses.fields(mnist.Config):
+        option = f"--{field.name.replace('_', '-')}"
+        text = re.sub(r"\s", "", texts[field.name])
+        assert len(text) > 10
+        assert re.search(rf"{option}[^-].{{,80}}?{re.escape(text)}", squeezed), option
+
+
+# --------------------------------------------------------------------------- pieces
+
+
+def test_where_and_how_far_is_no_setting():
+    """Two runs that differ in it alone are one, in one folder."""
+    settings = mnist.scientific(SHORT)
+    changes = {
+        "out": Path("elsewhere"),
+        "resume": True,
+        "stop_after": 2,
+        "checkpoint_every": 7,
+        "progress": True,
+    }
+    for name, value in changes.items():
+        assert mnist.scientific(dataclasses.replace(SHORT, **{name: value})) == settings
+    every = {field.name for field in dataclasses.fields(mnist.Config)}
+    assert set(settings) == every - set(changes)
+    # As they are read back from a file.
+    assert settings == json.loads(json.dumps(settings))
+    assert set(mnist.as_json(SHORT)) == every
+
+
+@pytest.mark.parametrize("steps", [1, 26, 119, 120, 131, 144, 550, 600])
+def test_an_epoch_is_cut_into_equal_parts(steps):
+    order = np.arange(3 * steps).reshape(steps, 3)
+    pieces = mnist.parts(jnp.asarray(order))
+    np.testing.assert_array_equal(np.concatenate(pieces), order)
+    assert len({len(piece) for piece in pieces}) == 1, "one program fits all"
+    divisors = [n for n in range(1, 13) if steps % n == 0]
+    assert len(pieces) == (1 if steps < 120 else divisors[-1])
+
+
+@pytest.mark.parametrize("decay_from", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("gate_rate", [None, 0.3])
+def test_rates_are_constant_and_then_fall_to_zero(decay_from, gate_rate):
+    steps, start = 20, 20 * decay_from
+    config = dataclasses.replace(
+        SHORT,
+        learning_rate=0.1,
+        gate_learning_rate=gate_rate,
+        decay_from=decay_from,
+    )
+    optimizer = mnist.optimizer_of(config, steps)
+    theta = {"params": {"w": jnp.ones(2)}, "gates": {"input": jnp.ones(3)}}
+    state = optimizer.init(theta)
+    # Under a constant gradient, Adam's steps are its rate.
+    for t in range(steps + 3):
+        updates, state = optimizer.update(theta, state, theta)
+        share = 1.0
+        if decay_from < 1 and t > start:
+            share = max(steps - t, 0) / (steps - start)
+        for part, rate in (("params", 0.1), ("gates", gate_rate or 0.1)):
+            for leaf in jax.tree.leaves(updates[part]):
+                np.testing.assert_allclose(leaf, -rate * share, rtol=1e-4, atol=1e-7)
+
+
+def test_temperature_falls_geometrically_from_one_end_to_the_other():
+    assert mnist.temperature_schedule(SHORT, 100) is None
+    config = dataclasses.replace(SHORT, beta=0.8, beta_end=0.2)
+    schedule = mnist.temperature_schedule(config, 100)
+    found = [float(schedule(t)) for t in (0, 25, 50, 100)]
+    np.testing.assert_allclose(found, [0.8, 0.8 * 0.25**0.25, 0.4, 0.2], rtol=1e-5)
+
+
+def test_one_value_serves_all_layers_and_several_their_own():
+    groups = groups_named(*WIDTHS)
+    assert mnist.per_layer("lam", (2.0,), groups) == dict.fromkeys(WIDTHS, 2.0)
+    given = mnist.per_layer("lam", (1.0, 2.0, 3.0), groups)
+    assert given == {"input": 1.0, "hidden1": 2.0, "hidden2": 3.0}
+
+
+def test_undecided_gates_are_those_between_the_two_ends():
+    active = {"a": jnp.float32([0.0, 0.04, 0.06, 0.5]), "b": jnp.float32([0.94, 0.96])}
+    assert mnist.undecided(active) == pytest.approx(0.5)
+
+
+def test_disagreement_is_relative_to_the_larger_outputs():
+    a, b = np.float32([[4.0, -8.0]]), np.float32([[4.5, -7.0]])
+    assert mnist.disagreement(lambda x: a, lambda x: b, None) == pytest.approx(1 / 8)
+    zero = 0 * a
+    assert mnist.disagreement(lambda x: zero, lambda x: zero, None) == 0

@@ -1,0 +1,422 @@
+"""The rows behind `RESULTS.md`, and that what is printed is what was measured."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import mnist, mnist_rows, tables
+from l0jax import models
+
+COMMITTED = mnist_rows.results()
+BEFORE, AFTER = tables.MARKERS
+README = f"# Name\n\nAbove.\n\n{BEFORE}\nold | table\n{AFTER}\n\n<!-- below -->\n"
+
+# One row of each kind, and two seeds of each but the last.
+CONFIG = mnist.Config(dataset="digits", epochs=7)
+ROWS = {
+    "units": mnist_rows.Row(
+        dataclasses.replace(CONFIG, lam=(0.5, 1.5, 2.5)),
+        seeds=(0, 1),
+        published="9-8-7 (600), 1.6 %",
+        weights_limit=1_000,
+        error_limit=1.6,
+    ),
+    "curve": mnist_rows.Row(
+        dataclasses.replace(CONFIG, gates="weight", weight_decay=0.25), seeds=(0, 1)
+    ),
+    "other": mnist_rows.Row(CONFIG, seeds=(5,), published="?", weights_limit=10_000),
+}
+
+
+def made(row, seed, error=1.5, weights=900, **changes):
+    """A result as `mnist_rows.run` records it, with made-up numbers."""
+
+    def reached(error, weights, epoch):
+        architecture = {"input": 60 + seed, "hidden1": 30, "hidden2": epoch}
+        found = {"test_error": error, "weights": weights, "epoch": epoch}
+        return found | {"architecture": architecture}
+
+    config = dataclasses.replace(ROWS[row].config, seed=seed)
+    return {
+        "row": row,
+        "seed": seed,
+        "command": mnist_rows.command(row),
+        "jax": "1.2.3",
+        "config": mnist.scientific(config),
+        "test_rule": "paper",
+        "last": reached(error, weights, 7),
+        "best_on_validation": reached(error + 0.5, weights + 1_000, 4),
+        "seconds": 60.0 + 10 * seed,
+    } | changes
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository with a README and nothing else, whose rows are `ROWS`."""
+    monkeypatch.setattr(mnist_rows, "ROWS", ROWS)
+    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "mnist.jsonl")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "NOTES", tmp_path / "results" / "notes.md")
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path / "benchmarks")
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def parsed(markdown):
+    """The cells of a table, a dictionary by header for each line."""
+    header, rule, *lines = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in markdown.splitlines()
+    )
+    assert set(rule) == {"---"}
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+# ------------------------------------------------------------------------ the rows
+
+
+@pytest.mark.parametrize("name", mnist_rows.ROWS)
+def test_every_row_can_be_run(name):
+    row = mnist_rows.ROWS[name]
+    mnist.check(row.config)
+    kind = row.config.model
+    widths = mnist.architecture(kind, (28, 28, 1), 10)
+    # Without its weights, whose first values take seconds.
+    model = nnx.eval_shape(lambda: models.make(kind, widths, rngs=nnx.Rngs(0)))
+    model.reads.set_value(np.ones(model.reads.shape, bool))
+    groups = model.groups
+    if row.config.gates == "weight":
+        groups = mnist.weight_groups(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for field in ("lam", "keep_prob"):
+        values = getattr(row.config, field)
+        if values is not None:
+            assert set(mnist.per_layer(field, values, groups)) == set(groups)
+    assert len(row.seeds) == len(set(row.seeds)) > 0
+    # The table compares with both or with neither.
+    assert (row.weights_limit is None) == (row.error_limit is None)
+    # Where it is written is the row's to say, not its settings'.
+    assert row.config.out is None
+    assert not row.config.resume
+
+
+def test_no_two_rows_run_the_same():
+    configs = [row.config for row in mnist_rows.ROWS.values()]
+    settings = [json.dumps(mnist.scientific(config)) for config in configs]
+    assert len(settings) == len(set(settings))
+
+
+def test_committed_results_are_those_of_the_commands():
+    """The settings of every line are the ones that its command would run today."""
+    stale = []
+    for line in COMMITTED:
+        row = mnist_rows.ROWS[line["row"]]
+        wanted = mnist.scientific(dataclasses.replace(row.config, seed=line["seed"]))
+        for field in wanted.keys() | line["config"].keys():
+            pair = [where.get(field, "nothing") for where in (line["config"], wanted)]
+            if pair[0] != pair[1]:
+                stale.append((line["row"], line["seed"], field, *pair))
+        assert line["seed"] in row.seeds
+        assert line["command"] == mnist_rows.command(line["row"])
+        assert line["test_rule"] == line["config"]["test_rule"]
+        assert line["last"]["epoch"] == line["config"]["epochs"]
+        assert line["best_on_validation"]["epoch"] <= line["config"]["epochs"]
+        assert line["shrunk"]["max_relative_difference"] <= 1e-5
+    assert not stale, "row, seed, field, found, wanted"
+
+
+def test_committed_networks_have_the_widths_that_are_reported():
+    for line in COMMITTED:
+        found = line["shrunk"]["architecture"]
+        widths = (
+            [found["reads"], *found["features"][1:-1]]
+            if line["config"]["model"] == "mlp"
+            else [*found["maps"], found["reads"], found["hidden"]]
+        )
+        reported = line["last"]["architecture"]
+        # One unit stays of a group that lost all.
+        assert widths == [max(n, 1) for n in reported.values()]
+        assert line["dead"] == [name for name, n in reported.items() if n == 0]
+
+
+def test_committed_results_are_sorted_and_none_counts_twice():
+    order = list(mnist_rows.ROWS)
+    places = [(order.index(line["row"]), line["seed"]) for line in COMMITTED]
+    assert places == sorted(set(places))
+
+
+def test_a_result_takes_the_place_of_an_older_one(place):
+    assert mnist_rows.results() == []
+    cases = [("curve", 1), ("units", 1), ("other", 5), ("units", 0), ("curve", 0)]
+    for name, seed in cases:
+        mnist_rows.record(made(name, seed))
+    order = [("units", 0), ("units", 1), ("curve", 0), ("curve", 1), ("other", 5)]
+    assert mnist_rows.results() == [made(name, seed) for name, seed in order]
+    newer = made("curve", 0, error=9.0)
+    mnist_rows.record(newer)
+    expected = [made(name, seed) for name, seed in order]
+    expected[2] = newer
+    assert mnist_rows.results() == expected
+    # The same again changes nothing, to the byte.
+    before = mnist_rows.RESULTS.read_bytes()
+    mnist_rows.record(newer)
+    assert mnist_rows.RESULTS.read_bytes() == before
+
+
+@pytest.fixture
+def ran(place, monkeypatch):
+    """The rows and seeds that were run, of which none really is."""
+    ran = []
+    monkeypatch.setattr(mnist_rows, "run", lambda name, seed: ran.append((name, seed)))
+    return ran
+
+
+@pytest.mark.parametrize("names", [("nope",), ("units", "nope")])
+def test_an_unknown_row_is_named_before_any_is_run(names, ran):
+    with pytest.raises(SystemExit) as stop:
+        mnist_rows.main(mnist_rows.Arguments(rows=names))
+    said = str(stop.value.code)
+    assert all(word in said for word in ("'nope'", *ROWS))
+    assert ran == []
+
+
+def test_without_a_row_it_says_which_there_are(ran):
+    with pytest.raises(SystemExit) as stop:
+        mnist_rows.main(mnist_rows.Arguments())
+    assert all(word in str(stop.value.code) for word in ("give one", *ROWS))
+    assert ran == []
+
+
+def test_the_list_shows_all_settings_and_runs_nothing(ran, capsys):
+    mnist_rows.main(mnist_rows.Arguments(list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{n}: {mnist.scientific(r.config)}" for n, r in ROWS.items()]
+    assert ran == []
+
+
+def test_rows_are_run_with_their_seeds_or_those_asked_for(ran):
+    mnist_rows.main(mnist_rows.Arguments(rows=("other", "units")))
+    assert ran == [("other", 5), ("units", 0), ("units", 1)]
+    ran.clear()
+    mnist_rows.main(mnist_rows.Arguments(rows=("units", "curve"), seeds=(3,)))
+    assert ran == [("units", 3), ("curve", 3)]
+
+
+# ------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # With quantiles of Student's t as printed in tables: 12.706, 4.303, 3.182.
+        ([0.0, 2.0], "1.00 ± 12.71"),
+        ([1.0, 4.0, 7.0], "4.00 ± 7.45"),
+        ([1.4, 1.5, 1.7], "1.53 ± 0.38"),
+        ([2.0, 2.0, 4.0, 4.0], "3.00 ± 1.84"),
+        ([0.5, 0.5, 0.5], "0.50 ± 0.00"),
+    ],
+)
+def test_interval_is_that_of_student(values, expected):
+    assert tables.interval(values) == expected
+    assert tables.interval(value for value in values) == expected
+
+
+def test_interval_of_one_value_and_of_large_ones():
+    assert tables.interval([1.234]) == "1.23"
+    assert tables.interval([69_266.4], 0) == "69,266"
+    assert tables.interval([1e4, 1.2e4], 0) == "11,000 ± 12,706"
+
+
+@pytest.mark.parametrize("limit", [0.2, 0.5, 1.0, 1.2, 1.4, 1.6, 1.8])
+def test_a_limit_is_kept_if_the_printed_number_keeps_it(limit):
+    row = dataclasses.replace(ROWS["units"], error_limit=limit)
+    for below, above in itertools.product(range(8), range(-2, 9)):
+        errors = [round(limit - below / 100, 2), round(limit + above / 100, 2)]
+        results = [made("units", s, error=e) for s, e in enumerate(errors)]
+        printed = float(tables.interval(errors).split(" ± ")[0])
+        kept = tables.verdict(row, results).startswith("within")
+        assert kept == (printed <= limit), errors
+
+
+@pytest.mark.parametrize(
+    ("errors", "weights", "kept"),
+    [
+        ((1.6,), (1_000,), True),
+        ((1.61,), (1_000,), False),
+        ((1.6,), (1_001,), False),
+        ((1.0, 2.2), (500, 1_500), True),
+        ((1.0, 2.3), (500, 1_500), False),
+        ((1.0, 2.2), (500, 1_503), False),
+    ],
+)
+def test_limits_are_of_the_means_of_the_last_epoch(errors, weights, kept):
+    # The best epochs, all beyond the weights' limit, don't count.
+    results = [
+        made("units", seed, error, count)
+        for seed, (error, count) in enumerate(zip(errors, weights, strict=True))
+    ]
+    said = tables.verdict(ROWS["units"], results)
+    assert said == ("within" if kept else "NOT within") + " 1.6 %, 1,000 weights"
+    assert tables.verdict(ROWS["curve"], results) == ""
+
+
+# ------------------------------------------------------------------------ the text
+
+
+def fill(*results):
+    for result in results:
+        mnist_rows.record(result)
+
+
+def test_the_structured_table_says_what_was_measured(place):
+    fill(made("units", 0, 1.5, 1_500), made("units", 1, 1.9, 2_500), made("curve", 0))
+    (line,) = parsed(tables.structured())
+    assert line["row"] == "`units`"
+    assert line["published (best epoch on the test set)"] == ROWS["units"].published
+    assert line["test error, last epoch"] == "1.70 ± 2.54 %"
+    assert line["weights"] == "2,000 ± 6,353"
+    assert line["architectures by seed"] == "60-30-7, 61-30-7"
+    assert line["test error, best epoch on validation"] == "2.20 ± 2.54 %"
+    assert line["its weights"] == "3,000 ± 6,353"
+    assert (line["seeds"], line["epochs"]) == ("2", "7")
+    assert line["limits of last epoch"] == "NOT within 1.6 %, 1,000 weights"
+
+
+def test_the_curve_has_the_rows_without_limits(place):
+    fill(made("units", 0), made("curve", 0, 2.0, 300), made("curve", 1, 3.0, 300))
+    (line,) = parsed(tables.weightwise())
+    assert line == {
+        "row": "`curve`",
+        "network": "mlp",
+        "c in λ = c/N": "0.1",
+        "test error, last epoch": "2.50 ± 6.35 %",
+        "weights left": "300 ± 0",
+        "units that still reach anything": "60-30-7, 61-30-7",
+        "seeds": "2",
+        "epochs": "7",
+    }
+
+
+def test_settings_are_those_that_are_not_defaults(place):
+    fill(made("units", 0), made("units", 1), made("curve", 0), made("other", 5))
+    units, curve, other = parsed(tables.settings())
+    changed = "settings that are not defaults"
+    assert units["command"] == f"`{mnist_rows.command('units')}`"
+    assert units[changed] == "lam [0.5, 1.5, 2.5]"
+    assert curve[changed] == "gates weight, weight_decay 0.25"
+    assert other[changed] == "defaults"
+    assert (units["test-time rule"], units["JAX"]) == ("paper", "1.2.3")
+    assert units["training seconds per seed"] == "65 ± 64"
+
+
+def test_every_row_stands_in_one_of_the_two_tables(place):
+    fill(made("units", 0), made("curve", 0), made("curve", 1))
+    text = tables.document()
+    assert Counter(re.findall(r"\n\| (`[a-z]+`)", text)) == {"`units`": 1, "`curve`": 1}
+    for table in (tables.structured(), tables.weightwise(), tables.settings()):
+        assert f"\n\n{table}\n\n" in text
+
+
+def test_benchmarks_and_notes_are_printed(place):
+    entry = {"what": "a / b", "value": "1.31", "limit": "1.2", "detail": "of 9 runs"}
+    lines = [entry | {"within": within} for within in (True, False)]
+    (place / "benchmarks").mkdir()
+    for name, one in zip(("b.jsonl", "a.jsonl"), lines, strict=True):
+        (place / "benchmarks" / name).write_text(json.dumps(one) + "\n")
+    (place / "results").mkdir()
+    (place / "results" / "notes.md").write_text("\n## Notes\n\nA remark.\n\n")
+    found = parsed(tables.benchmarks())
+    assert [line[""] for line in found] == ["NOT within", "within"]
+    assert found[0].items() >= {"measured": "1.31", "limit": "1.2"}.items()
+    assert found[0].items() >= {"what": "a / b", "detail": "of 9 runs"}.items()
+    text = tables.document()
+    assert tables.benchmarks() in text
+    assert text.endswith("\n\n## Notes\n\nA remark.\n")
+
+
+def test_in_the_readme_only_the_table_changes(place):
+    fill(made("units", 0), made("units", 1, 1.7), made("curve", 0))
+    text = tables.quoted(README)
+    above, below = README.split(BEFORE)[0], README.split(AFTER)[1]
+    assert text.startswith(f"{above}{BEFORE}\n| row |")
+    assert text.endswith(f" |\n{AFTER}{below}")
+    table = text.split(BEFORE)[1].split(AFTER)[0].strip()
+    assert parsed(table) == [
+        {
+            "row": "`units`",
+            "published": ROWS["units"].published,
+            "test error": "1.60 ± 1.27 %",
+            "weights": "900 ± 0",
+            "architectures by seed": "60-30-7, 61-30-7",
+        }
+    ]
+    assert tables.quoted(text) == text
+
+
+# ----------------------------------------------------------------------- the files
+
+
+def test_the_check_passes_once_both_files_are_written_and_only_then(place):
+    fill(made("units", 0))
+    with pytest.raises(SystemExit, match=r"RESULTS\.md .*experiments\.tables"):
+        tables.main(check=True)
+    assert not (place / "RESULTS.md").exists()
+    assert (place / "README.md").read_text() == README
+    tables.main(check=False)
+    tables.main(check=True)
+    assert (place / "RESULTS.md").read_text() == tables.document()
+    assert (place / "README.md").read_text() == tables.quoted(README)
+    # Nothing has changed, nothing is written.
+    written = [(place / name).read_bytes() for name in ("RESULTS.md", "README.md")]
+    tables.main(check=False)
+    again = [(place / name).read_bytes() for name in ("RESULTS.md", "README.md")]
+    assert again == written
+
+
+@pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])
+def test_the_check_fails_if_a_file_was_edited_by_hand(place, name):
+    fill(made("units", 0))
+    tables.main(check=False)
+    file = place / name
+    edited = file.read_text().replace("900", "800", 1)
+    assert edited != file.read_text()
+    file.write_text(edited)
+    with pytest.raises(SystemExit, match=f"{name} does not say") as stop:
+        tables.main(check=True)
+    assert stop.value.code not in (0, None)
+    assert file.read_text() == edited
+
+
+@pytest.mark.parametrize("result", [made("units", 0, 9.0), made("units", 1)])
+def test_the_check_fails_after_another_result(place, result):
+    fill(made("units", 0))
+    tables.main(check=False)
+    fill(result)
+    with pytest.raises(SystemExit, match="does not say what the results say"):
+        tables.main(check=True)
+
+
+WITHOUT_MARKERS = {
+    "none": "# Name\n",
+    "only the first": README.replace(AFTER, ""),
+    "only the second": README.replace(BEFORE, ""),
+    "two tables": README + README,
+    "the wrong way round": f"{AFTER}\n{BEFORE}\n",
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MARKERS)
+def test_a_readme_without_its_markers_is_an_error_that_names_them(place, kind):
+    fill(made("units", 0))
+    readme = WITHOUT_MARKERS[kind]
+    (place / "README.md").write_text(readme)
+    with pytest.raises(SystemExit) as stop:
+        tables.main(check=False)
+    assert all(word in str(stop.value.code) for word in ("README.md", BEFORE, AFTER))
+    assert (place / "README.md").read_text() == readme
+    assert not (place / "RESULTS.md").exists()
