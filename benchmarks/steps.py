@@ -63,9 +63,7 @@ def stepper(model: models.Model, kind: str, steps: int) -> Callable[[], None]:
     data = images_and_labels()
     order = train.order_of_epoch(key, 0, EXAMPLES, BATCH)[:steps]
     logits = gating.init(key, gate, groups, 0.8)
-    # A copy, for the run donates its state and the models share their arrays.
-    theta = jax.tree.map(jnp.array, {"params": params, "gates": logits})
-    state = train.init(theta, optimizer)
+    state = train.init({"params": params, "gates": logits}, optimizer)
     batch = jax.tree.map(lambda a: a[:BATCH], data)
     totals = train.no_totals(step, state, batch, key)
     run = train.make_run(step)

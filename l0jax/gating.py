@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax.gates import noise
@@ -20,7 +21,7 @@ Vectors = dict[str, Float[Array, " units"]]
 
 def key_for(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """The key of one named thing, derived from a key shared by all."""
-    return noise.fold_in(key, zlib.crc32(name.encode()))
+    return noise.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
 
 
 def init(

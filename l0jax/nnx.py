@@ -93,7 +93,11 @@ class Gated(nnx.Module):
         return {name: variable[...] for name, variable in self.logits.items()}
 
     def prob_active(self) -> dict[str, Float[Array, " units"]]:
-        """P(z != 0) of every unit, for the objective."""
+        """P(z != 0) of every unit, for the objective.
+
+        The objective's other argument is `nnx.state(net.module, nnx.Param)`: groups
+        name their arrays by the paths of the wrapped module.
+        """
         return gating.prob_active(self.gate, self.log_odds)
 
 

@@ -7,6 +7,7 @@ Keys are derived, never split in a chain: the gates of step t are drawn with
 `fold_in(key, t)`, so that a resumed run draws what an uninterrupted one would have.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -66,7 +67,11 @@ Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
 def init(theta: Theta, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+    """The state before the first step.
+
+    It holds copies: a run donates its state, and the caller's arrays must survive.
+    """
+    theta = jax.tree.map(jnp.copy, theta)
     return State(
         step=jnp.zeros((), jnp.int32),
         theta=theta,
@@ -192,6 +197,7 @@ def add(totals: Totals, metrics: Mapping[str, Array], step: Int[Array, ""]) -> T
     )
 
 
+@functools.partial(jax.jit, static_argnames=("examples", "batch"))
 def order_of_epoch(
     key: PRNGKeyArray, epoch: int | Int[Array, ""], examples: int, batch: int
 ) -> Int[Array, "steps batch"]:

@@ -224,7 +224,6 @@ def error(network, images, labels):
     return 100 * (network(images).argmax(axis=1) != labels).mean()
 
 
-@jax.jit
 def order_of(epochs):
     """The images that each step sees: in each epoch, all of them in a new order."""
     orders = jax.vmap(lambda e: train.order_of_epoch(key, e, EXAMPLES, BATCH))(epochs)
@@ -238,9 +237,7 @@ def fit(groups):
     run = train.make_run(step)
 
     logits = gating.init(gating.key_for(key, "gates"), gate, groups, keep_prob=0.8)
-    # Copied, because a run reuses the memory of the state that it is given.
-    theta = {"params": jax.tree.map(jnp.copy, params), "gates": logits}
-    state = train.init(theta, optimizer)
+    state = train.init({"params": params, "gates": logits}, optimizer)
     batch = jax.tree.map(lambda array: array[:BATCH], training)
     totals = train.no_totals(step, state, batch, key)
 

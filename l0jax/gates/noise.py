@@ -15,7 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, UInt32
 
 CELLS = 65536
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -31,12 +31,13 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return ((cells.astype(jnp.float32) + 0.5) / CELLS).reshape(shape)
 
 
-def fold_in(key: PRNGKeyArray, number: int | Array) -> PRNGKeyArray:
+@functools.partial(jax.jit, inline=True)
+def fold_in(key: PRNGKeyArray, number: Integer[Array, ""]) -> PRNGKeyArray:
     """The very key that `jax.random.fold_in` derives, without its loop of kernels."""
     if not _is_threefry(key):
         return jax.random.fold_in(key, number)
     key0, key1 = jax.random.key_data(key)
-    number = jnp.asarray(number, jnp.uint32)
+    number = number.astype(jnp.uint32)
     derived = jnp.stack(threefry(key0, key1, jnp.zeros_like(number), number))
     return jax.random.wrap_key_data(derived, impl=jax.random.key_impl(key))
 
