@@ -39,7 +39,27 @@ def images_and_labels():
     return images.astype(jnp.uint8), labels
 
 
-def stepper(model: models.Model, kind: str, steps: int) -> Callable[[], None]:
+class NotDrawn(gates.HardConcrete):
+    """Gates that cost no noise: what is left is the price of a second parameter."""
+
+    def sample(self, key, logits):
+        return self.deterministic(logits, "paper")
+
+
+class NoiseOfJax(gates.HardConcrete):
+    """Hard concrete gates, drawn with the uniform noise that JAX offers."""
+
+    def sample(self, key, logits):
+        u = jax.random.uniform(key, logits.shape, minval=1e-6, maxval=1 - 1e-6)
+        return self._stretch((jnp.log(u) - jnp.log1p(-u) + logits) / self.beta)
+
+
+def stepper(
+    model: models.Model,
+    kind: str,
+    steps: int,
+    gate: gates.Gate = gates.HardConcrete(),  # noqa: B008 (frozen)
+) -> Callable[[], None]:
     """Runs `steps` training steps of `model` gated per `kind`, compiled before."""
     graph, params, others = nnx.split(model, nnx.Param, ...)
     params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
@@ -48,7 +68,6 @@ def stepper(model: models.Model, kind: str, steps: int) -> Callable[[], None]:
         "group": model.groups,
         "weight": weight_groups(params),
     }[kind]
-    gate = gates.HardConcrete()
     optimizer = train.gates_apart(optax.adam(1e-3), optax.adam(1e-3))
     step = train.make_step(
         lambda params, x: nnx.merge(graph, params, others)(x.astype(jnp.float32) / 255),
@@ -127,18 +146,23 @@ def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def entry(what: str, value: float, limit: float, unit: str, detail: str) -> dict:
+def entry(what: str, value: float, limit: float | None, unit: str, detail: str) -> dict:
+    """A line of the results; without a limit it is there to be compared with."""
+    verdict = "for comparison"
+    if limit is not None:
+        # Compared as printed.
+        verdict = "within" if round(value, 2) <= limit else "NOT within"
     return {
         "what": what,
         "value": f"{value:.2f}{unit}",
-        "limit": f"≤ {limit:g}{unit}",
-        # Compared as printed.
-        "within": round(value, 2) <= limit,
+        "limit": "" if limit is None else f"≤ {limit:g}{unit}",
+        "verdict": verdict,
         "detail": detail,
     }
 
 
 def milliseconds(seconds: dict[str, list[float]], steps: int) -> str:
+    """The median time of a step of each contender."""
     return ", ".join(
         f"{name} {1e3 * statistics.median(s) / steps:.2f} ms"
         for name, s in seconds.items()
@@ -148,20 +172,25 @@ def milliseconds(seconds: dict[str, list[float]], steps: int) -> str:
 def gate_costs(turns: int) -> list[dict]:
     steps = 50
     model = models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0))
-    seconds = take_turns(
-        {kind: stepper(model, kind, steps) for kind in ("none", "group", "weight")},
-        turns,
-    )
-    detail = f"per step: {milliseconds(seconds, steps)}"
+    variants = {
+        "one gate per unit": ("group", gates.HardConcrete(), 1.15),
+        "one gate per weight": ("weight", gates.HardConcrete(), 2.0),
+        "one gate per weight, not drawn": ("weight", NotDrawn(), None),
+        "one gate per weight, noise of jax.random": ("weight", NoiseOfJax(), None),
+    }
+    contenders = {"no gates": stepper(model, "none", steps)}
+    for name, (kind, gate, _) in variants.items():
+        contenders[name] = stepper(model, kind, steps, gate)
+    seconds = take_turns(contenders, turns)
     return [
         entry(
-            f"MLP step, one gate per {unit}, over the step without gates",
-            ratio(seconds, unit, "none"),
+            f"MLP step, {name}, over the step without gates",
+            ratio(seconds, name, "no gates"),
             limit,
             "×",
-            detail,
+            milliseconds({n: seconds[n] for n in (name, "no gates")}, steps),
         )
-        for unit, limit in (("group", 1.15), ("weight", 2.0))
+        for name, (_, _, limit) in variants.items()
     ]
 
 
@@ -187,7 +216,7 @@ def against_torch(turns: int) -> list[dict]:
             ratio(seconds, "l0jax", "PyTorch"),
             1.0,
             "×",
-            f"per step: {milliseconds(seconds, steps)}",
+            milliseconds(seconds, steps),
         )
     ]
 
@@ -230,8 +259,7 @@ def main() -> None:
     arguments = parser.parse_args()
     entries = start_up() + gate_costs(arguments.turns) + against_torch(arguments.turns)
     for e in entries:
-        verdict = "within" if e["within"] else "NOT within"
-        print(f"{e['what']}: {e['value']} ({verdict} {e['limit']}); {e['detail']}")
+        print(f"{e['what']}: {e['value']} ({e['verdict']} {e['limit']}); {e['detail']}")
     if arguments.record:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text("".join(json.dumps(e) + "\n" for e in entries))

@@ -110,8 +110,11 @@ def record(result: dict) -> None:
     """Puts one result into the file, in the place of an older one if there is one."""
     identity = (result["row"], result["seed"])
     kept = [r for r in results() if (r["row"], r["seed"]) != identity]
-    order = list(ROWS)
-    kept = sorted([*kept, result], key=lambda r: (order.index(r["row"]), r["seed"]))
+    # Rows that another version of this file knows are kept, at the end.
+    order = {name: at for at, name in enumerate(ROWS)}
+    kept = sorted(
+        [*kept, result], key=lambda r: (order.get(r["row"], len(order)), r["seed"])
+    )
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("".join(json.dumps(r) + "\n" for r in kept))
 

@@ -181,7 +181,7 @@ def benchmarks() -> str:
                     entry["what"],
                     entry["value"],
                     entry["limit"],
-                    "within" if entry["within"] else "NOT within",
+                    entry["verdict"],
                     entry["detail"],
                 ]
             )
