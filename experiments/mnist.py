@@ -253,11 +253,16 @@ def main(config: Config) -> dict[str, Any]:
             bar.update(len(part))
         totals = jax.device_get(totals)
         seconds = time.perf_counter() - started
-        if totals.first_bad_step >= 0:
+        bad_step = int(totals.first_bad_step)
+        theta = jax.tree.leaves(jax.device_get(state.theta))
+        if bad_step < 0 and not all(np.isfinite(a).all() for a in theta):
+            # Left by the last step, and met by no loss yet.
+            bad_step = int(state.step)
+        if bad_step >= 0:
             bar.close()
             good = checkpoints.steps()
             raise Diverged(
-                f"the loss is not finite at step {totals.first_bad_step} "
+                f"the loss is not finite at step {bad_step} "
                 f"(epoch {epoch}); the last good checkpoint is "
                 f"{checkpoints.folder / str(good[-1]) if good else 'none yet'}; "
                 "a smaller learning_rate may help"
@@ -315,7 +320,7 @@ def main(config: Config) -> dict[str, Any]:
         keep[name][0] = True
     small = l0jax.nnx.shrink(folded, keep, structure)
     storage.save(small, folder / "shrunk")
-    test_images = dataset.test.images[:EVALUATION_BATCH].astype(np.float32)
+    test_images = jnp.asarray(dataset.test.images[:EVALUATION_BATCH], jnp.float32)
     difference = disagreement(folded, small, test_images / dataset.scale)
     log.gates(active, z)
 
@@ -366,6 +371,15 @@ def check(config: Config) -> gates.Gate:
     for name in ("epochs", "batch_size", "samples", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.stop_after is not None and config.stop_after < 1:
+        raise ValueError(f"stop_after must be at least 1, got {config.stop_after}")
+    for value in config.lam:
+        if not value >= 0:
+            raise ValueError(f"lam must be >= 0, got {value}")
+    for name in ("learning_rate", "gate_learning_rate"):
+        rate = getattr(config, name)
+        if rate is not None and not rate >= 0:
+            raise ValueError(f"{name} must be >= 0, got {rate}")
     if not 0 <= config.decay_from <= 1:
         raise ValueError(f"decay_from must lie in [0, 1], got {config.decay_from}")
     if not 0 <= config.polyak < 1:
@@ -566,7 +580,7 @@ def cli() -> None:
     config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
     try:
         summary = main(config)
-    except (ValueError, Diverged, data.DataError) as error:
+    except (ValueError, Diverged, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.mnist: {error}") from None
     if "stopped_after" in summary:
         print(f"stopped after epoch {summary['stopped_after']}; go on with --resume")

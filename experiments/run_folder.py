@@ -32,11 +32,17 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
 
     Raises:
         RunFolderError: if the folder holds a run of other settings, or one of the same
-            and `resume` is False.
+            and `resume` is False, or a damaged configuration.
     """
     file = folder / CONFIG
     if file.exists():
-        old = json.loads(file.read_text())
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            raise RunFolderError(
+                f"{file} is damaged ({error}), so that nobody knows what run the "
+                "folder holds; choose another --out"
+            ) from error
         differing = [k for k in settings if k not in old or old[k] != settings[k]]
         if differing:
             name = differing[0]
@@ -71,7 +77,14 @@ class Log:
     def rows(self) -> list[dict]:
         if not self.file.exists():
             return []
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        rows = []
+        for line in self.file.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                # Cut short when the run was killed; its epoch is run again.
+                break
+        return rows
 
     def keep_until(self, epoch: int) -> None:
         """Drops what was logged after `epoch`: a resumed run logs it again."""

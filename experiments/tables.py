@@ -52,12 +52,13 @@ def architectures(results: list[dict], which: str = "last") -> str:
 
 def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
     """Whether the means are within the row's limits."""
-    if row.weights_limit is None:
+    if row.weights_limit is None or row.error_limit is None:
         return ""
     error = np.mean([r["last"]["test_error"] for r in results])
     weights = np.mean([r["last"]["weights"] for r in results])
     # Compared as printed, so that no reader finds a limit kept that is not.
-    kept = round(error, 2) <= row.error_limit and round(weights) <= row.weights_limit
+    error, weights = float(f"{error:.2f}"), float(f"{weights:.0f}")
+    kept = error <= row.error_limit and weights <= row.weights_limit
     return (
         f"{'within' if kept else 'NOT within'} {row.error_limit} %, "
         f"{row.weights_limit:,} weights"
@@ -228,6 +229,13 @@ Ratios, each measured in one run by alternating the things compared:
 
 def quoted(readme: str) -> str:
     """The README with its table filled in."""
+    if [readme.count(marker) for marker in MARKERS] != [1, 1] or (
+        readme.index(MARKERS[0]) > readme.index(MARKERS[1])
+    ):
+        raise SystemExit(
+            f"README.md must hold the line {MARKERS[0]} once and, after it, the line "
+            f"{MARKERS[1]} once: the table goes between them"
+        )
     before, rest = readme.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
     lines = []

@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "batch_size": 100,
         "epochs": 1,
     },
-    # Nothing moves, so that the penalty is known.
+    # No weight and no logit moves, so that the penalty is known.
     "frozen": {
         "learning_rate": 0.0,
         "gate_learning_rate": 0.0,
@@ -69,14 +69,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "lam": (1.0, 2.0, 3.0),
         "weight_decay": 0.01,
         "keep_prob": (0.9, 0.6, 0.3),
-        "epochs": 1,
-    },
-    "dead": {
-        "lam": (0.0, 50.0, 0.1),
         "beta_end": 0.3,
-        "test_rule": "median",
         "epochs": 2,
     },
+    "dead": {"lam": (0.0, 50.0, 0.1), "test_rule": "median", "epochs": 2},
 }
 every_run = pytest.mark.parametrize("kind", KINDS)
 
@@ -125,7 +121,10 @@ def programs_are_kept(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Several for the test set, one for the validation set.
+        patch.setattr(mnist, "EVALUATION_BATCH", 120)
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -275,6 +274,9 @@ def test_a_run_leaves_its_record(runs, kind):
         0,
         *epochs,
     ]
+    summary = run.summary
+    assert summary["seconds"] == pytest.approx(sum(r["seconds"] for r in run.rows))
+    assert 0 < summary["seconds_to_first_step"] < summary["wall_seconds"]
     (events,) = (run.folder / "tensorboard").iterdir()
     assert events.stat().st_size > 100
     at, state, notes = checkpoint(run)
@@ -429,11 +431,20 @@ def test_keep_probabilities_are_the_papers_where_none_is_given():
 
 def test_the_penalty_of_a_frozen_run_is_the_papers(runs):
     run, found = runs("frozen"), left(runs("frozen"))
-    decay, total = run.config.weight_decay, 0.0
-    for c, p, kernel in zip(run.config.lam, found.active, found.weights, strict=True):
-        cost = c / EXAMPLES * kernel.shape[1] + decay / 2 * (kernel**2).sum(axis=1)
-        total += (p * cost).sum()
-    assert run.rows[0]["penalty"] == pytest.approx(total, rel=1e-4)
+    config, steps = run.config, 2 * STEPS
+    cooling = config.beta_end / config.beta
+    for row in run.rows:
+        totals = []
+        for t in range(row["step"] - STEPS, row["step"]):
+            beta, total = config.beta * cooling ** (t / steps), 0.0
+            for c, log_alpha, kernel in zip(
+                config.lam, found.log_alpha, found.weights, strict=True
+            ):
+                squares = config.weight_decay / 2 * (kernel**2).sum(axis=1)
+                cost = c / EXAMPLES * kernel.shape[1] + squares
+                total += (prob_active(log_alpha, beta) * cost).sum()
+            totals.append(total)
+        assert row["penalty"] == pytest.approx(np.mean(totals), rel=1e-4)
 
 
 @every_run
@@ -533,13 +544,112 @@ def test_labels_of_the_test_set_change_nothing_but_test_errors(
     assert wrong > expected.summary["last"]["test_error"] + 20
 
 
-def test_the_seed_decides_weights_gates_and_noise(runs, tmp_path):
-    first, other = runs("frozen"), run(tmp_path / "run", seed=1, **KINDS["frozen"])
-    for a, b in zip(left(first).weights, left(other).weights, strict=True):
-        assert not np.isclose(a, b).mean() > 0.1
-    for a, b in zip(left(first).log_alpha, left(other).log_alpha, strict=True):
-        assert not np.isclose(a, b).mean() > 0.1
-    assert first.rows[0]["loss"] != other.rows[0]["loss"]
+def test_each_seed_has_its_draws_and_each_epoch_its_order(tmp_path, monkeypatch):
+    started, orders, keys, sound = [], [], [], train.make_run
+
+    def make_run(step):
+        run = sound(step)
+
+        def watched(state, totals, examples, order, key):
+            started.append(jax.tree.map(np.array, state.theta))
+            orders.append(np.asarray(order))
+            keys.append(np.asarray(jax.random.key_data(key)).tobytes())
+            return run(state, totals, examples, order, key)
+
+        return watched
+
+    monkeypatch.setattr(train, "make_run", make_run)
+    for seed in (0, 1):
+        run(tmp_path / str(seed), seed=seed, stop_after=2)
+    first, _, other, _ = (units.arrays(theta) for theta in started)
+    for path, array in first.items():
+        same = np.isclose(array, other[path]).mean()
+        assert same == 1 if path.endswith("bias") else same < 0.1
+    for order in orders:
+        assert order.shape == (STEPS, SHORT.batch_size)
+        assert len(np.unique(order)) == order.size
+        assert 0 <= order.min() <= order.max() < EXAMPLES
+    assert len({order.tobytes() for order in orders}) == 4
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+# --------------------------------------------------------------- what a step is told
+
+
+class Told(Exception):
+    pass
+
+
+def told(monkeypatch, folder, **changes):
+    """What a run tells `train.make_step`, by name; it goes no further."""
+    signature = inspect.signature(train.make_step)
+
+    def make_step(*args, **kwargs):
+        raise Told(signature.bind(*args, **kwargs).arguments)
+
+    monkeypatch.setattr(train, "make_step", make_step)
+    with pytest.raises(Told) as stop:
+        run(folder, **changes)
+    return stop.value.args[0]
+
+
+def test_a_step_does_what_the_settings_say(tmp_path, monkeypatch):
+    changes = {"beta": 0.5, "gamma": -0.2, "zeta": 1.2, "polyak": 0.7}
+    changes |= {"per_example": True, "beta_end": 0.25}
+    changes |= {"validation": 0.25, "batch_size": 100, "epochs": 3}
+    found = told(monkeypatch, tmp_path, **changes)
+    assert found["gate"] == gates.HardConcrete(beta=0.5, gamma=-0.2, zeta=1.2)
+    assert (found["polyak"], found["per_example"]) == (0.7, True)
+    # 1,437 examples less a quarter are ten steps of a hundred.
+    assert float(found["temperature"](30)) == pytest.approx(0.25)
+    theta = {"params": {"w": jnp.ones(2)}, "gates": {"input": jnp.ones(3)}}
+    update = jax.jit(found["optimizer"].update)
+    state = found["optimizer"].init(theta)
+    for _ in range(30):
+        updates, state = update(theta, state, theta)
+    # Of the last 8 steps, over which rates fall to zero, the last.
+    for part, rate in (
+        ("params", SHORT.learning_rate),
+        ("gates", SHORT.gate_learning_rate),
+    ):
+        for leaf in jax.tree.leaves(updates[part]):
+            np.testing.assert_allclose(leaf, -rate / 8, rtol=1e-4)
+
+
+def test_units_of_lenet5_pay_what_the_paper_says(tmp_path, monkeypatch):
+    """A map for its own filter and bias, a dense unit for the weights that read it."""
+
+    def padded(split):
+        edges = ((0, 0), (4, 4), (4, 4), (0, 0))
+        return data.Split(np.pad(split.images, edges), split.labels)
+
+    large = {part: padded(getattr(digits(), part)) for part in ("train", "test")}
+    large["validation"] = padded(digits().validation)
+    dataset = dataclasses.replace(digits(), **large)
+    monkeypatch.setattr(data, "load", lambda name, validation: dataset)
+    make, made = models.make, []
+
+    def blank(name, architecture, *, rngs):
+        # Drawing weights takes seconds, and their values don't matter here.
+        model = nnx.eval_shape(lambda: make(name, architecture, rngs=nnx.Rngs(0)))
+        graph, shapes = nnx.split(model)
+        ones = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes)
+        made.append(nnx.merge(graph, ones))
+        return made[0]
+
+    monkeypatch.setattr(models, "make", blank)
+    lam = (1.0, 10.0, 100.0, 1000.0)
+    found = told(monkeypatch, tmp_path, model="lenet5", lam=lam, weight_decay=0.0)
+    params = nnx.to_pure_dict(nnx.state(made[0], nnx.Param))
+    sizes = {name: group.size for name, group in found["groups"].items()}
+    assert sizes == {"conv1": 20, "conv2": 50, "features": 50, "hidden": 500}
+    open_gates = {name: jnp.ones(size) for name, size in sizes.items()}
+    pays = (5 * 5 * 1 + 1, 5 * 5 * 20 + 1, 500, 10)
+    weights = sum(
+        c * size * pay for c, size, pay in zip(lam, sizes.values(), pays, strict=True)
+    )
+    cost = found["objective"](params, open_gates)
+    assert cost == pytest.approx(weights / EXAMPLES, rel=1e-5)
 
 
 # ------------------------------------------------------------------- stop and go on
@@ -656,11 +766,6 @@ def test_a_row_goes_on_where_it_stopped_and_is_recorded(
     assert capsys.readouterr().out == mnist.table(summary) + "\n"
     assert mnist_rows.results() == [result]
     # Of another seed: a run, a folder and a line of its own.
-    monkeypatch.setattr(
-        mnist_rows,
-        "ROWS",
-        {"tiny": mnist_rows.Row(dataclasses.replace(SHORT, **KINDS["frozen"]))},
-    )
     other = mnist_rows.run("tiny", 1)
     assert other["config"]["seed"] == 1
     assert (tmp_path / "tiny-seed1" / "summary.json").exists()

@@ -168,6 +168,14 @@ def test_a_result_takes_the_place_of_an_older_one(place):
     assert mnist_rows.RESULTS.read_bytes() == before
 
 
+def test_a_row_that_is_no_longer_known_stays_at_the_end(place):
+    gone = made("curve", 0) | {"row": "gone"}
+    mnist_rows.RESULTS.parent.mkdir()
+    mnist_rows.RESULTS.write_text(json.dumps(gone) + "\n")
+    mnist_rows.record(made("other", 5))
+    assert mnist_rows.results() == [made("other", 5), gone]
+
+
 @pytest.fixture
 def ran(place, monkeypatch):
     """The rows and seeds that were run, of which none really is."""
@@ -324,7 +332,8 @@ def test_every_row_stands_in_one_of_the_two_tables(place):
 
 def test_benchmarks_and_notes_are_printed(place):
     entry = {"what": "a / b", "value": "1.31", "limit": "1.2", "detail": "of 9 runs"}
-    lines = [entry | {"within": within} for within in (True, False)]
+    verdicts = ("within", "NOT within")
+    lines = [entry | {"verdict": verdict} for verdict in verdicts]
     (place / "benchmarks").mkdir()
     for name, one in zip(("b.jsonl", "a.jsonl"), lines, strict=True):
         (place / "benchmarks" / name).write_text(json.dumps(one) + "\n")
