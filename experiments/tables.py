@@ -151,14 +151,12 @@ def settings() -> str:
             if value != defaults[field]
             and field not in ("dataset", "model", "seed", "epochs")
         )
-        seconds = interval((r["seconds"] for r in results), 0)
         lines.append(
             [
                 f"`{mnist_rows.command(name)}`",
                 changed or "defaults",
                 results[0]["test_rule"],
                 results[0]["jax"],
-                seconds,
             ]
         )
     header = [
@@ -166,7 +164,6 @@ def settings() -> str:
         "settings that are not defaults",
         "test-time rule",
         "JAX",
-        "training seconds per seed",
     ]
     return markdown(header, lines)
 
