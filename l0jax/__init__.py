@@ -9,9 +9,14 @@ from l0jax import nnx as nnx
 from l0jax import objectives as objectives
 from l0jax import storage as storage
 from l0jax import train as train
+from l0jax.narrow import narrow as narrow
 from l0jax.objectives import expected_l0 as expected_l0
+from l0jax.report import report as report
+from l0jax.structure import Structure as Structure
+from l0jax.structure import trace as trace
 from l0jax.units import Group as Group
 from l0jax.units import Slot as Slot
 from l0jax.units import apply_gates as apply_gates
 from l0jax.units import in_use as in_use
+from l0jax.units import round_to as round_to
 from l0jax.units import shrink as shrink

@@ -1,0 +1,445 @@
+"""A traced function evaluated again at other sizes.
+
+Every size in a traced program has a type, so that all that depends on sizes (reshapes,
+broadcasts, slices, group counts, constants) is computed again from the units that are
+left. The result is an ordinary function of JAX: it can be jitted, differentiated and
+exported. Functions with custom derivatives are differentiated by their own code.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, PyTree
+
+from l0jax import units
+from l0jax.axes import Type, Variable, positions, size, variables
+from l0jax.rules import Value
+from l0jax.structure import (
+    Line,
+    Program,
+    Structure,
+    constants_and_carries,
+    line_of,
+)
+from l0jax.units import Keep, arrays
+
+
+def narrow(
+    structure: Structure, params: PyTree, keep: Keep
+) -> tuple[Callable[..., PyTree], PyTree]:
+    """The traced function without the units that are not kept, and its parameters.
+
+    Args:
+        structure: of the function, by `trace`.
+        params: the parameters, with test-time gates folded in: what is removed is then
+            exactly what contributes nothing.
+        keep: a boolean vector for each group that loses units.
+
+    Returns:
+        `(small, small_params)`: `small(small_params, *inputs)` takes the same inputs as
+        the traced function, in batches of any size, and reads of them what is left.
+
+    Raises:
+        ValueError: as `l0jax.shrink`; if a group was added by hand, so that the program
+            does not know it; and, when called, for inputs of another shape.
+    """
+    units.check_keep(keep, structure.groups)
+    for name in keep:
+        if not knows(structure, {name: keep[name]}):
+            raise ValueError(
+                f"group {name!r} was added by hand: the program can't lose its units; "
+                "leave it out of keep and set its closed gates to zero"
+            )
+    small_params = units.shrink(params, keep, structure.groups)
+    left = _Left(structure, keep)
+
+    def small(params: PyTree, *inputs: PyTree) -> PyTree:
+        _check_tree(structure, params, inputs)
+        sizes = left.with_batch(inputs)
+        given = [
+            _take(sizes, value, leaf, path)
+            for (path, value), leaf in zip(
+                structure.traced.inputs.items(), arrays(inputs).values(), strict=True
+            )
+        ]
+        leaves = [*arrays(params).values(), *given]
+        results = _run(structure.traced.program, leaves, sizes)
+        return jax.tree.unflatten(structure.traced.out_tree, results)
+
+    return small, small_params
+
+
+def knows(structure: Structure, keep: Keep) -> bool:
+    """Whether the program knows all groups that lose units: none was added by hand."""
+    known = {name for owned in structure.traced.members.values() for name, _ in owned}
+    return all(name in known or np.asarray(keep[name]).all() for name in keep)
+
+
+def disagreement(
+    structure: Structure, keep: Keep, function: Callable[..., PyTree], params: PyTree
+) -> str | None:
+    """Where code that was run on smaller arrays differs from the narrowed program.
+
+    Code may compute more from sizes than shapes (a mean, the scale of an attention),
+    which would then be another function of its inputs. Nothing is compiled or run.
+
+    Args:
+        structure: of the function, by `trace`.
+        keep: which units are left.
+        function: the same function, as the user's code makes it from smaller arrays.
+        params: these arrays.
+
+    Returns:
+        None if the two are one, else a sentence that names the line.
+    """
+    left = _Left(structure, keep)
+    given = {
+        path: jax.ShapeDtypeStruct(left.shape(value), leaf.dtype)
+        for (path, value), leaf in zip(
+            structure.traced.inputs.items(), structure.traced.given, strict=True
+        )
+    }
+    inputs = jax.tree.unflatten(
+        structure.traced.in_tree, [*jax.tree.leaves(params), *given.values()]
+    )[1:]
+
+    def narrowed(params, *inputs):
+        leaves = [*arrays(params).values(), *arrays(inputs).values()]
+        return _run(structure.traced.program, leaves, left)
+
+    ours = [*_primitives(jax.make_jaxpr(narrowed)(params, *inputs).jaxpr)]
+    try:
+        theirs = [*_primitives(jax.make_jaxpr(function)(params, *inputs).jaxpr)]
+    except (TypeError, ValueError) as error:
+        return f"with smaller arrays it fails: {error}"
+    for (one, eqn), (other, _) in zip(theirs, ours, strict=False):
+        if one != other:
+            return f"{line_of(eqn)} computes {one} with smaller arrays, not {other}"
+    if len(theirs) != len(ours):
+        return "with smaller arrays it is a program of another length"
+    return None
+
+
+def _primitives(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    """What each equation computes, of those that it calls too."""
+    for eqn in jaxpr.eqns:
+        inside = []
+        for value in eqn.params.values():
+            for each in value if isinstance(value, tuple | list) else (value,):
+                each = getattr(each, "jaxpr", each)
+                if hasattr(each, "eqns"):
+                    inside.append(each)
+        for each in inside:
+            yield from _primitives(each)
+        if not inside:
+            numbers = [
+                str(atom.val)
+                for atom in eqn.invars
+                if isinstance(atom, jax.extend.core.Literal)
+            ]
+            shapes = [str(out.aval) for out in eqn.outvars]
+            text = f"{eqn.primitive.name}({', '.join(numbers)}) -> {' '.join(shapes)}"
+            yield text, eqn
+
+
+def inputs_left(
+    structure: Structure, keep: Keep
+) -> dict[str, dict[int, Bool[np.ndarray, " positions"]]]:
+    """Which positions of the inputs are still read: `{input: {axis: flags}}`."""
+    left = _Left(structure, keep)
+    return {
+        path: {
+            at: left.positions(axis)
+            for at, axis in enumerate(value.axes)
+            if left.changed([axis])
+        }
+        for path, value in structure.traced.inputs.items()
+        if left.changed(value.axes)
+    }
+
+
+class _Left:
+    """Sizes of variables after removal, and what positions of an axis are left."""
+
+    def __init__(self, structure: Structure, keep: Keep):
+        def stays(name: str, unit: int) -> bool:
+            return unit >= 0 and (name not in keep or bool(keep[name][unit]))
+
+        self.structure = structure
+        self.kept: dict[Variable, np.ndarray] = {}
+        for variable, members in structure.traced.members.items():
+            flags = np.array([stays(*member) for member in members])
+            if not flags.all():
+                self.kept[variable] = flags
+        self.sizes = {
+            variable: int(flags.sum()) for variable, flags in self.kept.items()
+        }
+
+    def with_batch(self, inputs: PyTree) -> "_Left":
+        """With the sizes that the inputs have in this call."""
+        both = object.__new__(_Left)
+        both.structure, both.kept, both.sizes = (
+            self.structure,
+            self.kept,
+            {**self.sizes},
+        )
+        traced = self.structure.traced
+        for (path, value), leaf in zip(
+            traced.inputs.items(), arrays(inputs).values(), strict=True
+        ):
+            found = tuple(leaf.shape)
+            for axis, now in zip(value.axes, found, strict=False):
+                if isinstance(axis, Variable):
+                    inside = [*variables(axis)]
+                    if len(inside) == 1 and inside[0] in traced.resizable:
+                        both.sizes[inside[0]] = now
+            expected = tuple(
+                axis.size if self.changed([axis]) else both.size(axis)
+                for axis in value.axes
+            )
+            if found != expected:
+                raise ValueError(
+                    f"input {path!r} has shape {found}; the program was traced with "
+                    f"{value.shape}, of which {_free(value, traced.resizable)}"
+                )
+        return both
+
+    def size(self, axis: Type) -> int:
+        return size(axis, lambda variable: self.sizes.get(variable, variable.size))
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(self.size(axis) for axis in value.axes)
+
+    def positions(self, axis: Type) -> np.ndarray:
+        return positions(
+            axis, lambda v: self.kept.get(v, np.ones(self.sizes.get(v, v.size), bool))
+        )
+
+    def changed(self, axes: Sequence[Type]) -> bool:
+        return any(
+            self.sizes.get(variable, variable.size) != variable.size
+            for axis in axes
+            for variable in variables(axis)
+        )
+
+
+def _free(value: Value, resizable: frozenset[Variable]) -> str:
+    free = [
+        str(at)
+        for at, axis in enumerate(value.axes)
+        if [*map(resizable.__contains__, variables(axis))] == [True]
+    ]
+    return f"axis {', '.join(free)} may have any size" if free else "no axis may differ"
+
+
+def _check_tree(structure: Structure, params: PyTree, inputs: PyTree) -> None:
+    found = jax.tree.structure((params, *inputs))
+    expected = structure.traced.in_tree
+    if found != expected:
+        raise ValueError(
+            f"the arguments have the structure {found}; the program was traced with "
+            f"{expected}"
+        )
+
+
+def _take(left: _Left, value: Value, leaf: Any, path: str) -> Any:
+    """An input, without the positions that nothing reads any more."""
+    for at, axis in enumerate(value.axes):
+        if any(variable in left.kept for variable in variables(axis)):
+            leaf = jnp.take(leaf, np.flatnonzero(left.positions(axis)), axis=at)
+    return leaf
+
+
+# ---------------------------------------------------------------- running a program
+
+
+def _run(program: Program, arguments: Sequence[Any], left: _Left) -> list[Any]:
+    jaxpr = program.jaxpr
+    constants = [
+        _constant(left, value, constant)
+        for value, constant in zip(program.ins, program.constants, strict=False)
+    ]
+    names = [*jaxpr.constvars, *jaxpr.invars]
+    found = dict(zip(names, [*constants, *arguments], strict=True))
+
+    def read(atom, value):
+        if isinstance(atom, jax.extend.core.Literal):
+            return _constant(left, value, atom.val)
+        return found[atom]
+
+    for line in program.lines:
+        given = [
+            read(atom, value)
+            for atom, value in zip(line.eqn.invars, line.ins, strict=True)
+        ]
+        found.update(zip(line.eqn.outvars, _line(line, given, left), strict=True))
+    return [
+        read(atom, value)
+        for atom, value in zip(jaxpr.outvars, program.outs, strict=True)
+    ]
+
+
+def _constant(left: _Left, value: Value, constant: Any) -> Any:
+    for at, axis in enumerate(value.axes):
+        if left.changed([axis]):
+            constant = np.asarray(constant).take(
+                np.flatnonzero(left.positions(axis)), axis=at
+            )
+    return constant
+
+
+def _line(line: Line, given: Sequence[Any], left: _Left) -> Sequence[Any]:
+    eqn = line.eqn
+    if not _differs(line, left):
+        return _bind(eqn, given, {})
+    name = eqn.primitive.name
+    if name in RUN:
+        return RUN[name](line, given, left)
+    if line.inner:
+        return _run(line.inner[0], given, left)
+    changes = SIZES[name](line, given, left) if name in SIZES else {}
+    return _bind(eqn, given, changes)
+
+
+def _differs(line: Line, left: _Left) -> bool:
+    """Whether any size differs from the traced one, within the line too."""
+    return any(left.changed(value.axes) for value in (*line.ins, *line.outs)) or any(
+        _differs(inner, left) for program in line.inner for inner in program.lines
+    )
+
+
+def _bind(eqn: Any, given: Sequence[Any], changes: dict[str, Any]) -> Sequence[Any]:
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*given, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+# Parameters of primitives that hold sizes, at the sizes of this call.
+
+Sizes = Callable[[Line, Sequence[Any], _Left], dict[str, Any]]
+
+
+def _out(name: str) -> Sizes:
+    return lambda line, given, left: {name: left.shape(line.outs[0])}
+
+
+def _slice(line, given, left):
+    starts, limits = [], []
+    for axis, start, limit in zip(
+        line.ins[0].axes,
+        line.eqn.params["start_indices"],
+        line.eqn.params["limit_indices"],
+        strict=True,
+    ):
+        if (start, limit) == (0, axis.size):
+            limit = left.size(axis)
+        elif left.changed([axis]):
+            flags = left.positions(axis)
+            start, limit = int(flags[:start].sum()), int(flags[:limit].sum())
+        starts.append(start)
+        limits.append(limit)
+    return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
+
+
+def _pad(line, given, left):
+    config = []
+    for axis, (low, high, interior) in zip(
+        line.outs[0].axes, line.eqn.params["padding_config"], strict=True
+    ):
+        if (low > 0 or high > 0) and left.changed([axis]):
+            flags = left.positions(axis)
+            low = int(flags[:low].sum())
+            high = int(flags[len(flags) - high :].sum())
+        config.append((low, high, interior))
+    return {"padding_config": tuple(config)}
+
+
+def _split(line, given, left):
+    at = line.eqn.params["axis"]
+    return {"sizes": tuple(left.size(out.axes[at]) for out in line.outs)}
+
+
+def _gather(line, given, left):
+    axes = line.ins[0].axes
+    return {
+        "slice_sizes": tuple(
+            left.size(axis) if traced == axis.size else traced
+            for axis, traced in zip(axes, line.eqn.params["slice_sizes"], strict=True)
+        )
+    }
+
+
+def _convolution(line, given, left):
+    numbers = line.eqn.params["dimension_numbers"]
+    x, kernel = given
+    channels, inside = x.shape[numbers.lhs_spec[1]], kernel.shape[numbers.rhs_spec[1]]
+    if line.eqn.params["feature_group_count"] == 1:
+        return {}
+    return {"feature_group_count": channels // inside}
+
+
+SIZES: dict[str, Sizes] = {
+    "broadcast_in_dim": _out("shape"),
+    "reshape": _out("new_sizes"),
+    "iota": _out("shape"),
+    "dynamic_slice": _out("slice_sizes"),
+    "slice": _slice,
+    "pad": _pad,
+    "split": _split,
+    "gather": _gather,
+    "conv_general_dilated": _convolution,
+}
+
+
+# Loops and branches.
+
+
+def _scan(line, given, left):
+    params, (body,) = line.eqn.params, line.inner
+    consts, carried = constants_and_carries(line.eqn)
+    fixed = given[:consts]
+
+    def turn(carry, row):
+        results = _run(body, [*fixed, *carry, *row], left)
+        return results[:carried], results[carried:]
+
+    carry, rows = jax.lax.scan(
+        turn,
+        list(given[consts : consts + carried]),
+        list(given[consts + carried :]),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *rows]
+
+
+def _while(line, given, left):
+    test, body = line.inner
+    tested = line.eqn.params["cond_nconsts"]
+    turned = tested + line.eqn.params["body_nconsts"]
+    return jax.lax.while_loop(
+        lambda carry: _run(test, [*given[:tested], *carry], left)[0],
+        lambda carry: _run(body, [*given[tested:turned], *carry], left),
+        list(given[turned:]),
+    )
+
+
+def _cond(line, given, left):
+    branches = [
+        lambda *values, program=program: _run(program, values, left)
+        for program in line.inner
+    ]
+    return jax.lax.switch(given[0], branches, *given[1:])
+
+
+RUN: dict[str, Callable[[Line, Sequence[Any], _Left], Sequence[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

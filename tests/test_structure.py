@@ -1,0 +1,759 @@
+"""Laws 2, 3 and 4: what `trace` says may be removed may be, and costs what it says.
+
+Over the networks of `networks.py`, and over random ones: composed of layers whose code
+reads all sizes from its arrays, so that the same function runs on smaller ones too.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.networks import NETWORKS
+from l0jax import costs, gating, units
+from l0jax.gates import HardConcrete
+from l0jax.narrow import narrow
+from l0jax.structure import TraceError, trace
+from l0jax.units import Group, Slot
+
+# Compiled fast rather than to run fast.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+
+# ------------------------------------------------------------------ random networks
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "softplus": jax.nn.softplus,
+}
+
+
+def conv(x, kernel, groups=1):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def along_last(vector, x):
+    return vector.reshape([1] * (x.ndim - 1) + [-1])
+
+
+class Network:
+    """Draws layers, makes their arrays, and is the function that they compute."""
+
+    def __init__(self, data):
+        self.data, self.params, self.layers = data, {}, []
+        self.rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+        size = self.int(1, 3)
+        self.shape = (2, 4, 4, size)
+        self.steps = self.sequence(size, self.int(1, 4))
+        x = jnp.asarray(self.rng.normal(size=self.shape), jnp.float32)
+        self.flat = data.draw(st.booleans())
+        width = jax.eval_shape(
+            lambda params, x: self(x, params, features=True), self.params, x
+        ).shape[-1]
+        self.array("head", (width, 3))
+        self.x = x
+
+    def int(self, low, high):
+        return self.data.draw(st.integers(low, high))
+
+    def array(self, name, shape):
+        fan = max(int(np.prod(shape[:-1])), 1)
+        values = self.rng.normal(size=shape) / np.sqrt(fan) + 0.05
+        self.params[name] = np.asarray(values, np.float32)
+        return name
+
+    def fresh(self, kind):
+        return f"{kind}{len(self.params)}"
+
+    def sequence(self, size, layers):
+        steps, self.size = [], size
+        for _ in range(layers):
+            kind = self.data.draw(st.sampled_from(sorted(LAYERS)))
+            steps.append(LAYERS[kind](self))
+        return steps
+
+    def run(self, steps, params, x):
+        for step in steps:
+            x = step(params, x)
+        return x
+
+    def __call__(self, x, params=None, features=False):
+        params = self.params if params is None else params
+        x = self.run(self.steps, params, x)
+        x = x.reshape(x.shape[0], -1) if self.flat else x.mean((1, 2))
+        return x if features else x @ params["head"]
+
+
+LAYERS = {}
+
+
+def layer(function):
+    LAYERS[function.__name__] = function
+    return function
+
+
+@layer
+def convolution(net):
+    out = net.int(1, 5)
+    kernel = net.array(net.fresh("conv"), (3, 3, net.size, out))
+    bias = net.array(net.fresh("bias"), (out,))
+    net.size = out
+    return lambda p, x: conv(x, p[kernel]) + along_last(p[bias], x)
+
+
+@layer
+def depthwise(net):
+    times = net.int(1, 3)
+    kernel = net.array(net.fresh("depthwise"), (3, 3, 1, net.size * times))
+    net.size *= times
+    return lambda p, x: conv(x, p[kernel], groups=x.shape[-1])
+
+
+@layer
+def grouped(net):
+    inside, groups, made = net.int(1, 3), net.int(1, 3), net.int(1, 2)
+    first = net.array(net.fresh("conv"), (1, 1, net.size, inside * groups))
+    kernel = net.array(net.fresh("grouped"), (3, 3, inside, made * groups))
+    net.size = made * groups
+
+    def run(p, x):
+        x = conv(x, p[first])
+        return conv(x, p[kernel], groups=x.shape[-1] // p[kernel].shape[2])
+
+    return run
+
+
+@layer
+def batch_norm(net):
+    names = [net.array(net.fresh(part), (net.size,)) for part in ("a", "b", "m", "v")]
+
+    def run(p, x):
+        scale, shift, mean, var = (along_last(p[name], x) for name in names)
+        return (x - mean) * jax.lax.rsqrt(jnp.square(var) + 1e-3) * scale + shift
+
+    return run
+
+
+@layer
+def norm_of_pairs(net):
+    """Group normalisation of two channels each: only whole pairs can go."""
+    kernel = net.array(net.fresh("conv"), (1, 1, net.size, 2 * net.int(1, 3)))
+    net.size = net.params[kernel].shape[-1]
+
+    def run(p, x):
+        x = conv(x, p[kernel])
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        mean = pairs.mean((1, 2, 4), keepdims=True)
+        spread = jnp.square(pairs - mean).mean((1, 2, 4), keepdims=True)
+        return ((pairs - mean) * jax.lax.rsqrt(spread + 1e-3)).reshape(x.shape)
+
+    return run
+
+
+@layer
+def layer_norm(net):
+    def run(p, x):
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-3)
+
+    return run
+
+
+@layer
+def activation(net):
+    function = ACTIVATIONS[net.data.draw(st.sampled_from(sorted(ACTIVATIONS)))]
+    return lambda p, x: function(x)
+
+
+@layer
+def gate(net):
+    """A gated linear unit: two halves of one layer's outputs meet."""
+    half = net.int(1, 3)
+    kernel = net.array(net.fresh("glu"), (net.size, 2 * half))
+    net.size = half
+
+    def run(p, x):
+        a, b = jnp.split(x @ p[kernel], 2, axis=-1)
+        return a * jax.nn.sigmoid(b)
+
+    return run
+
+
+@layer
+def residual(net):
+    size = net.size
+    inner = net.sequence(size, net.int(1, 2))
+    back = net.array(net.fresh("back"), (1, 1, net.size, size))
+    net.size = size
+    return lambda p, x: x + conv(net.run(inner, p, x), p[back])
+
+
+@layer
+def dense_block(net):
+    size = net.size
+    inner = net.sequence(size, net.int(1, 2))
+    net.size += size
+    return lambda p, x: jnp.concatenate([x, net.run(inner, p, x)], axis=-1)
+
+
+@layer
+def squeeze_and_excite(net):
+    middle = net.int(1, 4)
+    down = net.array(net.fresh("down"), (net.size, middle))
+    up = net.array(net.fresh("up"), (middle, net.size))
+
+    def run(p, x):
+        weights = jax.nn.relu(x.mean((1, 2)) @ p[down]) @ p[up]
+        return x * jax.nn.sigmoid(weights)[:, None, None, :]
+
+    return run
+
+
+@layer
+def pooling(net):
+    def run(p, x):
+        return jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME"
+        )
+
+    return run
+
+
+@layer
+def attention(net):
+    heads, dim = net.int(1, 3), net.int(1, 3)
+    q, k, v = (net.array(net.fresh(n), (net.size, heads, dim)) for n in "qkv")
+    bias = net.array(net.fresh("bias"), (heads, dim))
+    out = net.array(net.fresh("out"), (heads, dim, net.size))
+
+    def run(p, x):
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        query = jnp.einsum("nsc,chd->nshd", tokens, p[q]) + p[bias][None, None]
+        key = jnp.einsum("nsc,chd->nshd", tokens, p[k])
+        value = jnp.einsum("nsc,chd->nshd", tokens, p[v])
+        weights = jax.nn.softmax(jnp.einsum("nshd,nthd->nhst", query, key), axis=-1)
+        mixed = jnp.einsum("nhst,nthd->nshd", weights, value)
+        return x + jnp.einsum("nshd,hdc->nsc", mixed, p[out]).reshape(x.shape)
+
+    return run
+
+
+@layer
+def tied(net):
+    """One square kernel, twice: its outputs are what it reads."""
+    kernel = net.array(net.fresh("tied"), (net.size, net.size))
+    return lambda p, x: jnp.tanh(jnp.tanh(x @ p[kernel]) @ p[kernel])
+
+
+@layer
+def in_a_scan(net):
+    """Layers that are stacked along a first axis."""
+    stack = net.array(net.fresh("stack"), (2, net.size, net.size))
+
+    def run(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p[stack])[0]
+
+    return run
+
+
+@layer
+def standardised(net):
+    """A kernel that is normalised over what it reads: those units can't go."""
+    out = net.int(1, 4)
+    kernel = net.array(net.fresh("standardised"), (net.size, out))
+    net.size = out
+
+    def run(p, x):
+        w = p[kernel]
+        return x @ (w - w.mean(0, keepdims=True))
+
+    return run
+
+
+# ----------------------------------------------------------------------------- laws
+
+
+@pytest.fixture(autouse=True)
+def any_rank():
+    """Other people's code adds vectors to matrices, and counts to numbers."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def without_removed_inputs(structure, keep, inputs):
+    """The inputs with zeros where nothing is to be read."""
+    for name, slots in structure.inputs.items():
+        groups = {name: Group(name, structure.groups[name].size, slots)}
+        z = {name: jnp.float32(keep.get(name, np.ones(groups[name].size)))}
+        inputs = units.apply_gates(inputs, z, groups)
+    return inputs
+
+
+def assert_close(masked, small, tolerance):
+    masked, small = jax.tree.leaves(masked), jax.tree.leaves(small)
+    assert len(masked) == len(small)
+    for a, b in zip(masked, small, strict=True):
+        assert a.shape == b.shape
+        scale = float(abs(a).max()) + 1e-6
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
+
+
+def gated(params, keep, groups):
+    z = {name: jnp.float32(flags) for name, flags in keep.items()}
+    return units.apply_gates(params, z, groups)
+
+
+def masked_outputs(apply, params, inputs, keep, groups):
+    """The outputs under closed gates, in one program."""
+    return quick(lambda params, *inputs: apply(gated(params, keep, groups), *inputs))(
+        params, *inputs
+    )
+
+
+def assert_law_2(apply, params, inputs, structure, keep, tolerance=1e-5):
+    """Closing the gates of units is the same as running the program without them."""
+    masked = masked_outputs(apply, params, inputs, keep, structure.groups)
+    small, small_params = narrow(structure, params, keep)
+    assert_close(masked, quick(small)(small_params, *inputs), tolerance)
+    # Of the inputs, nothing of what is gone was read.
+    blind = without_removed_inputs(structure, keep, inputs)
+    assert_close(masked, quick(small)(small_params, *blind), tolerance)
+
+
+def random_keep(groups, seed, share=0.6):
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for name, group in groups.items():
+        keep[name] = rng.random(group.size) < share
+        keep[name][rng.integers(group.size)] = True
+    return keep
+
+
+def read(name):
+    net = NETWORKS[name]()
+    return net, trace(net.apply, net.params, *net.inputs)
+
+
+read = functools.cache(read)
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+@every_network
+def test_finds_all_units_that_can_be_removed_and_no_others(name):
+    """Law 4: outputs, normalised axes and what is indexed are in no group."""
+    net, structure = read(name)
+    assert not structure.unknown
+    assert sum(group.size for group in structure.groups.values()) == net.removable
+    for path, axis in net.frozen:
+        assert path in structure.arrays
+        for group in structure.groups.values():
+            assert (path, axis) not in {(slot.path, slot.axis) for slot in group.slots}
+    units.check(net.params, structure.groups)
+
+
+@every_network
+def test_gated_equals_narrowed(name):
+    """Law 2, of units at random and of a single unit of each group."""
+    net, structure = read(name)
+    keep = random_keep(structure.groups, seed=0)
+    assert_law_2(net.apply, net.params, net.inputs, structure, keep)
+    keep = random_keep(structure.groups, seed=1, share=0.0)
+    assert_law_2(net.apply, net.params, net.inputs, structure, keep)
+
+
+@every_network
+def test_all_gates_open_change_nothing(name):
+    net, structure = read(name)
+    keep = random_keep(structure.groups, seed=0, share=1.1)
+    before = quick(net.apply)(net.params, *net.inputs)
+    small, params = narrow(structure, net.params, keep)
+    assert_close(before, quick(small)(params, *net.inputs), 1e-6)
+    for a, b in zip(jax.tree.leaves(net.params), jax.tree.leaves(params), strict=True):
+        assert a.shape == b.shape
+        assert (a == b).all()
+
+
+@every_network
+def test_costs_are_those_of_the_narrowed_program(name):
+    """Law 3: costs at `keep` are counted again on a trace of what is left."""
+    net, structure = read(name)
+    keep = random_keep(structure.groups, seed=2)
+    small, params = narrow(structure, net.params, keep)
+    left = trace(small, params, *net.inputs)
+    smaller = structure.shrink(keep)
+    for cost in (costs.params, costs.weights, costs.bytes, costs.macs):
+        found = costs.exact(structure, keep, cost)
+        assert found == costs.exact(left, cost=cost)
+        assert found == costs.exact(smaller, cost=cost)
+
+
+@every_network
+def test_expected_costs_are_the_means_of_draws(name):
+    """Law 3: within five standard errors of 20,000 draws."""
+    _, structure = read(name)
+    gate = HardConcrete()
+    key = jax.random.key(0)
+    logits = {
+        name: jax.random.normal(gating.key_for(key, name), group.size)
+        for name, group in structure.groups.items()
+    }
+    active = gating.prob_active(gate, logits)
+
+    @jax.jit
+    def draw(key):
+        z = gating.sample(key, gate, logits)
+        open_ = {name: (value != 0).astype(jnp.float32) for name, value in z.items()}
+        return costs.params(structure, open_), costs.macs(structure, open_)
+
+    draws = jax.lax.map(draw, jax.random.split(key, 20_000), batch_size=2_000)
+    for cost, values in zip((costs.params, costs.macs), draws, strict=True):
+        values = np.asarray(values, np.float64)
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        # Sums of millions are rounded in float32.
+        slack = 1e-6 * values.mean()
+        assert abs(float(cost(structure, active)) - values.mean()) <= 5 * error + slack
+
+
+# Contractions that XLA counts as multiply-adds; those of ResNet and MobileNet pad.
+COUNTED = ("mlp", "tied_autoencoder", "equinox_mlp", "square_on_a_residual_stream")
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_costs_agree_with_the_count_of_the_compiler(name):
+    net, structure = read(name)
+    batch = jax.tree.leaves(net.inputs)[0].shape[0]
+    compiled = jax.jit(net.apply).lower(net.params, *net.inputs).compile()
+    flops = compiled.cost_analysis()["flops"]
+    products = 2 * batch * costs.exact(structure)
+    # Beside its products, a layer has a bias and an activation for each unit.
+    assert products <= flops <= 1.35 * products
+
+
+@every_network
+def test_narrowed_functions_take_batches_of_any_size(name):
+    net, structure = read(name)
+    if not structure.traced.resizable:
+        assert name in ("equinox_attention", "while_and_cond"), "what fixes the batch?"
+        return
+    keep = random_keep(structure.groups, seed=3)
+    small, params = narrow(structure, net.params, keep)
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), net.inputs)
+    once = quick(small)(params, *net.inputs)
+    both = quick(small)(params, *twice)
+    assert_close(jax.tree.map(lambda a: jnp.concatenate([a, a]), once), both, 1e-5)
+
+
+def draws(data, groups):
+    """Which units stay, at random, at least one of each group."""
+    keep = {}
+    for name, group in groups.items():
+        flags = st.lists(st.booleans(), min_size=group.size, max_size=group.size)
+        keep[name] = np.array(data.draw(flags))
+        keep[name][data.draw(st.integers(0, group.size - 1))] = True
+    return keep
+
+
+@settings(
+    phases=[Phase.generate],
+    # 10,000 once by hand: L0JAX_NETWORKS=10000 python -m pytest tests/test_structure.py
+    max_examples=int(os.environ.get("L0JAX_NETWORKS", 500)),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    deadline=None,
+)
+@given(st.data())
+def test_units_of_random_networks_can_be_removed(data):
+    net = Network(data)
+
+    def apply(params, x):
+        return net(x, params)
+
+    structure = trace(apply, net.params, net.x)
+    assert not structure.unknown
+    keep = draws(data, structure.groups)
+    masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
+    small, small_params = narrow(structure, net.params, keep)
+    assert_close(masked, quick(small)(small_params, net.x), 2e-5)
+    assert costs.exact(structure, keep) == costs.exact(
+        trace(small, small_params, net.x)
+    )
+
+
+@settings(
+    phases=[Phase.generate],
+    max_examples=int(os.environ.get("L0JAX_NETWORKS", 40)),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    deadline=None,
+)
+@given(st.data())
+def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
+    net = Network(data)
+
+    def apply(params, x):
+        return net(x, params)
+
+    structure = trace(apply, net.params, net.x)
+    keep = draws(data, structure.groups)
+    masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
+    outside = {
+        name: Group(name, structure.groups[name].size, (), slots)
+        for name, slots in structure.inputs.items()
+    }
+    (x,) = units.shrink((net.x,), {name: keep[name] for name in outside}, outside)
+    small = units.shrink(net.params, keep, structure.groups)
+    assert_close(masked, quick(apply)(small, x), 2e-5)
+
+
+# ------------------------------------------------------------ what can't be removed
+
+
+def dense(x, *names):
+    return lambda p: functools.reduce(lambda h, name: h @ p[name], names, x)
+
+
+ARRAYS = {"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))}
+X = jnp.ones((5, 3))
+
+FROZEN_BY = {
+    "softmax": lambda p, x: jax.nn.softmax(x @ p["one"]) @ p["two"],
+    "layer norm": lambda p, x: jax.nn.standardize(x @ p["one"]) @ p["two"],
+    "maximum": lambda p, x: ((h := x @ p["one"]) / h.max(1, keepdims=True)) @ p["two"],
+    "mean": lambda p, x: ((h := x @ p["one"]) - h.mean(1, keepdims=True)) @ p["two"],
+    "sum of more than zeros": lambda p, x: (
+        ((h := jnp.cos(x @ p["one"])) * h.sum(1, keepdims=True)) @ p["two"]
+    ),
+    "cumulative sum": lambda p, x: jnp.cumsum(x @ p["one"], axis=1) @ p["two"],
+    "sort": lambda p, x: jnp.sort(x @ p["one"], axis=1) @ p["two"],
+    "top k": lambda p, x: jax.lax.top_k(x @ p["one"], 4)[0] @ p["two"],
+    "reversal": lambda p, x: (x @ p["one"])[:, ::-1] @ p["two"],
+    "output": lambda p, x: ((h := x @ p["one"]) @ p["two"], h),
+    "index": lambda p, x: (x @ p["one"])[:, jnp.array([3, 1, 2, 0])] @ p["two"],
+    "counting": lambda p, x: (x @ p["one"] * jnp.arange(4.0)) @ p["two"],
+    "random numbers": lambda p, x: (
+        (x @ p["one"] * jax.random.normal(jax.random.key(0), (5, 4))) @ p["two"]
+    ),
+    "a primitive without a rule": lambda p, x: (
+        jnp.fft.fft(x @ p["one"]).real @ p["two"]
+    ),
+    "product with itself": lambda p, x: (
+        ((h := x @ p["one"])[:, :, None] * h[:, None]).reshape(5, 16)
+        @ jnp.tile(p["two"], (4, 1))
+    ),
+    "product of activations": lambda p, x: (
+        jnp.cos(x @ p["one"]) @ jnp.cos(x @ p["one"]).T
+    ),
+}
+
+
+@pytest.mark.parametrize("why", FROZEN_BY)
+def test_what_is_not_provably_removable_is_frozen(why):
+    structure = trace(FROZEN_BY[why], ARRAYS, X)
+    assert not any(
+        (slot.path, slot.axis) == ("one", 1)
+        for group in structure.groups.values()
+        for slot in group.slots
+    )
+    assert any(
+        (slot.path, slot.axis) == ("one", 1)
+        for each in structure.frozen.values()
+        for slot in each.slots
+    )
+    assert bool(structure.unknown) == (why == "a primitive without a rule")
+
+
+GATED_WHERE_MADE = {
+    "squared norm": lambda p, x: (
+        (x @ p["one"])
+        / jnp.sqrt(1 + jnp.square(x @ p["one"]).sum(1, keepdims=True))
+        @ p["two"]
+    ),
+    "plain sum": lambda p, x: jnp.tanh(x @ p["one"]).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", GATED_WHERE_MADE)
+def test_sums_of_what_is_provably_zero_lose_nothing(name):
+    """Where no parameter reads a unit, it is gated where it is made."""
+    apply = GATED_WHERE_MADE[name]
+    params = {
+        "one": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4))),
+        **ARRAYS,
+    }
+    params = {"one": params["one"], "two": jnp.arange(8.0).reshape(4, 2)}
+    structure = trace(apply, params, X)
+    (group,) = (g for g in structure.groups.values() if g.size == 4)
+    assert Slot("one", 1) in group.used_by
+    keep = {group.name: np.array([True, False, True, False])}
+    assert_law_2(apply, params, (X,), structure, keep)
+
+
+# --------------------------------------------------------------------------- edits
+
+
+def two_layers():
+    params = {name: jnp.ones(shape) for name, shape in (("a", (3, 4)), ("b", (4, 4)))}
+    params["c"] = jnp.ones((4, 2))
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    return apply, params, trace(apply, params, X)
+
+
+def test_groups_can_be_renamed_chosen_merged_and_split():
+    apply, params, structure = two_layers()
+    assert list(structure.groups) == ["input", "a", "b"]
+    edited = structure.rename({"a": "first"}).merge("both", ["first", "b"])
+    assert list(edited.groups) == ["input", "both"]
+    keep = {"both": np.array([True, False, True, True])}
+    assert_law_2(apply, params, (X,), edited, keep)
+    assert costs.exact(edited, keep) == 3 * 3 + 3 * 3 + 3 * 2
+    half = {"both": jnp.full(4, 0.5)}
+    assert float(costs.macs(edited, half)) == 3 * 2 + (2**2 + 4 * 0.25) + 2 * 2
+
+    parts = structure.split("a", {"even": [0, 2], "odd": [3, 1]}).only("even", "odd")
+    assert list(parts.groups) == ["even", "odd"]
+    keep = {"odd": np.array([False, True]), "even": np.array([True, True])}
+    _, small_params = narrow(parts, params, keep)
+    np.testing.assert_array_equal(small_params["a"], np.delete(params["a"], 3, axis=1))
+    assert_law_2(apply, params, (X,), parts, keep)
+    assert costs.exact(parts, keep) == 3 * 3 + 3 * 4 + 4 * 2
+
+
+def test_groups_that_are_added_are_counted_and_sliced():
+    _, params, structure = two_layers()
+    more = structure.add(Group("rows", 4, (Slot("b", 0),)))
+    keep = {"a": np.array([1, 1, 0, 1], bool), "rows": np.array([1, 0, 1, 1], bool)}
+    assert costs.exact(more, keep) == 3 * 3 + 2 * 4 + 4 * 2
+    small = units.shrink(params, keep, more.groups)
+    assert small["b"].shape == (2, 4)
+    longer = structure.extend("a", made_by=(Slot("c", 1, (-1, 3)),))
+    assert longer.groups["a"].made_by[-1] == Slot("c", 1, (-1, 3))
+
+
+def test_arrays_that_are_to_stay_keep_all_units():
+    apply, params, _ = two_layers()
+    structure = trace(apply, params, X, frozen=["b"])
+    assert list(structure.groups) == ["input"]
+    assert structure.frozen["a"].why == "the user froze it"
+
+
+def test_prints_a_table():
+    _, _, structure = two_layers()
+    lines = str(structure).splitlines()
+    assert lines[0] == "3 groups of units, 36 multiply-accumulates, 36 numbers"
+    assert lines[2].split() == (
+        "group units made by used by MACs per unit in all".split()  # noqa: SIM905
+    )
+    rows = [line.split() for line in lines[3:6]]
+    assert [row[:2] for row in rows] == [["input", "3"], ["a", "4"], ["b", "4"]]
+    assert [row[-3:] for row in rows] == [
+        ["4", "33.3", "%"],
+        ["7", "77.8", "%"],
+        ["6", "66.7", "%"],
+    ]
+    assert "  c (2: c:1)" in lines
+    assert "    it is an output" in lines
+    unknown = trace(FROZEN_BY["a primitive without a rule"], ARRAYS, X)
+    assert "no rule for fft, first at" in str(unknown)
+    assert "test_structure.py" in str(unknown)
+
+
+# ----------------------------------------------------------------------- bad input
+
+
+def test_a_model_that_looks_at_values_is_refused_with_the_line():
+    def apply(params, x):
+        if x.sum() > 0:  # the culprit
+            return x @ params["one"]
+        return x @ params["one"] + 1
+
+    with pytest.raises(TraceError, match=r"test_structure\.py:") as error:
+        trace(apply, ARRAYS, X)
+    assert "if x.sum() > 0:" in str(error.value)
+    assert "jax.lax.cond" in str(error.value)
+
+
+def test_arrays_that_are_to_stay_must_be_there():
+    apply, params, _ = two_layers()
+    with pytest.raises(ValueError, match="no array at 'd'; there is a, b, c"):
+        trace(apply, params, X, frozen=["d"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"a": np.ones(3, bool)}, r"group 'a' has 4 units, got values of shape \(3,\)"),
+        ({"a": np.zeros(4, bool)}, "group 'a': keep holds none of its 4 units"),
+        ({"c": np.ones(2, bool)}, "group 'c' is frozen: it is an output"),
+        ({"d": np.ones(2, bool)}, "unknown group 'd'; there is input, a, b"),
+    ],
+)
+def test_a_keep_that_does_not_fit_is_refused(keep, message):
+    _, params, structure = two_layers()
+    with pytest.raises(ValueError, match=message):
+        narrow(structure, params, keep)
+    with pytest.raises(ValueError, match=message):
+        structure.shrink(keep)
+
+
+def test_gates_of_a_frozen_group_are_refused_with_the_reason():
+    _, params, structure = two_layers()
+    with pytest.raises(ValueError, match="group 'c' is frozen: it is an output"):
+        units.apply_gates(params, {"c": jnp.ones(2)}, structure.groups)
+    with pytest.raises(ValueError, match="group 'c' is frozen: it is an output"):
+        structure.only("c")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.rename({"a": "b"}), "two groups would be called 'b'"),
+        (lambda s: s.merge("all", ["a", "input"]), "only groups of one size"),
+        (lambda s: s.split("a", {"one": [0, 1]}), "'a' has 4 units; each must be in"),
+        (lambda s: s.only("d"), "unknown group 'd'; there is input, a, b"),
+        (lambda s: s.add(s.groups["a"]), "there is a group 'a' already"),
+        (lambda s: s.add(Group("x", 2, (Slot("e", 0),))), "no array at 'e'"),
+    ],
+)
+def test_edits_that_do_not_fit_are_refused(edit, message):
+    _, _, structure = two_layers()
+    with pytest.raises(ValueError, match=message):
+        edit(structure)
+
+
+def test_a_program_can_not_lose_units_that_it_does_not_know():
+    _, params, structure = two_layers()
+    more = structure.add(Group("rows", 4, (Slot("b", 0),)))
+    keep = {"rows": np.array([True, False, True, True])}
+    with pytest.raises(ValueError, match="group 'rows' was added by hand"):
+        narrow(more, params, keep)
+    narrow(more, params, {"rows": np.ones(4, bool)})
+
+
+def test_inputs_of_another_shape_are_refused():
+    _, params, structure = two_layers()
+    small, small_params = narrow(structure, params, {})
+    small(small_params, jnp.ones((9, 3)))
+    with pytest.raises(ValueError, match=r"input '0' has shape \(5, 4\)") as error:
+        small(small_params, jnp.ones((5, 4)))
+    assert "axis 0 may have any size" in str(error.value)
+    with pytest.raises(ValueError, match="the arguments have the structure"):
+        small(small_params, X, X)
