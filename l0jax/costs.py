@@ -1,106 +1,198 @@
-"""What a network costs, in each of the three conventions that the papers use.
+r"""What a network costs: parameters, multiply-accumulates, bytes.
 
-Conventions differ in what they count, so that their numbers can't be compared with one
-another; every result names its own.
+Every cost is a function `(structure, prob_active) -> scalar` and is differentiable, so
+that any of them can be an objective. Under independent gates it is the exact
+expectation: a cost is a sum of products of group sizes, and where a group meets itself
+(a square kernel on a residual stream), $E[n^2] = (\sum p)^2 + \sum p (1 - p)$. With
+probabilities that are all 0 or 1 it is the exact cost after removal; with none it is
+that of the whole network.
 
-- `"macs"`: weights left and multiply-accumulates of the removed network, biases not
-  counted. Tables of surviving weights in the literature are of this kind.
-- `"reference_flops"`: what the reference implementation of Louizos et al. (2018) counts
+Papers count in three ways, whose numbers can't be compared with one another:
+
+- `macs`: multiply-accumulates of the removed network, biases not counted; `weights` are
+  those of its kernels. Tables of surviving weights in the literature are of this kind.
+- `reference_flops`: what the reference implementation of Louizos et al. (2018) counts
   in expectation: multiplications and additions apart, a convolution's input channels in
   full, a dense layer's outputs in full. (Its released code reads the spatial size of a
   convolution from the wrong axes; the intended formula is used here.)
-- `"flops_objective"`: Tang, Adhikari and Lin (2018): one operation per weight and bias
+- `flops_objective`: Tang, Adhikari and Lin (2018): one operation per weight and bias
   and position, survivors on both sides.
+
+All are of one example if the batch axis of the inputs may have any size, else of the
+batch that was traced.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from l0jax.units import Groups, arrays, expected_size
+from l0jax.polynomials import expected
+from l0jax.structure import Structure, expected_macs
+from l0jax.units import Group, check_lengths, expected_size
 
+Probabilities = Mapping[str, Float[Array, " units"]]
+Cost = Callable[[Structure, Probabilities], Float[Array, ""]]
+ALL: Probabilities = {}
+
+
+def params(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+    """Expected number of parameters left (running statistics are none)."""
+    return _total(_size(structure, path, prob_active) for path in structure.trainable)
+
+
+def weights(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+    """Expected number of weights left: parameters that something is multiplied with."""
+    kernels = dict.fromkeys(op.kernel for op in structure.operations if op.kernel)
+    return _total(_size(structure, path, prob_active) for path in kernels)
+
+
+def bytes(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+    """Expected bytes of all arrays, state included.
+
+    Single elements can't be taken out of an array: their zeros take as many.
+    """
+    groups = {
+        name: Group(
+            name,
+            group.size,
+            tuple(slot for slot in group.slots if slot.axis is not None),
+        )
+        for name, group in structure.groups.items()
+    }
+    return _total(
+        leaf.dtype.itemsize * expected_size(leaf, path, prob_active, groups)
+        for path, leaf in structure.arrays.items()
+    )
+
+
+def macs(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+    """Expected multiply-accumulates."""
+    return _total(per_operation(structure, prob_active))
+
+
+def reference_flops(
+    structure: Structure, prob_active: Probabilities = ALL
+) -> Float[Array, ""]:
+    """Expected operations as the reference code of Louizos et al. (2018) counts them.
+
+    A product that is summed over more than one axis is taken for a convolution.
+    Products of activations count two operations for a multiply-accumulate.
+    """
+    total = jnp.zeros(())
+    for op in structure.operations:
+        if op.kernel is None:
+            total = total + 2 * expected(op.macs, structure.groups, prob_active)
+            continue
+        positions = expected(op.positions, structure.groups, prob_active)
+        shape = structure.arrays[op.kernel].shape
+        if len(op.reads) > 1:
+            # (2n - 1) E[out] for the products and sums, E[out] for the bias.
+            fan_in = math.prod(shape[axis] for axis in op.reads)
+            outputs = _axes_size(structure, op.kernel, op.makes, prob_active)
+            total = total + positions * 2 * fan_in * outputs
+        else:
+            inputs = _axes_size(structure, op.kernel, op.reads, prob_active)
+            outputs = math.prod(shape[axis] for axis in op.makes)
+            total = total + positions * ((2 * inputs - 1) * outputs + outputs)
+    return total
+
+
+def flops_objective(
+    structure: Structure, prob_active: Probabilities = ALL
+) -> Float[Array, ""]:
+    """Expected operations as Tang, Adhikari and Lin (2018) count them."""
+    total = macs(structure, prob_active)
+    for op in structure.operations:
+        if op.kernel is not None:
+            outputs = _axes_size(structure, op.kernel, op.makes, prob_active)
+            positions = expected(op.positions, structure.groups, prob_active)
+            total = total + positions * outputs
+    return total
+
+
+COSTS: dict[str, Cost] = {
+    "params": params,
+    "weights": weights,
+    "bytes": bytes,
+    "macs": macs,
+    "reference_flops": reference_flops,
+    "flops_objective": flops_objective,
+}
 CONVENTIONS = ("macs", "reference_flops", "flops_objective")
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A dense layer or a convolution.
-
-    Args:
-        kernel: dotted path of the kernel, laid out (..., inputs, outputs).
-        positions: output positions that the kernel is applied to; 1 for a dense layer.
-    """
-
-    kernel: str
-    positions: int = 1
-
-
-def weights(
-    params: PyTree,
-    prob_active: Mapping[str, Float[Array, " units"]],
-    groups: Groups,
-    operations: Sequence[Operation],
-) -> Float[Array, ""]:
-    """Expected number of kernel weights left (biases not counted).
-
-    With probabilities that are all 0 or 1 this is the exact number after removal.
-    """
-    leaves = arrays(params)
-    total = jnp.zeros(())
-    for op in operations:
-        total = total + expected_size(leaves[op.kernel], op.kernel, prob_active, groups)
-    return total
-
-
-def compute(
-    params: PyTree,
-    prob_active: Mapping[str, Float[Array, " units"]],
-    groups: Groups,
-    operations: Sequence[Operation],
-    convention: str,
-) -> Float[Array, ""]:
-    """Expected cost of one example, in one of `CONVENTIONS`.
+def make(name: str) -> Cost:
+    """The cost called `name`.
 
     Raises:
-        ValueError: if the convention does not exist.
+        ValueError: if there is none; the message lists those that exist.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(
-            f"unknown convention {convention!r}; there is {', '.join(CONVENTIONS)}"
-        )
-    leaves = arrays(params)
-    total = jnp.zeros(())
-    for op in operations:
-        kernel = leaves[op.kernel]
-        *window, _, outputs = kernel.shape
-        left = expected_size(kernel, op.kernel, prob_active, groups)
-        size_out = _axis_size(kernel, op.kernel, prob_active, groups, kernel.ndim - 1)
-        if convention == "macs":
-            total = total + left * op.positions
-        elif convention == "flops_objective":
-            total = total + (left + size_out) * op.positions
-        elif window:
-            # (2n - 1) E[out] for the products and sums, E[out] for the bias.
-            fan_in = math.prod(kernel.shape[:-1])
-            total = total + op.positions * 2 * fan_in * size_out
-        else:
-            size_in = _axis_size(kernel, op.kernel, prob_active, groups, 0)
-            total = total + (2 * size_in - 1) * outputs + outputs
-    return total
+    if name not in COSTS:
+        raise ValueError(f"unknown cost {name!r}; there is {', '.join(COSTS)}")
+    return COSTS[name]
 
 
-def _axis_size(kernel, path, prob_active, groups, axis):
-    """Expected number of positions left along one axis."""
+def exact(
+    structure: Structure,
+    keep: Mapping[str, Bool[np.ndarray, " units"]] | None = None,
+    cost: Cost = macs,
+) -> int:
+    """A cost after removal of the units that are not kept, as a whole number.
+
+    (In float32, numbers beyond 16 million are rounded.)
+
+    Raises:
+        ValueError: if a group of `keep` is unknown or a vector has the wrong length.
+    """
+    check_lengths(keep or {}, structure.groups)
+    with jax.enable_x64(True):
+        flags = {n: jnp.asarray(k, jnp.float64) for n, k in (keep or {}).items()}
+        return round(float(cost(structure, flags)))
+
+
+def per_operation(
+    structure: Structure, prob_active: Probabilities = ALL
+) -> list[Float[Array, ""]]:
+    """Expected multiply-accumulates of each of `structure.operations`."""
+    return [expected_macs(structure, op, prob_active) for op in structure.operations]
+
+
+def per_group(
+    structure: Structure, cost: Cost = macs, prob_active: Probabilities = ALL
+) -> dict[str, Float[Array, ""]]:
+    """What would be saved by removing all units of each group."""
+    whole = cost(structure, prob_active)
+    return {
+        name: whole - cost(structure, {**prob_active, name: jnp.zeros(group.size)})
+        for name, group in structure.groups.items()
+    }
+
+
+def _size(structure: Structure, path: str, prob_active: Probabilities) -> Array:
+    array = structure.arrays[path]
+    return expected_size(array, path, prob_active, structure.groups)
+
+
+def _axes_size(
+    structure: Structure, path: str, axes: Sequence[int], prob_active: Probabilities
+) -> Array:
+    """Expected number of positions left along some axes of an array."""
+    array = structure.arrays[path]
     along = {
-        name: type(group)(
+        name: Group(
             name,
             group.size,
-            tuple(s for s in group.slots if s.path == path and s.axis == axis),
+            tuple(s for s in group.slots if s.path == path and s.axis in axes),
         )
-        for name, group in groups.items()
+        for name, group in structure.groups.items()
     }
-    others = math.prod(n for a, n in enumerate(kernel.shape) if a != axis)
-    return expected_size(kernel, path, prob_active, along) / others
+    others = math.prod(n for axis, n in enumerate(array.shape) if axis not in axes)
+    return expected_size(array, path, prob_active, along) / others
+
+
+def _total(amounts) -> Array:
+    return sum(amounts, start=jnp.zeros(()))

@@ -59,6 +59,8 @@ class Group:
 
 
 Groups = Mapping[str, Group]
+Keep = Mapping[str, Bool[np.ndarray, " units"]]
+"""Of each group that loses units, a flag for each unit."""
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -88,6 +90,25 @@ def check(tree: PyTree, groups: Groups) -> None:
             _check_slot(group, slot, shapes[slot.path])
 
 
+def check_lengths(values: Mapping[str, Any], groups: Groups) -> None:
+    """Raises ValueError unless `values` has one for each unit of each of its groups."""
+    _check_names(values, groups)
+    for name, vector in values.items():
+        _check_length(groups[name], vector)
+
+
+def check_keep(keep: Mapping[str, Any], groups: Groups) -> None:
+    """Raises ValueError unless `keep` has a flag for every unit of each of its groups,
+    and keeps at least one of each."""
+    check_lengths(keep, groups)
+    for name, flags in keep.items():
+        if not np.asarray(flags).any():
+            raise ValueError(
+                f"group {name!r}: keep holds none of its {groups[name].size} units; "
+                "an array can't be empty, so keep at least one"
+            )
+
+
 def apply_gates(
     params: PyTree, z: Mapping[str, Float[Array, " units"]], groups: Groups
 ) -> PyTree:
@@ -105,12 +126,11 @@ def apply_gates(
         ValueError: if a group is unknown, a vector has the wrong length, or a slot
             does not fit its array.
     """
-    _check_names(z, groups)
+    check_lengths(z, groups)
     factors: dict[str, list[Array]] = {}
     shapes = {path: jnp.shape(leaf) for path, leaf in arrays(params).items()}
     check(params, {name: _used(groups[name]) for name in z})
     for name, values in z.items():
-        _check_length(groups[name], values)
         for slot in groups[name].used_by:
             factor = _along(values, slot, shapes[slot.path], outside=1)
             factors.setdefault(slot.path, []).append(factor)
@@ -133,7 +153,8 @@ def expected_size(
 
     Element (i, k, …) is left if all its units are: along each axis the expected number
     of positions is $\sum_j \prod_g P(z_{g,u_g(j)} \neq 0)$, and the axes multiply. Only
-    where single elements are gated too is the sum taken over all elements.
+    where a group lies along two axes, so that an element may need one gate twice, or
+    where single elements are gated too, is the sum taken over all elements.
 
     Args:
         array: the array at `path`; only its shape is read.
@@ -142,30 +163,46 @@ def expected_size(
         groups: where the units lie, on both the making and the using side.
 
     Raises:
-        ValueError: if one group lies along two axes of the array: its positions are
-            then not independent.
+        ValueError: if a group lies along more than two axes of the array.
     """
     axes: dict[int | None, Array] = {}
+    both = jnp.ones(())
     for name, probabilities in prob_active.items():
         slots = [slot for slot in groups[name].slots if slot.path == path]
         places = list(dict.fromkeys(slot.axis for slot in slots))
+        if len(places) == len(slots) == 2 and None not in places:
+            one, other = slots
+            size = groups[name].size
+            both = both * _on_both(probabilities, one, other, array.shape, size)
+            continue
         if len(places) > 1:
             raise ValueError(
-                f"group {name!r} lies along axes {places} of {path!r}: the expected "
-                "size is not a product there"
+                f"group {name!r} lies along axes {places} of {path!r}; what is "
+                "expected is known along two axes at the most, once along each"
             )
         for slot in _stated_once(slots, groups[name].size):
             along = _vector(probabilities, slot, outside=1)
             axes[slot.axis] = along * axes.get(slot.axis, 1)
-    if None in axes:
-        left = jnp.ones(array.shape)
+    if None in axes or both.ndim:
+        left = both
         for axis, along in axes.items():
             left = left * _placed(along, axis, array.shape)
-        return left.sum()
-    size = jnp.ones(())
+        # Axes along which nothing varies are still of one position here.
+        shape = jnp.shape(left) or (1,) * len(array.shape)
+        return left.sum() * (math.prod(array.shape) / math.prod(shape))
+    total = jnp.ones(())
     for axis, positions in enumerate(array.shape):
-        size = size * (axes[axis].sum() if axis in axes else float(positions))
-    return size
+        total = total * (axes[axis].sum() if axis in axes else float(positions))
+    return total
+
+
+def _on_both(probabilities, one: Slot, other: Slot, shape, size: int) -> Array:
+    """P(both gates are open) for the positions of two axes with units of one group."""
+    p = _along(probabilities, one, shape, outside=1)
+    q = _along(probabilities, other, shape, outside=1)
+    unit = _placed(_units(one, size), one.axis, shape)
+    same = unit == _placed(_units(other, size), other.axis, shape)
+    return jnp.where(same & (unit >= 0), p, p * q)
 
 
 def in_use(params: PyTree, groups: Groups) -> dict[str, Bool[np.ndarray, " units"]]:
@@ -190,9 +227,84 @@ def in_use(params: PyTree, groups: Groups) -> dict[str, Bool[np.ndarray, " units
     return keep
 
 
-def shrink(
-    tree: PyTree, keep: Mapping[str, Bool[np.ndarray, " units"]], groups: Groups
-) -> PyTree:
+def largest_use(values: PyTree, groups: Groups) -> dict[str, Float[Array, " units"]]:
+    """For each unit the largest of the values at the positions that use it, at least 0.
+
+    A function of JAX, to be compiled: of |θ| with test-time gates folded in, it is
+    positive for the units that are in use.
+    """
+    leaves = arrays(values)
+    largest = {}
+    for name, group in groups.items():
+        most = jnp.zeros(group.size + 1)
+        for slot in group.used_by:
+            along = _by_position(leaves[slot.path], slot, jnp.max)
+            # Positions of no unit go to the last entry, which is dropped.
+            most = most.at[_units(slot, group.size)].max(along)
+        largest[name] = most[:-1]
+    return largest
+
+
+def round_to(keep: Keep, multiple: int | Mapping[str, int]) -> dict[str, np.ndarray]:
+    """`keep` with so many more units that every width is a multiple of some number, as
+    hardware may want it; the widest possible is all of them.
+
+    The units that come back are the first that were not kept. With their closed gates
+    folded in they contribute nothing.
+
+    Args:
+        keep: a boolean vector for each group.
+        multiple: one number, or one for each group that is to be rounded.
+
+    Raises:
+        ValueError: if a multiple is not positive, or one is given for a group that is
+            not in `keep`.
+    """
+    if not isinstance(multiple, Mapping):
+        multiple = dict.fromkeys(keep, multiple)
+    for name, number in multiple.items():
+        if name not in keep:
+            raise ValueError(
+                f"a multiple is given for {name!r}; keep has {', '.join(keep)}"
+            )
+        if number < 1:
+            raise ValueError(
+                f"the multiple for {name!r} must be at least 1, got {number}"
+            )
+    rounded = {}
+    for name, flags in keep.items():
+        flags = np.array(flags, bool)
+        missing = -int(flags.sum()) % multiple.get(name, 1)
+        flags[np.flatnonzero(~flags)[:missing]] = True
+        rounded[name] = flags
+    return rounded
+
+
+def left(
+    tree: PyTree, keep: Keep, groups: Groups
+) -> dict[str, Bool[np.ndarray, " _units"]]:
+    """Which units of every group are left if those that are not kept are taken out.
+
+    Beside the units that are not kept these are those all of whose uses go with them: a
+    position of a flattened feature map goes with the map.
+
+    Raises:
+        ValueError: as `shrink`.
+    """
+    masks = positions_left(tree, keep, groups)
+    shapes = {path: jnp.shape(leaf) for path, leaf in arrays(tree).items()}
+    flags = {}
+    for name, group in groups.items():
+        reached = np.zeros(group.size + 1, bool)
+        for slot in group.used_by:
+            there = _left_along(slot, shapes[slot.path], masks)
+            reached[_units(slot, group.size)[there]] = True
+        kept = np.asarray(keep.get(name, True), bool)
+        flags[name] = kept & reached[:-1]
+    return flags
+
+
+def shrink(tree: PyTree, keep: Keep, groups: Groups) -> PyTree:
     """`tree` with the units that are not kept taken out of every array.
 
     A position goes if any of its units goes. Single elements (a slot whose axis is
@@ -210,18 +322,89 @@ def shrink(
         ValueError: if a group is unknown, a vector has the wrong length or keeps
             nothing, a slot does not fit its array, or nothing is left of an array.
     """
-    _check_names(keep, groups)
+    masks, elements = _positions(tree, keep, groups)
+
+    def cut(key_path, leaf):
+        path = path_of(key_path)
+        if path in elements:
+            leaf = leaf * elements[path].reshape(leaf.shape).astype(leaf.dtype)
+        return take(leaf, path, masks)
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
+def shrink_groups(tree: PyTree, keep: Keep, groups: Groups) -> dict[str, Group]:
+    """`groups` as they lie in the arrays that `shrink` gives, numbered anew.
+
+    Args:
+        tree: the arrays before.
+        keep: what `left` gives, a vector for every group.
+        groups: where the units lie before.
+    """
+    masks = positions_left(tree, keep, groups)
+    shapes = {path: jnp.shape(leaf) for path, leaf in arrays(tree).items()}
+
+    def after(slot: Slot, flags: np.ndarray) -> Slot:
+        number = np.append(np.where(flags, np.cumsum(flags) - 1, -1), -1)
+        there = _left_along(slot, shapes[slot.path], masks)
+        units = number[_units(slot, len(flags))[there]]
+        if np.array_equal(units, np.arange(flags.sum())):
+            return Slot(slot.path, slot.axis)
+        return Slot(slot.path, slot.axis, tuple(units.tolist()))
+
+    return {
+        name: Group(
+            name,
+            int(keep[name].sum()),
+            tuple(after(slot, keep[name]) for slot in group.used_by),
+            tuple(after(slot, keep[name]) for slot in group.made_by),
+        )
+        for name, group in groups.items()
+    }
+
+
+Masks = dict[tuple[str, int], np.ndarray]
+"""For (path, axis) of an array, which positions are left."""
+
+
+def take(leaf: Any, path: str, masks: Masks) -> Any:
+    """What is left of the array at `path`.
+
+    Raises:
+        ValueError: if nothing is.
+    """
+    for axis in range(jnp.ndim(leaf)):
+        if (path, axis) not in masks:
+            continue
+        there = np.flatnonzero(masks[path, axis])
+        if not there.size:
+            raise ValueError(
+                f"nothing is left of axis {axis} of {path!r}: each of its "
+                "positions belongs to a unit that is not kept"
+            )
+        leaf = leaf.take(there, axis=axis)
+    return leaf
+
+
+def positions_left(tree: PyTree, keep: Keep, groups: Groups) -> Masks:
+    """For each axis of an array that units lie along, which of its positions are left.
+
+    Raises:
+        ValueError: as `shrink`.
+    """
+    return _positions(tree, keep, groups)[0]
+
+
+def _positions(
+    tree: PyTree, keep: Mapping[str, Any], groups: Groups
+) -> tuple[Masks, dict[str, np.ndarray]]:
+    """Positions of axes that are left, and elements that are, where they are units."""
+    check_keep(keep, groups)
     check(tree, {name: groups[name] for name in keep})
-    masks: dict[tuple[str, int], np.ndarray] = {}
+    masks: Masks = {}
     elements: dict[str, np.ndarray] = {}
     for name, flags in keep.items():
         flags = np.asarray(flags, bool)
-        _check_length(groups[name], flags)
-        if not flags.any():
-            raise ValueError(
-                f"group {name!r}: keep holds none of its {groups[name].size} units; "
-                "an array can't be empty, so keep at least one"
-            )
         for slot in groups[name].slots:
             along = np.append(flags, True)[_units(slot, len(flags))]
             if slot.axis is None:
@@ -229,24 +412,18 @@ def shrink(
             else:
                 key = (slot.path, slot.axis)
                 masks[key] = masks.get(key, True) & along
+    return masks, elements
 
-    def cut(key_path, leaf):
-        path = path_of(key_path)
-        if path in elements:
-            leaf = leaf * elements[path].reshape(leaf.shape).astype(leaf.dtype)
-        for axis in range(jnp.ndim(leaf)):
-            if (path, axis) not in masks:
-                continue
-            left = np.flatnonzero(masks[path, axis])
-            if not left.size:
-                raise ValueError(
-                    f"nothing is left of axis {axis} of {path!r}: each of its "
-                    "positions belongs to a unit that is not kept"
-                )
-            leaf = leaf.take(left, axis=axis)
-        return leaf
 
-    return jax.tree_util.tree_map_with_path(cut, tree)
+def _left_along(slot: Slot, shape: tuple[int, ...], masks: Masks) -> np.ndarray:
+    """Which positions of a slot are left."""
+    if slot.axis is not None:
+        return masks.get((slot.path, slot.axis), np.ones(shape[slot.axis], bool))
+    there = np.ones(shape, bool)
+    for axis in range(len(shape)):
+        if (slot.path, axis) in masks:
+            there &= _placed(masks[slot.path, axis], axis, shape)
+    return there.ravel()
 
 
 def charge(
@@ -333,6 +510,12 @@ def _stated_once(slots: list[Slot], size: int) -> list[Slot]:
 def _check_names(given: Mapping[str, Any], groups: Groups) -> None:
     unknown = [name for name in given if name not in groups]
     if unknown:
+        # Groups that `l0jax.trace` found know why others are not among them.
+        left_alone = getattr(groups, "frozen", {})
+        if unknown[0] in left_alone:
+            raise ValueError(
+                f"group {unknown[0]!r} is frozen: {left_alone[unknown[0]].why}"
+            )
         raise ValueError(
             f"unknown group {unknown[0]!r}; there is {', '.join(groups) or 'none'}"
         )

@@ -1,5 +1,7 @@
 """Law 3: what is counted is what is there, in each of the papers' conventions."""
 
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import l0jax.nnx
 from l0jax import costs, models, units
-from l0jax.costs import CONVENTIONS, Operation
+from l0jax.costs import CONVENTIONS, COSTS
+from l0jax.structure import trace
 
 NETWORKS = {
     "mlp": {"features": (784, 300, 100, 10)},
@@ -20,10 +24,52 @@ NETWORKS = {
 DRAWS = 3000
 
 
-def network(name):
+@functools.cache
+def model_of(name):
     kind = "mlp" if name == "mlp" else "lenet5"
-    model = models.make(kind, NETWORKS[name], rngs=nnx.Rngs(0))
-    return nnx.state(model, nnx.Param), model.groups, model.operations
+    return models.make(kind, NETWORKS[name], rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def network(name):
+    return models.structure(model_of(name))
+
+
+def square(params, x):
+    """A hidden layer that is read and made by one square kernel, twice."""
+    h = jnp.tanh(x @ params["w_in"])
+    for _ in range(2):
+        h = jnp.tanh(h @ params["w_square"] + params["bias"].reshape(1, -1))
+    return h @ params["w_out"]
+
+
+SQUARE = {
+    "w_in": jnp.ones((5, 7)),
+    "w_square": jnp.ones((7, 7)),
+    "bias": jnp.ones(7),
+    "w_out": jnp.ones((7, 3)),
+}
+
+
+def traced(name, keep=None):
+    """A structure that is read anew, from a network that has only what is kept."""
+    if name == "square":
+        params = SQUARE
+        if keep is not None:
+            params = units.shrink(params, keep, traced(name).groups)
+        x = jax.ShapeDtypeStruct((2, params["w_in"].shape[0]), jnp.float32)
+        return trace(square, params, x)
+    if keep is None:
+        return network(name)
+    small = l0jax.nnx.shrink(model_of(name), keep, network(name).groups)
+    return models.structure(small)
+
+
+TRACED = ("small", "mlp", "square")
+
+
+def only(structure, *operations):
+    return dataclasses.replace(structure, operations=operations)
 
 
 def flags_of(groups, widths):
@@ -77,25 +123,24 @@ LENET_TABLE = {
 
 @pytest.mark.parametrize("widths", MLP_TABLE)
 def test_weights_of_published_mlps(widths):
-    params, groups, operations = network("mlp")
-    kept = certain(flags_of(groups, widths))
-    assert costs.weights(params, kept, groups, operations) == MLP_TABLE[widths]
+    structure = network("mlp")
+    kept = certain(flags_of(structure.groups, widths))
+    assert costs.weights(structure, kept) == MLP_TABLE[widths]
     a, b, c = widths
-    found = costs.compute(params, kept, groups, operations, "macs")
-    assert found == a * b + b * c + 10 * c
+    assert costs.macs(structure, kept) == a * b + b * c + 10 * c
 
 
 @pytest.mark.parametrize("widths", LENET_TABLE)
 def test_costs_of_published_lenets(widths):
-    params, groups, operations = network("lenet5")
-    kept = certain(lenet_flags(groups, widths))
+    structure = network("lenet5")
+    kept = certain(lenet_flags(structure.groups, widths))
     weights, printed = LENET_TABLE[widths]
     a, b, c, d = widths
     count = {
-        convention: float(costs.compute(params, kept, groups, operations, convention))
+        convention: float(costs.make(convention)(structure, kept))
         for convention in CONVENTIONS
     }
-    assert costs.weights(params, kept, groups, operations) == weights
+    assert costs.weights(structure, kept) == weights
     assert count["macs"] == 576 * 25 * a + 64 * 25 * a * b + c * d + 10 * d
     assert count["flops_objective"] == (
         576 * (25 + 1) * a + 64 * (25 * a + 1) * b + (c + 1) * d + (d + 1) * 10
@@ -116,55 +161,59 @@ def test_costs_of_published_lenets(widths):
     ("kernel", "operations"), [("conv1.kernel", 576_000), ("conv2.kernel", 3_200_000)]
 )
 def test_open_convolutions_in_reference_flops(kernel, operations):
-    params, groups, every = network("lenet5")
+    structure = network("lenet5")
     # One product and one sum for each weight, and the bias instead of a last sum:
     # 576 * 20 * (25 + 24 + 1) and 64 * 50 * (500 + 499 + 1).
-    one = [op for op in every if op.kernel == kernel]
+    one = [op for op in structure.operations if op.kernel == kernel]
     assert len(one) == 1
-    found = costs.compute(params, everything(groups), groups, one, "reference_flops")
-    assert found == operations
+    every = everything(structure.groups)
+    assert costs.reference_flops(only(structure, *one), every) == operations
 
 
 def test_dense_networks_have_the_known_macs():
     for name, macs in (("mlp", 266_200), ("lenet5", 2_293_000)):
-        params, groups, operations = network(name)
-        found = costs.compute(params, everything(groups), groups, operations, "macs")
-        assert found == macs
+        structure = network(name)
+        assert costs.macs(structure, everything(structure.groups)) == macs
+        assert costs.macs(structure) == macs
 
 
 def test_positions_are_those_of_the_output():
     """The program that XLA compiles has the same products, convolution by dense."""
     for name in NETWORKS:
-        kind = "mlp" if name == "mlp" else "lenet5"
-        model = models.make(kind, NETWORKS[name], rngs=nnx.Rngs(0))
+        model, structure = model_of(name), network(name)
         shape = model.architecture.get("shape", [784])
         flops = jax.jit(model).lower(jnp.zeros((1, *shape))).compile().cost_analysis()
-        params, groups = nnx.state(model, nnx.Param), model.groups
-        macs = costs.compute(
-            params, everything(groups), groups, model.operations, "macs"
-        )
+        macs = costs.macs(structure, everything(structure.groups))
         assert flops["flops"] == pytest.approx(2 * float(macs), rel=0.05)
+
+
+def random_keep(groups, rng):
+    keep = {n: rng.random(g.size) < 0.6 for n, g in groups.items()}
+    for flags in keep.values():
+        flags[0] = True
+    return keep
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_costs_at_keep_are_those_of_the_shrunk_network(name):
-    params, groups, operations = network(name)
+    structure, params = network(name), nnx.state(model_of(name), nnx.Param)
+    groups, operations = structure.groups, structure.operations
     rng = np.random.default_rng(0)
     for _ in range(3):
-        keep = {n: rng.random(g.size) < 0.6 for n, g in groups.items()}
-        for flags in keep.values():
-            flags[0] = True
+        keep = random_keep(groups, rng)
         small = units.shrink(params, keep, drop_reads(groups))
         kernels = {op.kernel: units.arrays(small)[op.kernel].shape for op in operations}
-        positions = {op.kernel: op.positions for op in operations}
+        # No position of these networks comes and goes with a unit.
+        assert all(set(op.positions) == {()} for op in operations)
+        positions = {op.kernel: op.positions[()] for op in operations}
         kept = certain(keep)
-        left = costs.weights(params, kept, groups, operations)
+        left = costs.weights(structure, kept)
         assert left == sum(map(math.prod, kernels.values()))
-        macs = costs.compute(params, kept, groups, operations, "macs")
+        macs = costs.macs(structure, kept)
         assert macs == sum(
             math.prod(shape) * positions[path] for path, shape in kernels.items()
         )
-        tang = costs.compute(params, kept, groups, operations, "flops_objective")
+        tang = costs.flops_objective(structure, kept)
         assert tang == pytest.approx(
             sum(
                 (math.prod(shape) + shape[-1]) * positions[path]
@@ -172,13 +221,14 @@ def test_costs_at_keep_are_those_of_the_shrunk_network(name):
             ),
             rel=1e-6,
         )
+        shapes = [a.shape for a in jax.tree.leaves(small)]
+        assert costs.params(structure, kept) == sum(map(math.prod, shapes))
         # Nothing left to remove: the shrunk network costs what it was said to.
+        again = traced(name, keep)
         for convention in ("macs", "flops_objective"):
-            again = costs.compute(small, {}, {}, operations, convention)
-            assert again == pytest.approx(
-                float(costs.compute(params, kept, groups, operations, convention)),
-                rel=1e-6,
-            )
+            cost = costs.make(convention)
+            found = float(cost(structure, kept))
+            assert cost(again) == pytest.approx(found, rel=1e-6)
 
 
 def drop_reads(groups):
@@ -194,71 +244,156 @@ def drop_reads(groups):
     }
 
 
-def test_expected_costs_are_means_over_draws():
-    params, groups, operations = network("small")
-    rng = np.random.default_rng(1)
+@pytest.mark.parametrize("name", TRACED)
+def test_exact_costs_at_keep_are_those_of_what_is_left(name):
+    """Of the structure that was shrunk, and of the smaller network that is read anew.
+
+    The reference's FLOPs count what some units were before, so that they only agree on
+    what a smaller network costs.
+    """
+    structure, rng = traced(name), np.random.default_rng(0)
+    for _ in range(3):
+        keep = random_keep(structure.groups, rng)
+        small, again = structure.shrink(keep), traced(name, keep)
+        assert small.arrays == again.arrays
+        # Groups are named for the largest array that makes them: names may change.
+        sizes = [[g.size for g in s.groups.values()] for s in (small, again)]
+        assert sizes[0] == sizes[1]
+        for convention, cost in COSTS.items():
+            found = costs.exact(structure, keep, cost)
+            left = costs.exact(small, cost=cost)
+            assert type(found) is int
+            assert left == costs.exact(again, cost=cost), convention
+            if convention == "reference_flops":
+                assert left < found
+            else:
+                assert left == found, convention
+            assert found < costs.exact(structure, cost=cost)
+        # And it goes on to cost less.
+        twice = random_keep(small.groups, rng)
+        same = dict(zip(again.groups, twice.values(), strict=True))
+        found = costs.exact(small, twice)
+        assert found == costs.exact(again, same) == costs.exact(small.shrink(twice))
+
+
+def test_exact_costs_are_whole_where_single_precision_rounds():
+    shapes = {"a": (4099, 8191), "b": (8191, 2)}
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((1, 4099), jnp.float32)
+    structure = trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x)
+    (hidden,) = (n for n, group in structure.groups.items() if group.size == 8191)
+    for flags in (np.ones(8191, bool), np.arange(8191) > 0):
+        left = int(flags.sum()) * (4099 + 2)
+        assert costs.exact(structure, {hidden: flags}) == left
+        assert int(np.float32(left)) != left, "a float32 can't hold it"
+
+
+def test_exact_costs_refuse_what_is_no_keep():
+    structure = network("small")
+    with pytest.raises(ValueError, match="'heads'"):
+        costs.exact(structure, {"heads": np.ones(3, bool)})
+    with pytest.raises(ValueError, match=r"'hidden' has 6 units.*\(5,\)"):
+        costs.exact(structure, {"hidden": np.ones(5, bool)})
+
+
+@pytest.mark.parametrize("name", ["small", "square"])
+def test_expected_costs_are_means_over_draws(name):
+    structure = traced(name)
+    groups, rng = structure.groups, np.random.default_rng(1)
     p = {name: jnp.float32(rng.uniform(0.1, 0.9, g.size)) for name, g in groups.items()}
     draws = {
         name: jnp.float32(rng.random((DRAWS, len(q))) < np.asarray(q))
         for name, q in p.items()
     }
-    counts = {"weights": lambda z: costs.weights(params, z, groups, operations)}
-    for convention in CONVENTIONS:
-        counts[convention] = lambda z, convention=convention: costs.compute(
-            params, z, groups, operations, convention
-        )
-    for name, count in counts.items():
+    for convention, cost in COSTS.items():
+        count = functools.partial(cost, structure)
         sampled = np.asarray(jax.jit(jax.vmap(count))(draws), np.float64)
         error = 5 * sampled.std() / math.sqrt(DRAWS)
         assert sampled.std() > 0
-        assert abs(sampled.mean() - float(count(p))) < error, name
+        assert abs(sampled.mean() - float(count(p))) < error, convention
+
+
+def test_a_group_that_lies_along_two_axes_is_not_a_square_of_means():
+    """What the draws above are to tell apart."""
+    structure = traced("square")
+    lies = {
+        (slot.path, slot.axis)
+        for group in structure.groups.values()
+        if group.size == 7
+        for slot in group.slots
+    }
+    assert lies >= {("w_square", 0), ("w_square", 1), ("bias", 0)}
+    half = {n: jnp.full(g.size, 0.5) for n, g in structure.groups.items()}
+    # Of 7 units at 1/2: E[n] is 3.5, E[n^2] is 3.5^2 + 7/4; of 5 inputs 2.5.
+    kept = 3.5**2 + 7 / 4
+    assert costs.macs(structure, half) == 2.5 * 3.5 + 2 * kept + 3.5 * 3
+    assert costs.weights(structure, half) == 2.5 * 3.5 + kept + 3.5 * 3
+    assert costs.params(structure, half) == 2.5 * 3.5 + kept + 3.5 + 3.5 * 3
 
 
 def test_expected_costs_have_a_gradient_in_every_probability():
-    params, groups, operations = network("small")
-    p = {name: jnp.full(g.size, 0.5) for name, g in groups.items()}
-    for convention in CONVENTIONS:
-        slopes = jax.grad(
-            lambda p, convention=convention: costs.compute(
-                params, p, groups, operations, convention
-            )
-        )(p)
+    structure = network("small")
+    p = {name: jnp.full(g.size, 0.5) for name, g in structure.groups.items()}
+    for cost in COSTS.values():
+        slopes = jax.grad(functools.partial(cost, structure))(p)
         for slope in slopes.values():
             assert (slope >= 0).all()
         assert sum(float(slope.sum()) for slope in slopes.values()) > 0
-    slopes = jax.grad(lambda p: costs.compute(params, p, groups, operations, "macs"))(p)
+    slopes = jax.grad(functools.partial(costs.macs, structure))(p)
     assert all((slope > 0).all() for slope in slopes.values())
 
 
 def test_costs_only_read_shapes():
-    params, groups, operations = network("small")
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    for convention, p in itertools.product(CONVENTIONS, (1.0, 0.3)):
-        active = {name: jnp.full(g.size, p) for name, g in groups.items()}
-        assert costs.compute(
-            shapes, active, groups, operations, convention
-        ) == costs.compute(params, active, groups, operations, convention)
+    structure = network("small")
+    blank = nnx.eval_shape(
+        lambda: models.make("lenet5", NETWORKS["small"], rngs=nnx.Rngs(0))
+    )
+    blank.reads.set_value(np.ones(blank.reads.shape, bool))
+    shapes = models.structure(blank)
+    for cost, p in itertools.product(COSTS.values(), (1.0, 0.3)):
+        active = {name: jnp.full(g.size, p) for name, g in structure.groups.items()}
+        assert cost(shapes, active) == cost(structure, active)
 
 
 def test_operations_add_up():
-    params, groups, operations = network("small")
-    active = {name: jnp.full(g.size, 0.4) for name, g in groups.items()}
+    structure = network("small")
+    operations = structure.operations
+    active = {name: jnp.full(g.size, 0.4) for name, g in structure.groups.items()}
     for convention in CONVENTIONS:
-        apart = sum(
-            costs.compute(params, active, groups, [op], convention) for op in operations
-        )
-        together = costs.compute(params, active, groups, operations, convention)
+        cost = costs.make(convention)
+        apart = sum(cost(only(structure, op), active) for op in operations)
+        together = cost(structure, active)
         np.testing.assert_allclose(apart, together, rtol=1e-6)
-    assert costs.weights(params, active, groups, []) == 0
-    twice = [Operation(op.kernel, 2 * op.positions) for op in operations]
+    assert costs.weights(only(structure), active) == 0
+    each = costs.per_operation(structure, active)
+    np.testing.assert_allclose(sum(each), costs.macs(structure, active), rtol=1e-6)
+    twice = [
+        dataclasses.replace(op, positions={(): 2 * op.positions[()]})
+        for op in operations
+    ]
     np.testing.assert_allclose(
-        costs.compute(params, active, groups, twice, "macs"),
-        2 * costs.compute(params, active, groups, operations, "macs"),
+        costs.macs(only(structure, *twice), active),
+        2 * costs.macs(structure, active),
     )
 
 
-def test_unknown_conventions_are_named():
-    params, groups, operations = network("small")
+def test_unknown_costs_are_named():
     with pytest.raises(ValueError, match="'joules'") as error:
-        costs.compute(params, everything(groups), groups, operations, "joules")
-    assert all(convention in str(error.value) for convention in CONVENTIONS)
+        costs.make("joules")
+    assert all(name in str(error.value) for name in COSTS)
+    assert set(CONVENTIONS) <= set(COSTS)
+    for name, cost in COSTS.items():
+        assert costs.make(name) is cost
+
+
+@pytest.mark.parametrize("convention", COSTS)
+def test_what_a_group_saves_is_what_is_missing_without_it(convention):
+    structure, cost = network("small"), costs.make(convention)
+    active = {name: jnp.full(g.size, 0.7) for name, g in structure.groups.items()}
+    found = costs.per_group(structure, cost, active)
+    assert found.keys() == structure.groups.keys()
+    for name, saved in found.items():
+        without = {**active, name: jnp.zeros(structure.groups[name].size)}
+        expected = cost(structure, active) - cost(structure, without)
+        np.testing.assert_allclose(saved, expected, rtol=1e-6)
+        assert saved > 0

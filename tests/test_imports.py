@@ -14,15 +14,26 @@ FILES = {
 }
 # From the ground up; a module imports from lower layers, or from its own package.
 LAYERS = (
-    ("units", "gates"),
+    ("units", "gates", "axes"),
+    ("rules", "polynomials"),
+    ("structure",),
+    ("narrow",),
     ("gating", "costs"),
-    ("objectives", "models"),
-    ("nnx", "linen", "train"),
+    ("objectives", "models", "compaction"),
+    ("nnx", "linen", "train", "report"),
     ("storage",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}
 ONLY_IN_STORAGE = {"orbax", "safetensors", "hashlib", "json", "shutil", "pathlib"}
+# And the few that one file has a use for.
+ONLY_IN = {
+    "storage": ONLY_IN_STORAGE,
+    # To say on which line of the user's code something is.
+    "structure": {"pathlib", "traceback"},
+    # To measure, and to draw.
+    "report": {"time", "statistics", "matplotlib"},
+}
 # What the standard library offers a pure function.
 PURE = {
     "collections",
@@ -75,9 +86,7 @@ def test_imports_flow_downward(module):
 
 @sweep
 def test_outside_imports_are_the_few_that_are_allowed(module):
-    allowed = ALLOWED | PURE | {"l0jax"}
-    if module == "storage":
-        allowed = allowed | ONLY_IN_STORAGE
+    allowed = ALLOWED | PURE | ONLY_IN.get(module, set()) | {"l0jax"}
     found = {name.split(".")[0] for name in imported(FILES[module])}
     assert found <= allowed, f"{module} imports {found - allowed}"
 
@@ -106,13 +115,32 @@ def test_nothing_prints_or_opens_files(module):
     assert not attributes & {"stdout", "stderr", "debug"}
 
 
-def test_storage_imports_orbax_only_to_save():
-    """At the top of the file, reading a shrunk model would wait for it."""
-    tree = ast.parse(FILES["storage"].read_text())
-    top = {
+@sweep
+def test_gates_know_of_nothing_else(module):
+    if layer_of(module) == "gates":
+        for name in imported(FILES[module]):
+            assert not name.startswith("l0jax") or name.startswith("l0jax.gates")
+
+
+def imported_at_once(module):
+    """What importing a file imports, unless it is within a function."""
+    return {
         alias.name if isinstance(node, ast.Import) else node.module
-        for node in tree.body
+        for node in ast.parse(FILES[module].read_text()).body
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
+
+
+def test_storage_imports_orbax_only_to_save():
+    """At the top of the file, reading a shrunk model would wait for it."""
+    top = imported_at_once("storage")
     assert not any(name.startswith(("orbax", "optax")) for name in top)
+
+
+def test_report_imports_matplotlib_only_to_draw():
+    """It is no dependency, and takes a second."""
+    every = set(imported(FILES["report"]))
+    assert any(name.startswith("matplotlib") for name in every)
+    top = imported_at_once("report")
+    assert not any(name.startswith("matplotlib") for name in top)

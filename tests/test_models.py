@@ -74,6 +74,10 @@ def images_for(model, batch=4):
     return jnp.float32(np.random.default_rng(1).normal(size=(batch, *shape)))
 
 
+def groups_of(model):
+    return models.structure(model).groups
+
+
 def params_of(model):
     return nnx.state(model, nnx.Param)
 
@@ -126,15 +130,16 @@ def agree(found, expected):
 
 def check_law(model, seed):
     """Gated by any values = these values folded in and closed units removed."""
-    groups, images = model.groups, images_for(model)
+    groups, images = groups_of(model), images_for(model)
     keep = keeps_for(params_of(model), groups, seed)
     z = gate_values(keep, seed)
     before = arrays(model)
     folded = on_host(l0jax.nnx.fold(model, z, groups))
     shrunk = l0jax.nnx.shrink(folded, keep, groups)
     agree(outputs(shrunk, images), outputs(folded, images))
+    left = groups_of(shrunk)
     for name, flags in keep.items():
-        assert shrunk.groups[name].size <= flags.sum(), name
+        assert left[name].size <= flags.sum(), name
     for path, array in arrays(model).items():
         np.testing.assert_array_equal(array, before[path], err_msg="written to")
     return shrunk
@@ -153,7 +158,7 @@ def test_a_shrunk_model_is_a_model(name, size):
     model = build(name, size)
     for seed in range(1 if size == "paper" else 3):
         shrunk = check_law(model, seed)
-        units.check(nnx.state(shrunk), shrunk.groups)
+        units.check(nnx.state(shrunk), groups_of(shrunk))
         twice = check_law(shrunk, seed + 100)
         check_law(twice, seed + 200)
 
@@ -161,24 +166,24 @@ def test_a_shrunk_model_is_a_model(name, size):
 @small
 def test_each_group_can_be_shrunk_alone(name, size):
     model = build(name, size)
-    images = images_for(model)
-    for group in model.groups.values():
+    groups, images = groups_of(model), images_for(model)
+    for group in groups.values():
         for j in range(group.size):
             keep = {group.name: np.arange(group.size) != j}
             if group.size == 1:
                 continue
             z = {group.name: jnp.float32(keep[group.name])}
-            gated = l0jax.nnx.fold(model, z, model.groups)
-            shrunk = l0jax.nnx.shrink(model, keep, model.groups)
+            gated = l0jax.nnx.fold(model, z, groups)
+            shrunk = l0jax.nnx.shrink(model, keep, groups)
             agree(outputs(shrunk, images), outputs(gated, images))
-            assert shrunk.groups[group.name].size == group.size - 1
+            assert groups_of(shrunk)[group.name].size == group.size - 1
 
 
 @small
 def test_what_is_not_in_use_may_go(name, size):
     """`in_use` of folded weights finds units that died with another group's gates."""
     model = build(name, size)
-    groups, images = model.groups, images_for(model)
+    groups, images = groups_of(model), images_for(model)
     for seed in range(4):
         z = gate_values(keeps_for(params_of(model), groups, seed), seed)
         folded = l0jax.nnx.fold(model, z, groups)
@@ -193,40 +198,46 @@ def test_what_is_not_in_use_may_go(name, size):
 @sweep
 def test_architecture_rebuilds_the_shape(name, size):
     model = build(name, size)
-    keep = keeps_for(params_of(model), model.groups, 5)
-    for one in (model, l0jax.nnx.shrink(model, keep, model.groups)):
+    groups = groups_of(model)
+    keep = keeps_for(params_of(model), groups, 5)
+    for one in (model, l0jax.nnx.shrink(model, keep, groups)):
         again = models.make(models.name_of(one), one.architecture, rngs=nnx.Rngs(3))
         assert again.architecture == one.architecture
         shapes = {path: array.shape for path, array in arrays(one).items()}
         assert {p: a.shape for p, a in arrays(again).items()} == shapes
-        assert again.operations == one.operations
-        assert {n: g.size for n, g in again.groups.items()} == {
-            n: g.size for n, g in one.groups.items()
+        found, expected = models.structure(again), models.structure(one)
+        assert found.operations == expected.operations
+        assert found.arrays == expected.arrays
+        assert {n: g.size for n, g in found.groups.items()} == {
+            n: g.size for n, g in expected.groups.items()
         }
 
 
 @sweep
 def test_charges_and_groups_fit_the_arrays(name, size):
     model = build(name, size)
-    state, groups = params_of(model), model.groups
+    structure = models.structure(model)
+    state, groups = params_of(model), structure.groups
+    charges = model.charges(groups)
     units.check(nnx.state(model), groups)
-    assert set(model.charges) == set(groups)
+    assert set(charges) == set(groups)
     assert all(group.name == key for key, group in groups.items())
     charged = {
-        key: Group(key, groups[key].size, slots) for key, slots in model.charges.items()
+        key: Group(key, groups[key].size, slots) for key, slots in charges.items()
     }
     units.check(state, charged)
     kernels = {path for path, a in units.arrays(state).items() if a.ndim > 1}
-    assert {operation.kernel for operation in model.operations} == kernels
-    assert kernels <= {slot.path for slots in model.charges.values() for slot in slots}
+    assert {operation.kernel for operation in structure.operations} == kernels
+    assert kernels <= {slot.path for slots in charges.values() for slot in slots}
 
 
 def per_unit(model, group):
+    groups = groups_of(model)
     sizes = units.charge(
         jnp.ones_like,
         params_of(model),
-        model.charges[group],
-        model.groups[group].size,
+        model.charges(groups)[group],
+        groups[group].size,
     )
     assert len(set(np.asarray(sizes).tolist())) == 1
     return int(sizes[0])
@@ -238,20 +249,20 @@ def test_sizes_of_the_papers_networks():
         sum(a.size for a in jax.tree.leaves(params_of(model))) for model in (mlp, lenet)
     ]
     assert counts == [266_610, 431_080]
-    assert {name: group.size for name, group in mlp.groups.items()} == {
+    assert {name: group.size for name, group in groups_of(mlp).items()} == {
         "input": 784,
         "hidden1": 300,
         "hidden2": 100,
     }
-    assert {name: group.size for name, group in lenet.groups.items()} == {
+    assert {name: group.size for name, group in groups_of(lenet).items()} == {
         "conv1": 20,
         "conv2": 50,
         "features": 800,
         "hidden": 500,
     }
     # A dense unit pays for the weights that read it, a map for its filter and bias.
-    assert [per_unit(mlp, name) for name in mlp.groups] == [300, 100, 10]
-    assert [per_unit(lenet, name) for name in lenet.groups] == [26, 501, 500, 10]
+    assert [per_unit(mlp, name) for name in groups_of(mlp)] == [300, 100, 10]
+    assert [per_unit(lenet, name) for name in groups_of(lenet)] == [26, 501, 500, 10]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +367,7 @@ def test_unknown_models_are_named():
 def test_the_nnx_adapter_is_shrunk_at_test_time(name, size):
     model = build(name, size)
     images = images_for(model)
-    net = l0jax.nnx.Gated(model, GATE, model.groups, 0.25, rngs=nnx.Rngs(gates=0))
+    net = l0jax.nnx.Gated(model, GATE, groups_of(model), 0.25, rngs=nnx.Rngs(gates=0))
     for rule in ("paper", "median"):
         for group, logits in net.logits.items():
             spread = np.random.default_rng(len(group)).uniform(-4, 4, logits.shape)

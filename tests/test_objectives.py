@@ -157,10 +157,12 @@ def test_every_model_is_charged_for_all_its_kernels():
     for name in models.MODELS:
         architecture = {"mlp": {"features": (6, 5, 4)}}.get(name, {})
         model = models.make(name, architecture, rngs=nnx.Rngs(0))
-        params, groups = nnx.state(model, nnx.Param), model.groups
+        params = nnx.state(model, nnx.Param)
+        groups = models.structure(model).groups
+        charges = model.charges(groups)
         ones = {n: jnp.ones(g.size) for n, g in groups.items()}
-        l0 = objectives.expected_l0(params, ones, groups, model.charges)
-        charged = {slot.path for slots in model.charges.values() for slot in slots}
+        l0 = objectives.expected_l0(params, ones, groups, charges)
+        charged = {slot.path for slots in charges.values() for slot in slots}
         sizes = {path: a.size for path, a in arrays(params).items()}
         assert l0 == sum(sizes[path] for path in charged)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from l0jax import units
@@ -304,10 +304,49 @@ def test_expected_size_of_two_halves_of_an_axis_is_that_of_the_whole():
     np.testing.assert_allclose(sizes, 2 * 2 * 1.3, rtol=1e-6)
 
 
-def test_expected_size_refuses_a_group_on_two_axes():
-    groups = {"g": Group("g", 3, (Slot("w", 0),), (Slot("w", 1),))}
+@given(st.data())
+def test_expected_size_of_a_group_on_two_axes_is_the_mean_over_draws(data):
+    """Where it meets itself one gate decides, and elsewhere two: E[n^2]."""
+    size, others = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    both = data.draw(st.permutations((0, 1, 2)))[:2]
+    shape, lies = [others] * 3, []
+    for axis in both:
+        shape[axis] = data.draw(st.integers(1, 5))
+        lies += [Slot(*data.draw(slots("w", shape, size, [axis]))) for _ in range(2)]
+    (third,) = {0, 1, 2} - set(both)
+    groups = {
+        "g": Group("g", size, (lies[0],), (lies[2],)),
+        "same axes": Group("same axes", size, (lies[3],), (lies[1],)),
+        "h": Group("h", others, (Slot("w", third),)),
+    }
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    p = {name: rng.uniform(0.1, 0.9, group.size) for name, group in groups.items()}
+    open_gates = {name: rng.random((DRAWS, len(q))) < q for name, q in p.items()}
+    p32 = {name: jnp.float32(q) for name, q in p.items()}
+    array = jnp.zeros(shape)
+    # With others gated too, and with the one group alone.
+    for gated in (("g", "h"), ("h", "g"), ("g",), ("same axes", "g"), tuple(groups)):
+        counts = left(array, "w", open_gates, {n: groups[n] for n in gated})
+        error = 5 * counts.std() / math.sqrt(DRAWS) + 1e-4
+        found = units.expected_size(array, "w", {n: p32[n] for n in gated}, groups)
+        assert abs(found - counts.mean()) < error
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        (
+            (3, 3, 3),
+            {"g": Group("g", 3, (Slot("w", 0), Slot("w", 1)), (Slot("w", 2),))},
+        ),
+        ((3, 3), {"g": Group("g", 3, (Slot("w", 0), Slot("w", 1), Slot("w", 1)))}),
+        ((3, 1), {"g": Group("g", 3, (Slot("w", 0), Slot("w", None)))}),
+    ],
+)
+def test_expected_size_refuses_groups_that_it_cannot_count(shape, groups):
+    p = {name: jnp.ones(3) for name in groups}
     with pytest.raises(ValueError, match=r"'g'.*axes.*'w'"):
-        units.expected_size(jnp.zeros((3, 3)), "w", {"g": jnp.ones(3)}, groups)
+        units.expected_size(jnp.zeros(shape), "w", p, groups)
 
 
 @given(st.data())
@@ -328,6 +367,157 @@ def test_a_unit_is_in_use_iff_a_weight_that_uses_it_is_not_zero(data):
                     alive[unit] = True
         np.testing.assert_array_equal(found[name], alive)
         assert not (found[name] & ~closed[name]).any()
+
+
+@given(st.data())
+def test_the_largest_use_of_a_unit_is_that_of_its_positions(data):
+    tree, groups = arrays_and_groups(data)
+    leaves = units.arrays(tree)
+    # Compiled, as in a step's evaluation.
+    found = jax.jit(lambda tree: units.largest_use(tree, groups))(tree)
+    sizes = units.largest_use(jax.tree.map(jnp.abs, tree), groups)
+    in_use = units.in_use(tree, groups)
+    assert found.keys() == groups.keys()
+    for name, group in groups.items():
+        largest = np.zeros(group.size, np.float32)
+        for slot in group.used_by:
+            shape = leaves[slot.path].shape
+            for index in np.ndindex(shape):
+                if (unit := owner(slot, index, shape)) >= 0:
+                    value = float(leaves[slot.path][index])
+                    largest[unit] = max(largest[unit], value)
+        np.testing.assert_array_equal(found[name], largest)
+        np.testing.assert_array_equal(np.asarray(sizes[name]) > 0, in_use[name])
+
+
+def uses_left(tree, keep, groups, name):
+    """Which units of a group are kept and have a position that uses them left."""
+    group, shapes = groups[name], {p: a.shape for p, a in units.arrays(tree).items()}
+    found = np.zeros(group.size, bool)
+    for slot in group.used_by:
+        rows = positions_left(slot.path, shapes[slot.path], keep, groups)
+        for index in np.ndindex(shapes[slot.path]):
+            unit = owner(slot, index, shapes[slot.path])
+            # Of an array with units along its axes, a position needs its own only.
+            axes = range(len(index)) if slot.axis is None else [slot.axis]
+            if unit >= 0 and all(rows[axis][index[axis]] for axis in axes):
+                found[unit] |= keep[name][unit]
+    return found
+
+
+@given(st.data())
+def test_units_are_left_with_the_positions_that_use_them(data):
+    tree, groups = arrays_and_groups(data)
+    keep = data.draw(flags(groups))
+    assume(leaves_something(tree, keep, groups))
+    found = units.left(tree, keep, groups)
+    assert found.keys() == groups.keys()
+    for name, flagged in found.items():
+        np.testing.assert_array_equal(flagged, uses_left(tree, keep, groups, name))
+        assert flagged.dtype == bool
+    # Of a group that is not mentioned, all are kept.
+    for name in groups:
+        others = {n: k for n, k in keep.items() if n != name}
+        whole = others | {name: np.ones(groups[name].size, bool)}
+        same = units.left(tree, whole, groups)
+        for n, flagged in units.left(tree, others, groups).items():
+            np.testing.assert_array_equal(flagged, same[n])
+
+
+def test_a_flattened_position_goes_with_its_map():
+    tree = {"w": np.ones((6, 2)), "v": np.ones((6, 1))}
+    groups = {
+        "maps": Group("maps", 3, (Slot("w", 0, (0, 1, 2, 0, 1, 2)),)),
+        "features": Group("features", 6, (Slot("w", 0),)),
+    }
+    keep = {"maps": np.array([True, False, True])}
+    found = units.left(tree, keep, groups)
+    np.testing.assert_array_equal(found["features"], [1, 0, 1, 1, 0, 1])
+    keep["features"] = np.array([1, 1, 0, 1, 1, 0], bool)
+    # And a map goes with all of its features.
+    np.testing.assert_array_equal(units.left(tree, keep, groups)["maps"], [1, 0, 0])
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.data())
+def test_groups_after_shrinking_gate_what_is_left(data):
+    """Gating and shrinking commute, under the groups of what is left."""
+    tree, groups = arrays_and_groups(data)
+    keep = data.draw(flags(groups))
+    assume(leaves_something(tree, keep, groups))
+    # A unit may have been the last to use another: until nothing goes any more.
+    for _ in range(sum(group.size for group in groups.values())):
+        keep = units.left(tree, keep, groups)
+        assume(leaves_something(tree, keep, groups))
+    small, after = (
+        units.shrink(tree, keep, groups),
+        units.shrink_groups(tree, keep, groups),
+    )
+    units.check(small, after)
+    assert {n: g.size for n, g in after.items()} == {
+        n: int(flagged.sum()) for n, flagged in keep.items()
+    }
+    for name, group in after.items():
+        assert group.name == name
+        before = groups[name]
+        assert [s.path for s in group.used_by] == [s.path for s in before.used_by]
+        assert [s.path for s in group.made_by] == [s.path for s in before.made_by]
+    values = {n: 2.0 ** -(1 + np.arange(g.size)) for n, g in groups.items()}
+    z = {n: jnp.float32(v) for n, v in values.items()}
+    kept = {n: jnp.float32(v[keep[n]]) for n, v in values.items()}
+
+    def everywhere(of):
+        return {n: Group(n, group.size, group.slots) for n, group in of.items()}
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        units.apply_gates(small, kept, everywhere(after)),
+        units.shrink(units.apply_gates(tree, z, everywhere(groups)), keep, groups),
+    )
+
+
+@given(st.data())
+def test_rounding_keeps_the_fewest_more_that_make_a_multiple(data):
+    sizes = {"a": data.draw(st.integers(1, 12)), "b": data.draw(st.integers(1, 12))}
+    keep = {
+        name: np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+        for name, n in sizes.items()
+    }
+    before = {name: flagged.copy() for name, flagged in keep.items()}
+    each = {name: data.draw(st.integers(1, 5)) for name in sizes}
+    for multiple, of in (
+        (each, each),
+        (3, dict.fromkeys(sizes, 3)),
+        ({"a": 4}, {"a": 4, "b": 1}),
+    ):
+        found = units.round_to(keep, multiple)
+        assert found.keys() == keep.keys()
+        for name, flagged in found.items():
+            np.testing.assert_array_equal(keep[name], before[name], err_msg="written")
+            kept, width, size = keep[name].sum(), flagged.sum(), len(flagged)
+            assert flagged[keep[name]].all()
+            assert width % of[name] == 0 or width == size
+            assert width - kept < of[name]
+            # The first of those that were not kept.
+            back = np.flatnonzero(flagged & ~keep[name])
+            np.testing.assert_array_equal(
+                back, np.flatnonzero(~keep[name])[: len(back)]
+            )
+
+
+@pytest.mark.parametrize(
+    ("multiple", "words"),
+    [
+        (0, ["'a'", "at least 1", "got 0"]),
+        ({"b": -8}, ["'b'", "at least 1", "got -8"]),
+        ({"heads": 8}, ["'heads'", "a, b"]),
+    ],
+)
+def test_multiples_that_make_no_sense_are_named(multiple, words):
+    keep = {"a": np.ones(3, bool), "b": np.ones(2, bool)}
+    with pytest.raises(ValueError, match="multiple") as error:
+        units.round_to(keep, multiple)
+    assert all(word in str(error.value) for word in words)
 
 
 @given(st.data())

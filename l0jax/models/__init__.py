@@ -1,8 +1,9 @@
 """Networks in Flax NNX at any widths. A new one is one file and one line in `MODELS`.
 
 Widths are data: a shrunk network is the same class with smaller arrays. Each model has
-`architecture`, the arguments that rebuild its present shape, and states its `groups`,
-the `charges` of each unit and its `operations`.
+`architecture`, the arguments that rebuild its present shape, an `example` of its input
+to trace it with, an `edit` of what `trace` finds (names; the mask of the inputs that
+are read) and the `charges` of each unit.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from flax import nnx
 
 from l0jax.models.lenet5 import LeNet5 as LeNet5
 from l0jax.models.mlp import MLP as MLP
+from l0jax.structure import Structure, trace
 
 Model = MLP | LeNet5
 
@@ -28,6 +30,11 @@ def make(name: str, architecture: Mapping, *, rngs: nnx.Rngs) -> Model:
             f"unknown model {name!r}; there is {', '.join(sorted(MODELS))}"
         )
     return MODELS[name](**architecture, rngs=rngs)
+
+
+def structure(model: Model) -> Structure:
+    """The units of `model`, as `trace` reads them and the model edits them."""
+    return model.edit(trace(model, model.example))
 
 
 def check(model: Model) -> None:

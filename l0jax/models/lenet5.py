@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.costs import Operation
 from l0jax.models.convolution import conv2d, max_pool_2x2
 from l0jax.models.reads import Reads, select, slot_of_read
-from l0jax.units import Group, Slot
+from l0jax.structure import Structure
+from l0jax.units import Group, Groups, Slot
 
 WINDOW = 5
 
@@ -79,71 +79,50 @@ class LeNet5(nnx.Module):
         }
 
     @property
-    def groups(self) -> dict[str, Group]:
-        """The paper's four: both kinds of maps, the flattened features, the hidden
-        units. The features lie on the axis on which the maps of the second convolution
-        are used too: such a row is left if its map and its feature both are.
-        """
-        maps1, maps2 = self.conv1.kernel.shape[3], self.conv2.kernel.shape[3]
-        features, hidden = self.dense1.kernel.shape
-        map_of_feature = tuple(np.nonzero(np.asarray(self.reads[...]))[2].tolist())
-        return {
-            "conv1": Group(
-                "conv1",
-                maps1,
-                used_by=(Slot("conv2.kernel", 2),),
-                made_by=(Slot("conv1.kernel", 3), Slot("conv1.bias", 0)),
-            ),
-            "conv2": Group(
-                "conv2",
-                maps2,
-                used_by=(Slot("dense1.kernel", 0, map_of_feature),),
-                made_by=(
-                    Slot("conv2.kernel", 3),
-                    Slot("conv2.bias", 0),
-                    Slot("reads", 2),
-                ),
-            ),
-            "features": Group(
-                "features",
-                features,
-                used_by=(Slot("dense1.kernel", 0),),
-                made_by=(slot_of_read("reads", self.reads),),
-            ),
-            "hidden": Group(
-                "hidden",
-                hidden,
-                used_by=(Slot("dense2.kernel", 0),),
-                made_by=(Slot("dense1.kernel", 1), Slot("dense1.bias", 0)),
-            ),
-        }
+    def example(self) -> jax.ShapeDtypeStruct:
+        """What the model can be traced with."""
+        return jax.ShapeDtypeStruct((2, *self.shape), jnp.float32)
 
-    @property
-    def charges(self) -> dict[str, tuple[Slot, ...]]:
+    def edit(self, structure: Structure) -> Structure:
+        """The paper's four groups: both kinds of maps, the flattened features, the
+        hidden units. The features lie on the axis on which the maps of the second
+        convolution are used too: a row is left if its map and its feature both are.
+        """
+        # Tracing finds no units along an axis of one.
+        if self.conv2.kernel.shape[2] == 1:
+            made = (Slot("conv1.bias", 0), Slot("conv1.kernel", 3))
+            used = (Slot("conv2.kernel", 2),)
+            structure = structure.add(Group("conv1", 1, used, made))
+        if self.dense2.kernel.shape[0] == 1:
+            made = (Slot("dense1.bias", 0), Slot("dense1.kernel", 1))
+            used = (Slot("dense2.kernel", 0),)
+            structure = structure.add(Group("hidden", 1, used, made))
+        else:
+            structure = structure.rename({"dense1": "hidden"})
+        features = self.dense1.kernel.shape[0]
+        used = (Slot("dense1.kernel", 0),)
+        made = (slot_of_read("reads", self.reads),)
+        structure = structure.add(Group("features", features, used, made))
+        if "conv2" not in structure.groups:
+            # Some features are not read: the program gathers the others by an index,
+            # and what is indexed can't be traced.
+            map_of_feature = tuple(np.nonzero(np.asarray(self.reads[...]))[2].tolist())
+            used = (Slot("dense1.kernel", 0, map_of_feature),)
+            made = (Slot("conv2.bias", 0), Slot("conv2.kernel", 3))
+            maps = self.conv2.kernel.shape[3]
+            structure = structure.add(Group("conv2", maps, used, made))
+        structure = structure.extend("conv2", made_by=(Slot("reads", 2),))
+        return structure.only("conv1", "conv2", "features", "hidden")
+
+    def charges(self, groups: Groups) -> dict[str, tuple[Slot, ...]]:
         """The weights that a unit pays for in the paper: a map for its own filter and
         bias, a dense unit for the weights that read it."""
-        groups = self.groups
         return {
-            "conv1": groups["conv1"].made_by,
-            "conv2": groups["conv2"].made_by[:2],
-            "features": groups["features"].used_by,
-            "hidden": groups["hidden"].used_by,
+            name: tuple(slot for slot in group.made_by if slot.path != "reads")
+            if name.startswith("conv")
+            else group.used_by
+            for name, group in groups.items()
         }
-
-    @property
-    def operations(self) -> tuple[Operation, ...]:
-        """The layers, for `l0jax.costs`."""
-        height, width = self.shape[:2]
-        rows, columns = height - WINDOW + 1, width - WINDOW + 1
-        return (
-            Operation("conv1.kernel", rows * columns),
-            Operation(
-                "conv2.kernel",
-                (rows // 2 - WINDOW + 1) * (columns // 2 - WINDOW + 1),
-            ),
-            Operation("dense1.kernel"),
-            Operation("dense2.kernel"),
-        )
 
 
 def _after_convolutions(size: int) -> int:

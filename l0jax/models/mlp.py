@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.costs import Operation
 from l0jax.models.reads import Reads, select, slot_of_read
-from l0jax.units import Group, Slot
+from l0jax.structure import Structure
+from l0jax.units import Group, Groups, Slot
 
 
 class MLP(nnx.Module):
@@ -50,29 +50,32 @@ class MLP(nnx.Module):
         }
 
     @property
-    def groups(self) -> dict[str, Group]:
-        """One group for the inputs and one for each hidden layer (paper A, table 1)."""
-        groups = {}
-        for i, layer in enumerate(self.layers):
-            size = layer.kernel.shape[0]
-            used = (Slot(f"layers.{i}.kernel", 0),)
-            if i == 0:
-                made = (slot_of_read("reads", self.reads),)
-            else:
-                made = (
-                    Slot(f"layers.{i - 1}.kernel", 1),
-                    Slot(f"layers.{i - 1}.bias", 0),
-                )
-            name = "input" if i == 0 else f"hidden{i}"
-            groups[name] = Group(name, size, used, made)
-        return groups
+    def example(self) -> jax.ShapeDtypeStruct:
+        """What the model can be traced with."""
+        return jax.ShapeDtypeStruct((2, self.reads.shape[0]), jnp.float32)
 
-    @property
-    def charges(self) -> dict[str, tuple[Slot, ...]]:
+    def edit(self, structure: Structure) -> Structure:
+        """The paper's names for the groups, and the mask that marks the inputs."""
+        hidden = {i: f"hidden{i}" for i in range(1, len(self.layers))}
+        for i, name in hidden.items():
+            if self.layers[i].kernel.shape[0] > 1:
+                structure = structure.rename({f"layers.{i - 1}": name})
+                continue
+            # Tracing finds no units along an axis of one.
+            made_by = Slot(f"layers.{i - 1}.bias", 0), Slot(f"layers.{i - 1}.kernel", 1)
+            used_by = (Slot(f"layers.{i}.kernel", 0),)
+            structure = structure.add(Group(name, 1, used_by, made_by))
+        reads = slot_of_read("reads", self.reads)
+        if "input" in structure.groups:
+            structure = structure.extend("input", made_by=(reads,))
+        else:
+            # Some features are not read: the program gathers the others by an index,
+            # and what is indexed can't be traced.
+            size = self.layers[0].kernel.shape[0]
+            used = (Slot("layers.0.kernel", 0),)
+            structure = structure.add(Group("input", size, used, (reads,)))
+        return structure.only("input", *hidden.values())
+
+    def charges(self, groups: Groups) -> dict[str, tuple[Slot, ...]]:
         """A unit pays for the weights that read it."""
-        return {name: group.used_by for name, group in self.groups.items()}
-
-    @property
-    def operations(self) -> tuple[Operation, ...]:
-        """The layers, for `l0jax.costs`."""
-        return tuple(Operation(f"layers.{i}.kernel") for i in range(len(self.layers)))
+        return {name: group.used_by for name, group in groups.items()}

@@ -1,5 +1,6 @@
 """Which of its input features a layer reads: a mask that shrinking switches off."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,7 +23,10 @@ def select(
     """
     if count == x.shape[1]:
         return x
-    return x[:, jnp.flatnonzero(reads[...], size=count)]
+    # Fused into each other and into the product that follows, XLA's loops on CPU read
+    # the features again for every output.
+    read = jax.lax.optimization_barrier(jnp.flatnonzero(reads[...], size=count))
+    return jax.lax.optimization_barrier(x[:, read])
 
 
 def slot_of_read(path: str, reads: Reads) -> Slot:
