@@ -83,6 +83,7 @@ WRITTEN_OUT = {
     "lenet5": "LeNet-5",
     "mnist": "MNIST",
     "group": "gates on units",
+    "none": "no gates",
     "weight": "gates on weights",
 }
 
@@ -156,7 +157,8 @@ def _pictures(run: Run) -> Iterable[tuple[str, Figure]]:
     if run.epochs:
         yield "training.png", training(run)
         yield "costs.png", costs(run)
-    yield "gates.png", gates(run)
+    if run.gates:
+        yield "gates.png", gates(run)
     if "input" in _sizes(run):
         yield "pixels.png", pixels(run)
     if "features" in _sizes(run):
@@ -331,8 +333,10 @@ def readers_left(run: Run, group: str) -> Int[np.ndarray, " units"]:
     """How much still reads each unit of `group` at test time.
 
     With gates on units it is 1 or 0, as the gate says; with gates on weights, the
-    number of weights left that read the unit.
+    number of weights left that read the unit. Without gates, all are read.
     """
+    if not run.gates:
+        return np.ones(_sizes(run)[group], int)
     if f"{group}/value" in run.gates:
         return (run.gates[f"{group}/value"] != 0).astype(int)
     kernel, outputs = READERS[group]
@@ -532,7 +536,7 @@ def _title(run: Run) -> str:
 def _strength(run: Run) -> list[str]:
     """The cost of an expected weight, as the settings have it: c in c / N."""
     lam = run.config.get("lam")
-    if lam is None:
+    if lam is None or run.config["gates"] == "none":
         return []
     values = [f"{value:g}" for value in (lam if isinstance(lam, list) else [lam])]
     if len(set(values)) == 1:

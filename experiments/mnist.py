@@ -16,8 +16,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,18 @@ from tqdm import tqdm
 
 import l0jax.nnx
 from experiments import data, run_folder
-from l0jax import costs, gates, gating, models, objectives, storage, train, units
+from l0jax import (
+    compaction,
+    costs,
+    gates,
+    gating,
+    models,
+    objectives,
+    storage,
+    train,
+    units,
+)
+from l0jax.structure import Structure
 
 # Fields that say where and how far to run, not what is run.
 HOUSEKEEPING = ("out", "resume", "stop_after", "checkpoint_every", "progress")
@@ -45,8 +57,8 @@ class Config:
     """digits (bundled, 8x8), mnist, fashion_mnist or kmnist (by TensorFlow Datasets)"""
     model: str = "mlp"
     """mlp (300-100) or lenet5 (20-50-800-500)"""
-    gates: Literal["group", "weight"] = "group"
-    """one gate per unit (inputs of dense layers, feature maps), or one per weight"""
+    gates: Literal["group", "weight", "none"] = "group"
+    """one per unit (inputs of dense layers, feature maps), one per weight, or none"""
     gate: str = "hard_concrete"
     """the gate family"""
 
@@ -81,6 +93,15 @@ class Config:
     polyak: float = 0.999
     """decay of the running average of weights and gates that is evaluated; 0: none"""
 
+    compact: bool = True
+    """take units out of the running training once they are dead for good"""
+    compact_below: float = 0.1
+    """P(z ≠ 0) below which a unit that is closed at test time counts as dead"""
+    compact_after: int = 3
+    """epochs in a row that a unit must have been dead"""
+    compact_gain: float = 3e11
+    """multiply-accumulates of the rest of the run that a compilation must save"""
+
     test_rule: str = "paper"
     """paper (eq. 13), median, mean or samples (average); the last two remove nothing"""
     samples: int = 100
@@ -112,33 +133,17 @@ def main(config: Config) -> dict[str, Any]:
     gate = check(config)
     dataset = data.load(config.dataset, config.validation)
 
-    # ------------------------------------------------------------- the network
+    # ---------------------------------------------- the network and what trains it
     root = jax.random.key(config.seed)
     shape = dataset.train.images.shape[1:]
-    model = models.make(
-        config.model,
-        architecture(config.model, shape, dataset.classes),
-        rngs=nnx.Rngs(gating.key_for(root, "params")),
+    whole = network(
+        config,
+        models.make(
+            config.model,
+            architecture(config.model, shape, dataset.classes),
+            rngs=nnx.Rngs(gating.key_for(root, "params")),
+        ),
     )
-    graph, params, others = nnx.split(model, nnx.Param, ...)
-    params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
-
-    def apply(params, images):
-        network = nnx.merge(graph, params, others)
-        return network(images.astype(jnp.float32) / dataset.scale)
-
-    # ---------------------------------------------------------------- the gates
-    structure = model.groups
-    if config.gates == "group":
-        groups, charges = structure, model.charges
-    else:
-        groups = weight_groups(params)
-        charges = objectives.charges_of(groups)
-    lam = per_layer("lam", config.lam, groups)
-    keep_prob = per_layer("keep_prob", keep_probabilities(config, groups), groups)
-    logits = gating.init(gating.key_for(root, "gates"), gate, groups, keep_prob)
-
-    # ----------------------------------------------------------------- the step
     examples = len(dataset.train.labels)
     if examples < config.batch_size:
         raise ValueError(
@@ -147,69 +152,18 @@ def main(config: Config) -> dict[str, Any]:
         )
     steps_per_epoch = examples // config.batch_size
     steps = steps_per_epoch * config.epochs
-    temperature = temperature_schedule(config, steps)
     optimizer = optimizer_of(config, steps)
-    step = train.make_step(
-        apply,
-        cross_entropy,
-        objectives.penalty(
-            groups, lam, examples, weight_decay=config.weight_decay, charges=charges
-        ),
-        gate,
-        groups,
-        optimizer,
-        polyak=config.polyak,
-        temperature=temperature,
-        per_example=config.per_example,
+    keep_prob = per_layer(
+        "keep_prob", keep_probabilities(config, whole.gated), whole.gated
     )
-    run = train.make_run(step)
-    state = train.init({"params": params, "gates": logits}, optimizer)
-
-    # ----------------------------------------------------- evaluation, compiled
-    @jax.jit
-    def errors(params, z, images, labels):
-        outputs = apply(units.apply_gates(params, z, groups), images)
-        return (outputs.argmax(axis=-1) != labels).sum()
-
-    def error(params, z, split):
-        wrong = sum(
-            errors(
-                params,
-                z,
-                split.images[start : start + EVALUATION_BATCH],
-                split.labels[start : start + EVALUATION_BATCH],
-            )
-            for start in range(0, len(split.labels), EVALUATION_BATCH)
-        )
-        return 100 * float(wrong) / len(split.labels)
-
-    @jax.jit
-    def count(prob_active):
-        counted = {"weights": costs.weights(params, prob_active, groups, operations)}
-        for convention in costs.CONVENTIONS:
-            counted[convention] = costs.compute(
-                params, prob_active, groups, operations, convention
-            )
-        return counted
-
-    @jax.jit
-    def decide(state):
-        """What is evaluated: averaged weights, P(z != 0), gates at test time."""
-        theta = (
-            state.theta if not config.polyak else train.averaged(state, config.polyak)
-        )
-        now = train.gate_at(gate, temperature, state.step)
-        if config.test_rule == "samples":
-            key = gating.key_for(root, "test-time samples")
-            z = gating.sample_average(key, now, theta["gates"], config.samples)
-        else:
-            z = gating.deterministic(now, theta["gates"], config.test_rule)
-        active = gating.prob_active(now, theta["gates"])
-        l0 = objectives.expected_l0(params, active, groups, charges)
-        return theta["params"], active, z, l0
-
-    operations = model.operations
-    dense = jax.device_get(count({n: jnp.ones(g.size) for n, g in groups.items()}))
+    logits = gating.init(gating.key_for(root, "gates"), gate, whole.gated, keep_prob)
+    params = nnx.to_pure_dict(nnx.state(whole.model, nnx.Param))
+    initial = train.init({"params": params, "gates": logits}, optimizer)
+    now, state = whole, initial
+    compiled = compile_for(config, gate, now, dataset, optimizer, steps)
+    # What is counted in full is counted of the whole network, however small it gets.
+    count = compiled.count
+    dense = to_floats(jax.device_get(count({})))
 
     # ---------------------------------------------------- run folder and resume
     name = f"{config.dataset}-{config.model}"
@@ -218,14 +172,27 @@ def main(config: Config) -> dict[str, Any]:
     run_folder.prepare(folder, scientific(config), as_json(config), config.resume)
     log = run_folder.Log(folder)
     first, best = 1, None
+    # Of each group, which units the network still has, and since when each is closed.
+    alive = {n: np.ones(g.size, bool) for n, g in whole.units.items()}
+    counts: compaction.Counts = {}
     if config.resume:
-        found = checkpoints.restore(state, tqdm.write)
+
+        def of_the_shape(notes):
+            return train.shrink(initial, flags(notes["alive"]), whole.structure.groups)
+
+        found = checkpoints.restore(of_the_shape, tqdm.write)
         if found is not None:
             at, state, notes = found
             first, best = at + 1, notes["best"]
+            alive = flags(notes["alive"])
+            counts = {n: np.asarray(c) for n, c in notes["counts"].items()}
+            if not all(each.all() for each in alive.values()):
+                now = smaller(whole, alive)
+                compiled = compile_for(config, gate, now, dataset, optimizer, steps)
     log.keep_until(first - 1)
     if first == 1:
-        log.activity(0, unit_activity(structure, params, groups, logits, gate))
+        active = gating.prob_active(gate, logits)
+        log.activity(0, unit_activity(whole, params, active))
 
     # ------------------------------------------------------------- the training
     training = jax.tree.map(jnp.asarray, (dataset.train.images, dataset.train.labels))
@@ -243,10 +210,10 @@ def main(config: Config) -> dict[str, Any]:
     last_epoch = min(config.epochs, config.stop_after or config.epochs)
     for epoch in range(first, last_epoch + 1):
         started = time.perf_counter()
-        totals = train.no_totals(step, state, batch, root)
+        totals = train.no_totals(compiled.step, state, batch, root)
         order = train.order_of_epoch(root, epoch, examples, config.batch_size)
         for part in parts(order):
-            state, totals = run(state, totals, training, part, root)
+            state, totals = compiled.run(state, totals, training, part, root)
             if first_step_at is None:
                 jax.block_until_ready(state.step)
                 first_step_at = time.time()
@@ -268,11 +235,12 @@ def main(config: Config) -> dict[str, Any]:
                 "a smaller learning_rate may help"
             )
 
-        evaluated, active, z, l0 = decide(state)
-        folded = jax.device_get(units.apply_gates(evaluated, z, groups))
-        keep = units.in_use(folded, structure)
-        left = {name: int(flags.sum()) for name, flags in keep.items()}
-        decided = decided_costs(count, folded, keep, groups)
+        evaluated, active, z, l0 = compiled.decide(state)
+        folded = jax.device_get(units.apply_gates(evaluated, z, now.gated))
+        active, z = jax.device_get((active, z))
+        keep = units.in_use(folded, now.units)
+        decided = decided_units(folded, keep, now.gated)
+        decided = to_floats(count(at_full_size(decided, alive, whole)))
         row = {
             "epoch": epoch,
             "step": int(state.step),
@@ -283,25 +251,43 @@ def main(config: Config) -> dict[str, Any]:
             "train_error": 100
             * float(totals.sums["errors"])
             / (int(totals.steps) * config.batch_size),
-            "validation_error": error(evaluated, z, dataset.validation),
+            "validation_error": compiled.error(evaluated, z, dataset.validation),
             "expected_l0": float(l0),
-            "architecture": left,
+            "architecture": {name: int(flags.sum()) for name, flags in keep.items()},
+            "trained": {name: int(each.sum()) for name, each in alive.items()},
             "weights": round(decided["weights"]),
-            "expected": to_floats(count(active)),
+            "expected": to_floats(count(at_full_size(active, alive, whole))),
             "decided": decided,
-            "dense": to_floats(dense),
-            "undecided": undecided(active),
+            "dense": dense,
+            "undecided": undecided(active, whole.gated),
         }
         if best is None or row["validation_error"] < best["validation_error"]:
-            best = result_of(row, error(evaluated, z, dataset.test))
+            best = result_of(row, compiled.error(evaluated, z, dataset.test))
             row["test_error"] = best["test_error"]
         elif epoch == config.epochs:
-            row["test_error"] = error(evaluated, z, dataset.test)
+            row["test_error"] = compiled.error(evaluated, z, dataset.test)
+        log.activity(
+            epoch, unit_activity(whole, params, at_full_size(active, alive, whole))
+        )
+
+        if config.compact and now.gated and epoch < config.epochs:
+            closed = compiled.closed(evaluated, z, active)
+            counts = compaction.count(counts, jax.device_get(closed))
+            keep = compaction.alive(counts, config.compact_after)
+            to_come = (config.epochs - epoch) * steps_per_epoch * config.batch_size
+            if worth_it(config, compiled, keep, to_come):
+                keep = units.left(nnx.state(now.model), keep, now.units)
+                state = train.shrink(state, keep, now.structure.groups)
+                counts = {name: c[keep[name]] for name, c in counts.items()}
+                for name, each in alive.items():
+                    each[each] = keep[name]
+                now = smaller(now, keep)
+                compiled = compile_for(config, gate, now, dataset, optimizer, steps)
         log.row(row)
-        log.activity(epoch, unit_activity(structure, evaluated, groups, active))
         bar.set_postfix_str(progress_line(row), refresh=False)
         if epoch % config.checkpoint_every == 0 or epoch == last_epoch:
-            checkpoints.save(epoch, state, {"best": best})
+            notes = {"best": best, "alive": lists(alive), "counts": lists(counts)}
+            checkpoints.save(epoch, state, notes)
     bar.close()
     log.close()
     if last_epoch < config.epochs:
@@ -309,20 +295,20 @@ def main(config: Config) -> dict[str, Any]:
 
     # ------------------------------------------------------ the smaller network
     row = log.rows()[-1]
-    evaluated, active, z, _ = decide(state)
-    gated = nnx.merge(graph, evaluated, others)
-    folded = l0jax.nnx.fold(gated, z, groups)
-    keep = units.in_use(nnx.state(folded), structure)
+    evaluated, active, z, _ = compiled.decide(state)
+    graph, _, others = nnx.split(now.model, nnx.Param, ...)
+    folded = l0jax.nnx.fold(nnx.merge(graph, evaluated, others), z, now.gated)
+    keep = units.in_use(nnx.state(folded), now.units)
     dead = [name for name, flags in keep.items() if not flags.any()]
     for name in dead:
         # No array can be empty. The unit that stays has a closed gate folded in, so
         # that it contributes nothing.
         keep[name][0] = True
-    small = l0jax.nnx.shrink(folded, keep, structure)
+    small = l0jax.nnx.shrink(folded, keep, now.structure.groups)
     storage.save(small, folder / "shrunk")
     test_images = jnp.asarray(dataset.test.images[:EVALUATION_BATCH], jnp.float32)
     difference = disagreement(folded, small, test_images / dataset.scale)
-    log.gates(active, z)
+    log.gates(at_full_size(active, alive, whole), at_full_size(z, alive, whole))
 
     summary = {
         "dataset": config.dataset,
@@ -331,7 +317,7 @@ def main(config: Config) -> dict[str, Any]:
         "shape": list(shape),
         "last": result_of(row, row["test_error"]),
         "best_on_validation": best,
-        "dense_weights": round(float(dense["weights"])),
+        "dense_weights": round(dense["weights"]),
         "shrunk": {
             "architecture": small.architecture,
             "parameters": sum(
@@ -348,6 +334,185 @@ def main(config: Config) -> dict[str, Any]:
     }
     log.summary(summary)
     return summary
+
+
+# ------------------------------------------------------- the network, at any size
+
+
+class Network(NamedTuple):
+    """A network of some size and its groups.
+
+    Attributes:
+        model: the module; only its shapes and what is not trained are used.
+        structure: its groups of units, and its single weights if those are gated.
+        units: its groups of units.
+        gated: the groups that have gates.
+    """
+
+    model: models.Model
+    structure: Structure
+    units: units.Groups
+    gated: units.Groups
+
+
+def network(config: Config, model: models.Model) -> Network:
+    """The whole network."""
+    structure = models.structure(model)
+    groups = structure.groups
+    if config.gates == "group":
+        return Network(model, structure, groups, groups)
+    single = (
+        weight_groups(nnx.state(model, nnx.Param)) if config.gates == "weight" else {}
+    )
+    for group in single.values():
+        structure = structure.add(group)
+    return Network(model, structure, groups, single)
+
+
+def smaller(now: Network, keep: units.Keep) -> Network:
+    """The network without the units that are not kept."""
+    structure = now.structure.shrink(keep)
+    return Network(
+        l0jax.nnx.shrink(now.model, keep, now.structure.groups),
+        structure,
+        {name: structure.groups[name] for name in now.units},
+        {name: structure.groups[name] for name in now.gated},
+    )
+
+
+class Compiled(NamedTuple):
+    """What is compiled for a network of some size."""
+
+    step: train.Step
+    run: Callable
+    error: Callable
+    decide: Callable
+    closed: Callable
+    count: Callable
+
+
+def compile_for(
+    config: Config,
+    gate: gates.Gate,
+    now: Network,
+    dataset: data.Dataset,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+) -> Compiled:
+    """Training and evaluation of a network of this size."""
+    graph, _, others = nnx.split(now.model, nnx.Param, ...)
+    others = nnx.to_pure_dict(others)
+    groups = now.gated
+    charges = now.model.charges(groups)
+    if config.gates == "weight":
+        charges = objectives.charges_of(groups)
+    temperature = temperature_schedule(config, steps)
+    root = jax.random.key(config.seed)
+
+    def apply(params, images):
+        network = nnx.merge(graph, params, others)
+        return network(images.astype(jnp.float32) / dataset.scale)
+
+    step = train.make_step(
+        apply,
+        cross_entropy,
+        objectives.penalty(
+            groups,
+            per_layer("lam", config.lam, groups),
+            len(dataset.train.labels),
+            weight_decay=config.weight_decay,
+            charges=charges,
+        ),
+        gate,
+        groups,
+        optimizer,
+        polyak=config.polyak,
+        temperature=temperature,
+        per_example=config.per_example,
+    )
+
+    @jax.jit
+    def errors(params, z, images, labels):
+        outputs = apply(units.apply_gates(params, z, groups), images)
+        return (outputs.argmax(axis=-1) != labels).sum()
+
+    def error(params, z, split):
+        wrong = sum(
+            errors(
+                params,
+                z,
+                split.images[start : start + EVALUATION_BATCH],
+                split.labels[start : start + EVALUATION_BATCH],
+            )
+            for start in range(0, len(split.labels), EVALUATION_BATCH)
+        )
+        return 100 * float(wrong) / len(split.labels)
+
+    @jax.jit
+    def count(prob_active):
+        names = ("weights", *costs.CONVENTIONS)
+        return {name: costs.make(name)(now.structure, prob_active) for name in names}
+
+    @jax.jit
+    def decide(state):
+        """What is evaluated: averaged weights, P(z != 0), gates at test time."""
+        theta = (
+            state.theta if not config.polyak else train.averaged(state, config.polyak)
+        )
+        at = train.gate_at(gate, temperature, state.step)
+        if config.test_rule == "samples":
+            key = gating.key_for(root, "test-time samples")
+            z = gating.sample_average(key, at, theta["gates"], config.samples)
+        else:
+            z = gating.deterministic(at, theta["gates"], config.test_rule)
+        active = gating.prob_active(at, theta["gates"])
+        l0 = objectives.expected_l0(theta["params"], active, groups, charges)
+        return theta["params"], active, z, l0
+
+    @jax.jit
+    def closed(params, z, active):
+        every = now.structure.groups
+        return compaction.closed(params, z, active, every, config.compact_below)
+
+    return Compiled(step, train.make_run(step), error, decide, closed, count)
+
+
+def worth_it(config: Config, compiled: Compiled, keep: units.Keep, examples) -> bool:
+    """Whether compiling the smaller network pays for the examples still to come.
+
+    By what is counted rather than by the clock, so that a run can be repeated.
+    """
+    kept = {name: jnp.asarray(each, jnp.float32) for name, each in keep.items()}
+    before = float(compiled.count({})["macs"])
+    after = float(compiled.count(kept)["macs"])
+    # A gradient costs twice what the outputs do.
+    return (
+        after <= COMPACT_AT * before
+        and 3 * examples * (before - after) >= config.compact_gain
+    )
+
+
+# It is not looked at before multiply-accumulates have fallen to this share.
+COMPACT_AT = 0.75
+
+
+def at_full_size(values: dict, alive: dict, whole: Network) -> dict:
+    """Vectors of the smaller network's units, or of its single weights, laid out as in
+    the whole network, with zeros for what it has lost."""
+    every = units.left(whole.structure.arrays, alive, whole.structure.groups)
+    full = {}
+    for name, vector in values.items():
+        full[name] = np.zeros(len(every[name]), np.float32)
+        full[name][every[name]] = np.asarray(vector)
+    return full
+
+
+def flags(stored: dict) -> dict:
+    return {name: np.asarray(values, bool) for name, values in stored.items()}
+
+
+def lists(vectors: dict) -> dict:
+    return {name: vector.astype(int).tolist() for name, vector in vectors.items()}
 
 
 # ------------------------------------------------------------------------- pieces
@@ -465,38 +630,36 @@ def parts(order):
     return np.split(np.asarray(order), pieces)
 
 
-def decided_costs(count, folded, keep, groups) -> dict[str, float]:
-    """Costs by the gates at test time, from weights with those gates folded in."""
+def decided_units(folded, keep, groups) -> dict[str, np.ndarray]:
+    """What is left at test time, from weights with the gates folded in."""
     leaves = units.arrays(folded)
-    left = {
+    return {
         name: keep[name] if name in keep else np.ravel(leaves[name]) != 0
         for name in groups
     }
-    return to_floats(count({n: jnp.asarray(a, jnp.float32) for n, a in left.items()}))
 
 
-def unit_activity(structure, params, groups, values, gate=None) -> dict:
-    """P(z != 0) per unit; of weight gates, the mean over the weights that use it.
-
-    `values` are probabilities, or logits if a `gate` is given.
-    """
-    active = gating.prob_active(gate, values) if gate is not None else values
-    if groups is structure:
+def unit_activity(now: Network, params, active) -> dict:
+    """P(z != 0) per unit; of weight gates, the mean over the weights that use it."""
+    if not now.gated:
+        return {name: np.ones(group.size) for name, group in now.units.items()}
+    if now.gated is now.units or set(now.gated) == set(now.units):
         return active
     ones = jax.tree.map(jnp.ones_like, params)
-    weighted = units.apply_gates(ones, active, groups)
+    active = jax.tree.map(jnp.asarray, active)
+    weighted = units.apply_gates(ones, active, now.gated)
     totals = {}
-    for name, group in structure.items():
+    for name, group in now.units.items():
         amount = units.charge(lambda a: a, weighted, group.used_by, group.size)
         count = units.charge(lambda a: a, ones, group.used_by, group.size)
         totals[name] = amount / count
     return totals
 
 
-def undecided(active) -> float:
-    """Share of gates that are neither clearly open nor clearly closed."""
-    every = np.concatenate([np.asarray(p) for p in active.values()])
-    return float(((every > 0.05) & (every < 0.95)).mean())
+def undecided(active, gated: units.Groups) -> float:
+    """Share of all gates that are neither clearly open nor clearly closed."""
+    between = sum(int(((p > 0.05) & (p < 0.95)).sum()) for p in active.values())
+    return between / max(sum(group.size for group in gated.values()), 1)
 
 
 def disagreement(a, b, inputs) -> float:

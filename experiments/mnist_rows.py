@@ -45,8 +45,10 @@ class Row:
     error_limit: float | None = None
 
 
-MLP = mnist.Config(dataset="mnist", model="mlp", epochs=200, gate_learning_rate=None)
-LENET5 = mnist.Config(dataset="mnist", model="lenet5", epochs=40)
+MLP = mnist.Config(
+    dataset="mnist", model="mlp", epochs=200, gate_learning_rate=None, compact=False
+)
+LENET5 = mnist.Config(dataset="mnist", model="lenet5", epochs=40, compact=False)
 CURVE = (0.03, 0.1, 0.3, 1.0)
 WEIGHTS: dict[str, Any] = {"gates": "weight", "gate_learning_rate": 1e-2}
 

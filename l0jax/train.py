@@ -7,16 +7,18 @@ Keys are derived, never split in a chain: the gates of step t are drawn with
 `fold_in(key, t)`, so that a resumed run draws what an uninterrupted one would have.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from l0jax import gating
+from l0jax import gating, units
 from l0jax.gates.gate import Gate
 from l0jax.gates.noise import fold_in
 from l0jax.objectives import Objective
@@ -178,6 +180,54 @@ def averaged(state: State, polyak: float) -> Theta:
         state.average,
         state.theta,
     )
+
+
+def shrink(state: State, keep: units.Keep, groups: Groups) -> State:
+    """The state without the units that are not kept: parameters, gates, running average
+    and whatever the optimiser keeps for each parameter.
+
+    Training goes on from it with a step that is made for the smaller groups.
+
+    Args:
+        state: the state before; it is fetched to the host.
+        keep: a boolean vector for each group that loses units.
+        groups: where the units lie; those of the gates among them.
+
+    Raises:
+        ValueError: as `l0jax.shrink`; if the optimiser keeps an array for a parameter
+            in another shape than the parameter's, so that it can't be cut likewise.
+    """
+    state = jax.device_get(state)
+    params = state.theta["params"]
+    here = units.arrays(params)
+    groups = {
+        name: dataclasses.replace(
+            group, made_by=tuple(slot for slot in group.made_by if slot.path in here)
+        )
+        for name, group in groups.items()
+    }
+    keep = units.left(params, keep, groups)
+    masks: units.Masks = {
+        (f"params.{path}", axis): flags
+        for (path, axis), flags in units.positions_left(params, keep, groups).items()
+    }
+    masks |= {(f"gates.{name}", 0): keep[name] for name in state.theta["gates"]}
+    shapes = {path: np.shape(leaf) for path, leaf in units.arrays(state.theta).items()}
+    longest_first = sorted(shapes, key=len, reverse=True)
+
+    def cut(key_path, leaf):
+        path = units.path_of(key_path)
+        of = next((p for p in longest_first if f".{path}".endswith(f".{p}")), None)
+        if of is None or not any(path == of for path, _ in masks):
+            return leaf
+        if np.shape(leaf) != shapes[of]:
+            raise ValueError(
+                f"the optimiser keeps {path!r} in shape {np.shape(leaf)} for a "
+                f"parameter of shape {shapes[of]}: its units can't be told apart"
+            )
+        return units.take(leaf, of, masks)
+
+    return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(cut, state))
 
 
 def no_totals(step: Step, state: State, batch: Any, key: PRNGKeyArray) -> Totals:

@@ -38,7 +38,7 @@ PICTURES = {
     "mlp": ["training.png", "costs.png", "gates.png", "pixels.png", "pixels.gif"],
     "lenet5": ["training.png", "costs.png", "gates.png", "features.png"],
 }
-EVERY_RUN = list(itertools.product(MODELS, ("group", "weight"), (0, 1, 4)))
+EVERY_RUN = list(itertools.product(MODELS, ("group", "weight", "none"), (0, 1, 4)))
 
 
 def probabilities(random, size, progress):
@@ -97,7 +97,9 @@ def make_run(folder, model="mlp", gates="group", epochs=4, dead=False):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(summary(model, records)))
     sizes = {path: int(np.prod(shape)) for path, shape in KERNELS[model].items()}
-    final = draw_gates(sizes, 1.0, dead) if gates == "weight" else activity
+    final = {"weight": draw_gates(sizes, 1.0, dead), "group": activity, "none": {}}[
+        gates
+    ]
     arrays = {f"{name}/prob_active": p.astype(np.float32) for name, p in final.items()}
     arrays |= {f"{name}/value": values(p) for name, p in final.items()}
     np.savez(folder / "gates.npz", **arrays)
@@ -149,7 +151,22 @@ def test_draws_every_picture_and_nothing_else(tmp_path, model):
 def test_every_kind_of_run_has_figures(tmp_path, model, gates, epochs):
     run = figures.read(make_run(tmp_path / "run", model, gates, epochs))
     expected = PICTURES[model] if epochs else PICTURES[model][2:]
-    assert list(every_figure(run)) == [n for n in expected if n.endswith("png")]
+    expected = [n for n in expected if n.endswith("png")]
+    if gates == "none":
+        expected.remove("gates.png")
+    assert list(every_figure(run)) == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_without_gates_everything_is_read_and_nothing_is_charged(tmp_path, model):
+    folder = make_run(tmp_path / "run", model, "none")
+    drawn = [file.name for file in figures.draw(folder)]
+    assert drawn == [name for name in PICTURES[model] if name != "gates.png"]
+    run = figures.read(folder)
+    for group, size in MODELS[model].items():
+        np.testing.assert_array_equal(figures.readers_left(run, group), np.ones(size))
+    shown = texts(figures.training(run))
+    assert any(text.endswith("on digits, no gates") for text in shown)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -50,6 +50,7 @@ OUTPUTS = [300, 100, 10]  # of the layers that read them
 DENSE = 64 * 300 + 300 * 100 + 100 * 10
 ARRAYS = [f"layers.{i}.kernel" for i in range(3)]
 
+COMPACT: dict[str, Any] = {"compact_gain": 0.0, "compact_after": 1, "epochs": 5}
 KINDS: dict[str, dict[str, Any]] = {
     "group": {},
     "weight": {"gates": "weight", "epochs": 3, "keep_prob": (0.4, 0.5, 0.6)},
@@ -73,6 +74,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "epochs": 2,
     },
     "dead": {"lam": (0.0, 50.0, 0.1), "test_rule": "median", "epochs": 2},
+    "none": {"gates": "none", "epochs": 2},
+    # What is dead is taken out while training goes on.
+    "compacted": {"lam": (2.0,), **COMPACT},
+    "compacted weights": {
+        "gates": "weight",
+        "lam": (2.0,),
+        "keep_prob": (0.4, 0.5, 0.6),
+        **COMPACT,
+    },
 }
 every_run = pytest.mark.parametrize("kind", KINDS)
 
@@ -174,6 +184,9 @@ def same_arrays(found, expected):
 # --------------------------------------------------------- what a run has to leave
 
 
+GONE = 100.0  # minus the logit of a gate that is not there
+
+
 class Left(NamedTuple):
     """What was evaluated at the end of a run, in float64: for each layer the weights
     before and after gating, the biases, and P(z != 0) and the gates' values."""
@@ -200,38 +213,65 @@ def dense():
 
 def names(config):
     """Of the groups, in the order of the layers."""
-    return list(WIDTHS) if config.gates == "group" else ARRAYS
+    return {"group": list(WIDTHS), "weight": ARRAYS, "none": []}[config.gates]
 
 
 def checkpoint(run):
     """The newest one: epoch, state, notes."""
     params = nnx.to_pure_dict(nnx.state(dense(), nnx.Param))
     sizes = {name: np.size(units.arrays(params)[name]) for name in ARRAYS}
-    sizes = WIDTHS if run.config.gates == "group" else sizes
-    logits = {name: jnp.zeros(size) for name, size in sizes.items()}
+    sizes |= WIDTHS
+    logits = {name: jnp.zeros(sizes[name]) for name in names(run.config)}
     optimizer = mnist.optimizer_of(run.config, 1)
-    like = train.init({"params": params, "gates": logits}, optimizer)
+    whole = train.init({"params": params, "gates": logits}, optimizer)
+    groups = mnist.network(run.config, dense()).structure.groups
+
+    def like(notes):
+        return train.shrink(whole, mnist.flags(notes["alive"]), groups)
+
     found = storage.Checkpoints(run.folder / "checkpoints").restore(like, pytest.fail)
     assert found is not None
     return found
 
 
+def spread(array, *along):
+    """An array as it would lie in the whole network, with zeros for what was lost."""
+    whole = np.zeros([len(flags) for flags in along])
+    whole[np.ix_(*map(np.flatnonzero, along))] = array
+    return whole
+
+
 def left(run):
-    _, state, _ = checkpoint(run)
+    _, state, notes = checkpoint(run)
+    alive = [*mnist.flags(notes["alive"]).values(), np.ones(10, bool)]
     decay, steps = run.config.polyak, int(state.step)
     theta, share = (state.average, 1 - decay**steps) if decay else (state.theta, 1)
     arrays = {path: np.float64(a) / share for path, a in units.arrays(theta).items()}
     stored = npz(run.folder / "gates.npz")
-    assert len(stored) == 6
-    weights = [arrays[f"params.{path}"] for path in ARRAYS]
-    values = [np.float64(stored[f"{name}/value"]) for name in names(run.config)]
+    gated = names(run.config)
+    assert len(stored) == 2 * len(gated)
+    weights = [
+        spread(arrays[f"params.{path}"], *alive[i : i + 2])
+        for i, path in enumerate(ARRAYS)
+    ]
+    values = [np.float64(stored[f"{name}/value"]) for name in gated]
+    # Of what was lost, a gate that is closed for good.
+    where = [
+        alive[i] if name in WIDTHS else np.outer(*alive[i : i + 2]).ravel()
+        for i, name in enumerate(gated)
+    ]
     return Left(
         weights,
-        [w * z.reshape(len(w), -1) for w, z in zip(weights, values, strict=True)],
-        [arrays[f"params.layers.{i}.bias"] for i in range(3)],
-        [np.float64(stored[f"{name}/prob_active"]) for name in names(run.config)],
+        [w * z.reshape(len(w), -1) for w, z in zip(weights, values, strict=True)]
+        if gated
+        else weights,
+        [spread(arrays[f"params.layers.{i}.bias"], alive[i + 1]) for i in range(3)],
+        [np.float64(stored[f"{name}/prob_active"]) for name in gated],
         values,
-        [arrays[f"gates.{name}"] for name in names(run.config)],
+        [
+            spread(arrays[f"gates.{name}"] + GONE, flags) - GONE
+            for name, flags in zip(gated, where, strict=True)
+        ],
     )
 
 
@@ -281,7 +321,14 @@ def test_a_run_leaves_its_record(runs, kind):
     assert events.stat().st_size > 100
     at, state, notes = checkpoint(run)
     assert (at, state.step) == (epochs[-1], run.rows[-1]["step"])
-    assert notes == {"best": run.summary["best_on_validation"]}
+    assert set(notes) == {"best", "alive", "counts"}
+    assert notes["best"] == run.summary["best_on_validation"]
+    alive = {name: sum(flags) for name, flags in notes["alive"].items()}
+    assert {name: len(flags) for name, flags in notes["alive"].items()} == WIDTHS
+    for name, counts in notes["counts"].items():
+        assert len(counts) == alive[name]
+    assert run.rows[0]["trained"] == WIDTHS
+    assert run.rows[-1]["trained"] == alive
 
 
 @every_run
@@ -354,7 +401,7 @@ def test_units_and_weights_are_removed(runs):
         assert 0 < row["weights"] < 0.6 * DENSE
         removed = [row["architecture"][n] < size for n, size in WIDTHS.items()]
         assert sum(removed) >= 2, "of at least two layers"
-    for kind in ("per example", "frozen"):
+    for kind in ("per example", "frozen", "none"):
         assert runs(kind).rows[-1]["architecture"] == WIDTHS
     assert runs("weight").rows[-1]["loss"] < 0.5 * runs("weight").rows[0]["loss"]
 
@@ -382,6 +429,12 @@ def test_costs_are_those_of_the_formulas(runs, kind):
         expected = by_hand([p.sum() for p in found.active])
         decided = by_hand(row["architecture"].values())
         pays = OUTPUTS
+        if compacted(run):
+            # A unit pays for the weights that are there to read it.
+            pays = [*list(row["trained"].values())[1:], 10]
+    elif run.config.gates == "none":
+        expected = decided = by_hand(full)
+        pays = []
     else:
         # Single weights don't change the sizes of layers.
         expected = by_hand(full, sum(p.sum() for p in found.active))
@@ -394,9 +447,32 @@ def test_costs_are_those_of_the_formulas(runs, kind):
     assert run.summary["dense_weights"] == DENSE
     l0 = sum(n * p.sum() for n, p in zip(pays, found.active, strict=True))
     assert row["expected_l0"] == pytest.approx(l0, rel=1e-4)
-    every = np.concatenate(found.active)
+    every = np.concatenate([*found.active, np.zeros(int(not found.active))])
     between = ((every > 0.05) & (every < 0.95)).mean()
     assert row["undecided"] == pytest.approx(between)
+
+
+def compacted(run):
+    return any(row["trained"] != WIDTHS for row in run.rows)
+
+
+@every_run
+def test_runs_are_compacted_where_it_is_worth_it(runs, kind):
+    """What is trained gets smaller, and what is reported is in it."""
+    run = runs(kind)
+    assert compacted(run) == kind.startswith("compacted")
+    before = WIDTHS
+    for row in run.rows:
+        for name, n in row["trained"].items():
+            assert row["architecture"][name] <= n <= before[name]
+            assert n >= 1
+        before = row["trained"]
+    macs = [
+        sum(by_hand(row["trained"].values())["macs"] for row in [each])
+        for each in run.rows
+    ]
+    for a, b in itertools.pairwise(macs):
+        assert b == a or b <= mnist.COMPACT_AT * a
 
 
 @every_run
@@ -407,6 +483,10 @@ def test_activity_is_that_of_the_units(runs, kind):
     first, last = npz(files[0]), npz(files[-1])
     keep_prob = run.config.keep_prob or (0.8, 0.5, 0.5)
     for i, (name, size) in enumerate(WIDTHS.items()):
+        if run.config.gates == "none":
+            for activity in (first, last):
+                np.testing.assert_array_equal(activity[name], np.ones(size))
+            continue
         active = found.active[i]
         if run.config.gates == "weight":
             active = active.reshape(size, -1).mean(axis=1)
@@ -670,7 +750,8 @@ def truncate(run, epoch):
 
 
 def same_files(found, expected):
-    for name in ("gates.npz", *(f"activity/{e:05d}.npz" for e in range(6))):
+    epochs = range(expected.config.epochs + 1)
+    for name in ("gates.npz", *(f"activity/{e:05d}.npz" for e in epochs)):
         same_arrays(npz(found.folder / name), npz(expected.folder / name))
     for name in ("architecture.json", "arrays.safetensors"):
         ours, theirs = (r.folder / "shrunk" / name for r in (found, expected))
@@ -693,6 +774,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(stopped, runs, tmp_path, capsys)
     # The epochs before were not run again.
     assert found.rows[:3] == stopped.rows
     assert "damaged" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["compacted", "compacted weights"])
+def test_a_run_goes_on_after_it_was_compacted(kind, runs, tmp_path):
+    """Law 7 across a compaction: bit for bit."""
+    whole = runs(kind)
+    smaller = [row["epoch"] for row in whole.rows if row["trained"] != WIDTHS]
+    # It stops once with a smaller network, and once right after it was made.
+    for at in {smaller[0], smaller[0] - 1}:
+        folder = tmp_path / str(at)
+        part = run(folder, **{**KINDS[kind], "stop_after": at})
+        assert part.summary == {"stopped_after": at, "folder": str(folder)}
+        flags = mnist.flags(checkpoint(part)[2]["alive"])
+        assert not all(each.all() for each in flags.values())
+        found = run(folder, resume=True, **KINDS[kind])
+        same_run(found, whole)
+        same_files(found, whole)
+
+
+def test_a_run_may_be_told_not_to_compact(runs, tmp_path):
+    """Until there is something to take out it is the same run."""
+    changes = {**KINDS["compacted"], "compact": False}
+    found, other = run(tmp_path / "run", **changes), runs("compacted")
+    assert all(row["trained"] == WIDTHS for row in found.rows)
+    first = next(i for i, row in enumerate(other.rows) if row["trained"] != WIDTHS)
+    assert without(CLOCK, found.rows[:first]) == without(CLOCK, other.rows[:first])
 
 
 def test_a_truncated_checkpoint_is_passed_over(stopped, runs, tmp_path, capsys):
@@ -1116,7 +1223,12 @@ def test_one_value_serves_all_layers_and_several_their_own():
 
 def test_undecided_gates_are_those_between_the_two_ends():
     active = {"a": jnp.float32([0.0, 0.04, 0.06, 0.5]), "b": jnp.float32([0.94, 0.96])}
-    assert mnist.undecided(active) == pytest.approx(0.5)
+    gated = {"a": units.Group("a", 4, ()), "b": units.Group("b", 2, ())}
+    assert mnist.undecided(active, gated) == pytest.approx(0.5)
+    # Of units that were taken out there is nothing to decide.
+    smaller = {"a": active["a"][2:], "b": active["b"]}
+    assert mnist.undecided(smaller, gated) == pytest.approx(0.5)
+    assert mnist.undecided({}, {}) == 0
 
 
 def test_disagreement_is_relative_to_the_larger_outputs():

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from l0jax import gates, gating, objectives, storage, train
+from l0jax import gates, gating, objectives, storage, train, units
 from l0jax.units import Group, Slot, apply_gates
 
 GATE = gates.HardConcrete()
@@ -348,8 +348,14 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     checkpoints = storage.Checkpoints(tmp_path)
     checkpoints.save(2, half, {"best": 0.5})
     fresh = make()
-    like = start(seed=7)
+    told = []
+
+    def like(notes):
+        told.append(notes)
+        return start(seed=7)
+
     at, loaded, notes = storage.Checkpoints(tmp_path).restore(like, pytest.fail)
+    assert told == [notes]
     assert (at, notes) == (2, {"best": 0.5})
     equal(loaded, half)
     twice, resumed = epochs(train.make_run(fresh), fresh, loaded, [3, 4])
@@ -358,6 +364,141 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     equal(resumed, totals)
     assert once.step == 4 * (EXAMPLES // BATCH)
     equal(train.averaged(twice, POLYAK), train.averaged(once, POLYAK))
+
+
+# --------------------------------------------------------- training on with fewer units
+
+KEEP = {"input": np.array([1, 0, 1, 1], bool)}
+KEEP["hidden"] = np.array([1, 1, 0, 1, 0, 1], bool)
+
+
+def of_the_rest(params, x):
+    """The network of the inputs that are left."""
+    return apply(params, x[:, KEEP["input"]])
+
+
+def small_step():
+    groups = units.shrink_groups(theta()["params"], KEEP, GROUPS)
+    return train.make_step(
+        of_the_rest,
+        squared,
+        objectives.penalty(groups, 2.0, EXAMPLES, weight_decay=1e-3),
+        GATE,
+        groups,
+        adam(),
+        polyak=POLYAK,
+        temperature=temperature,
+    )
+
+
+def surviving(state):
+    """What is left of any array, told by its shape: each says what it holds."""
+    inside, hidden = KEEP["input"], KEEP["hidden"]
+    cut = {
+        (4, 6): lambda a: a[inside][:, hidden],
+        (6, 2): lambda a: a[hidden],
+        (4,): lambda a: a[inside],
+        (6,): lambda a: a[hidden],
+        (): lambda a: a,
+    }
+    return jax.tree.map(lambda a: cut[a.shape](np.asarray(a)), state)
+
+
+def trained_for_a_while():
+    step = make()
+    return epochs(train.make_run(step), step, start(), [1, 2])[0]
+
+
+def test_shrinking_keeps_what_belongs_to_the_surviving_units():
+    """Parameters, logits, averages, and what the optimiser knows of each."""
+    state = trained_for_a_while()
+    small = train.shrink(state, KEEP, GROUPS)
+    assert jax.tree.structure(small) == jax.tree.structure(state)
+    equal(small, surviving(state))
+    # There was something to tell apart.
+    for part in (state.opt_state, state.average, state.theta):
+        widths = [a.shape for a in jax.tree.leaves(part) if a.ndim == 2]
+        assert set(widths) == {(4, 6), (6, 2)}
+        assert all(len(np.unique(a)) == a.size for a in jax.tree.leaves(part))
+    equal(state, trained_for_a_while())
+
+
+def test_shrinking_cuts_gates_of_single_weights_too():
+    single = {"w": Group("w", 24, (Slot("dense1", None),))}
+    begun = {"params": theta()["params"], "gates": {"w": jnp.arange(24.0)}}
+    state = train.init(begun, adam())
+    small = train.shrink(state, KEEP, {**GROUPS, **single})
+    kept = np.arange(24.0).reshape(4, 6)[np.ix_(KEEP["input"], KEEP["hidden"])]
+    np.testing.assert_array_equal(small.theta["gates"]["w"], kept.ravel())
+    assert small.theta["params"]["dense1"].shape == kept.shape
+
+
+def test_training_goes_on_across_a_shrink(tmp_path):
+    """Law 7: what was shrunk, through save and load in a new program: bit for bit."""
+    half = trained_for_a_while()
+    small, step = train.shrink(half, KEEP, GROUPS), small_step()
+    storage.Checkpoints(tmp_path).save(2, small, {"keep": "some"})
+    once, totals = epochs(train.make_run(step), step, small, [3, 4])
+    fresh = small_step()
+
+    def like(notes):
+        assert notes == {"keep": "some"}
+        return train.shrink(start(seed=7), KEEP, GROUPS)
+
+    found = storage.Checkpoints(tmp_path).restore(like, pytest.fail)
+    assert found is not None
+    equal(found[1], surviving(half))
+    twice, resumed = epochs(train.make_run(fresh), fresh, found[1], [3, 4])
+    equal(twice, once)
+    equal(resumed, totals)
+    assert once.step == 4 * (EXAMPLES // BATCH)
+    assert once.theta["params"]["dense1"].shape == (3, 4)
+    # And it has gone on indeed.
+    moved = np.abs(
+        np.asarray(once.theta["params"]["dense1"])
+        - surviving(half.theta["params"]["dense1"])
+    )
+    assert (moved > 0).all()
+
+
+def test_training_goes_on_as_if_lost_units_had_been_closed():
+    """Gates that can't open any more, in place of units that are not there."""
+    half = trained_for_a_while()
+    small, step = train.shrink(half, KEEP, GROUPS), small_step()
+    batch = batch_of(range(BATCH))
+    smaller, metrics = jax.jit(step)(small, batch, ROOT)
+    assert np.isfinite(metrics["loss"])
+    z = {name: jnp.float32(flags) for name, flags in KEEP.items()}
+    gated = apply(apply_gates(half.theta["params"], z, GROUPS), batch[0])
+    np.testing.assert_allclose(
+        of_the_rest(small.theta["params"], batch[0]), gated, rtol=1e-5, atol=1e-6
+    )
+    assert smaller.step == half.step + 1
+
+
+@pytest.mark.parametrize("least", [2, 128])
+def test_an_optimiser_that_keeps_other_shapes_is_refused(least):
+    """Adafactor keeps sums over rows and columns, or a placeholder in their place."""
+    optimizer = train.gates_apart(
+        optax.adafactor(1e-2, min_dim_size_to_factor=least), optax.adam(1e-2)
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        state = train.init(theta(), optimizer)
+    with pytest.raises(ValueError, match="the optimiser keeps") as error:
+        train.shrink(state, KEEP, GROUPS)
+    said = str(error.value)
+    shape = "(4,)" if least == 2 else "(1,)"
+    assert all(word in said for word in (shape, "dense1", "(4, 6)", "told apart"))
+
+
+def test_what_can_not_be_shrunk_is_named():
+    state = start()
+    with pytest.raises(ValueError, match="'heads'"):
+        train.shrink(state, {"heads": np.ones(3, bool)}, GROUPS)
+    with pytest.raises(ValueError, match=r"'hidden' has 6 units.*\(5,\)"):
+        train.shrink(state, {"hidden": np.ones(5, bool)}, GROUPS)
+    with pytest.raises(ValueError, match="'hidden': keep holds none of its 6"):
+        train.shrink(state, {"hidden": np.zeros(6, bool)}, GROUPS)
 
 
 def test_one_trace_serves_all_epochs():
