@@ -5,6 +5,7 @@ module, so that its checkpoints still fit. Gate logits are the collection `"gate
 beside `"params"`; train both.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax import gating, units
 from l0jax.gates.gate import Gate
-from l0jax.units import Group
+from l0jax.units import Group, Groups
 
 COLLECTION = "gates"
 
@@ -26,7 +27,8 @@ class Gated(nn.Module):
     Args:
         module: any Linen module.
         gate: the gate family.
-        groups: where its units lie, by paths below `params`.
+        groups: where its units lie: those of `l0jax.trace(module.apply, variables, x)`,
+            or stated by paths below `params`.
         keep_prob: initial keep probability, one number or one per group.
 
     Raises:
@@ -73,17 +75,37 @@ class Gated(nn.Module):
         z = gating.draw_or_decide(self.gate, logits, key=key, rule=rule)
         if self.is_initializing():
             outputs = self.module(*args, **kwargs)
-            units.check(self.module.variables["params"], self.groups)
+            units.check(self.module.variables["params"], below_params(self.groups))
             return outputs
 
         def gate(variables):
-            gated = units.apply_gates(variables["params"], z, self.groups)
+            groups = below_params(self.groups)
+            gated = units.apply_gates(variables["params"], z, groups)
             return {**variables, "params": gated}
 
         call = nn.map_variables(
             lambda module: module(*args, **kwargs), "params", trans_in_fn=gate
         )
         return call(self.module)
+
+
+def below_params(groups: Groups) -> dict[str, Group]:
+    """Groups as they lie below `params`, from paths in all of the variables or there.
+
+    Slots in other collections (running statistics) are left out.
+    """
+
+    def below(slots):
+        return tuple(
+            dataclasses.replace(slot, path=slot.path.removeprefix("params."))
+            for slot in slots
+            if slot.path.partition(".")[0] != "batch_stats"
+        )
+
+    return {
+        name: Group(name, group.size, below(group.used_by), below(group.made_by))
+        for name, group in groups.items()
+    }
 
 
 def prob_active(

@@ -1,8 +1,9 @@
 """Shrunk models and checkpoints: the only file that touches the disk.
 
-A model is a folder of two files that need neither pickle nor training code to read:
+A model is a folder of files that need neither pickle nor training code to read:
 `architecture.json`, the name and the arguments of its constructor, and
-`arrays.safetensors`, its arrays by dotted path.
+`arrays.safetensors`, its arrays by dotted path. Of a function that no constructor
+makes, the architecture is a third file: its program, exported by `jax.export`.
 
 A checkpoint is written by Orbax. Beside it lies a digest of its files, written last:
 a checkpoint that was cut short has none, or one that no longer fits.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
@@ -26,6 +28,8 @@ from l0jax import models, units
 
 ARCHITECTURE = "architecture.json"
 ARRAYS = "arrays.safetensors"
+PROGRAM = "program.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def save(model: nnx.Module, folder: Path | str) -> None:
@@ -38,21 +42,90 @@ def save(model: nnx.Module, folder: Path | str) -> None:
     name = models.name_of(model)
     assert isinstance(model, models.Model)
     architecture = {"model": name, "arguments": model.architecture}
+    _write(folder, architecture, nnx.state(model))
+
+
+def save_function(
+    function: Callable[..., PyTree],
+    params: PyTree,
+    *inputs: PyTree,
+    folder: Path | str,
+    any_batch: bool = True,
+) -> None:
+    """Writes any function, such as `l0jax.narrow` gives, and its parameters.
+
+    Args:
+        function: `function(params, *inputs)`.
+        params: a pytree of arrays.
+        *inputs: an example of the inputs: arrays or their shapes.
+        folder: where to.
+        any_batch: whether the leading axis of the inputs may later have any size; else
+            all sizes are those of the example.
+
+    Raises:
+        ValueError: if JAX can't export the function for a batch of any size.
+    """
+    folder = Path(folder)
+    paths = [*units.arrays(params)]
+    tree = jax.tree.structure(params)
+
+    def of_list(leaves, *inputs):
+        return function(jax.tree.unflatten(tree, leaves), *inputs)
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.tree.leaves(params)]
+    scope = jax.export.SymbolicScope()
+    (batch,) = jax.export.symbolic_shape("batch", scope=scope)
+
+    def example(leaf):
+        free = any_batch and len(leaf.shape)
+        shape = (batch, *leaf.shape[1:]) if free else leaf.shape
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    try:
+        exported = jax.export.export(jax.jit(of_list), platforms=PLATFORMS)(
+            shapes, *jax.tree.map(example, inputs)
+        )
+    except jax.core.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"the function needs to know the size of its batch ({error}); save it with "
+            "any_batch=False"
+        ) from error
+    architecture = {"program": PROGRAM, "jax": jax.__version__, "arrays": paths}
+    _write(folder, architecture, params)
+    (folder / PROGRAM).write_bytes(exported.serialize())
+
+
+class Program:
+    """A function that was read from a folder, with its parameters.
+
+    Attributes:
+        params: its arrays by dotted path.
+    """
+
+    def __init__(self, exported: jax.export.Exported, params: dict[str, jax.Array]):
+        self._exported = exported
+        self.params = params
+
+    def __call__(self, *inputs: PyTree) -> PyTree:
+        """The function of these inputs."""
+        return self._exported.call(list(self.params.values()), *inputs)
+
+
+def _write(folder: Path, architecture: dict[str, Any], tree: PyTree) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=2) + "\n")
-    leaves = units.arrays(nnx.state(model))
     # safetensors stores the buffer as it lies; a transposed view would come back wrong.
     save_file(
-        {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()},
+        {p: np.ascontiguousarray(leaf) for p, leaf in units.arrays(tree).items()},
         folder / ARRAYS,
     )
 
 
-def load(folder: Path | str) -> models.Model:
-    """The model that `save` wrote into `folder`.
+def load(folder: Path | str) -> "models.Model | Program":
+    """The model that `save` wrote into `folder`, or the function of `save_function`.
 
     Raises:
-        FileNotFoundError: if one of the two files is missing.
+        FileNotFoundError: if one of the files is missing.
         ValueError: if a file can't be read, or arrays and architecture disagree.
     """
     folder = Path(folder)
@@ -62,6 +135,8 @@ def load(folder: Path | str) -> models.Model:
     try:
         described = json.loads((folder / ARCHITECTURE).read_text())
         stored = load_file(folder / ARRAYS)
+        if "program" in described:
+            return _program(folder, described, stored)
         name, arguments = described["model"], described["arguments"]
         abstract = nnx.eval_shape(
             lambda: models.make(name, arguments, rngs=nnx.Rngs(0))
@@ -71,7 +146,32 @@ def load(folder: Path | str) -> models.Model:
             f"{folder}: the saved model is damaged: {type(error).__name__}: {error}"
         ) from error
     graph, state = nnx.split(abstract)
-    expected = {path: leaf.shape for path, leaf in units.arrays(state).items()}
+    _compare(folder, units.arrays(state), stored)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda key_path, _: jax.numpy.asarray(stored[units.path_of(key_path)]), state
+    )
+    model = nnx.merge(graph, filled)
+    try:
+        models.check(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return model
+
+
+def _program(folder: Path, described: dict[str, Any], stored: dict) -> Program:
+    if not (folder / PROGRAM).is_file():
+        raise FileNotFoundError(f"{folder} holds no saved model: {PROGRAM} is missing")
+    exported = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+    count = len(described["arrays"])
+    expected = dict(zip(described["arrays"], exported.in_avals[:count], strict=True))
+    _compare(folder, expected, stored)
+    params = {path: jax.numpy.asarray(stored[path]) for path in expected}
+    return Program(exported, params)
+
+
+def _compare(folder: Path, architecture: dict[str, Any], stored: dict) -> None:
+    """Raises ValueError unless the arrays are those of the architecture."""
+    expected = {path: tuple(leaf.shape) for path, leaf in architecture.items()}
     found = {path: array.shape for path, array in stored.items()}
     if expected != found:
         wrong = sorted(
@@ -84,15 +184,6 @@ def load(folder: Path | str) -> models.Model:
             f"{found.get(wrong, 'nothing')}, the architecture says "
             f"{expected.get(wrong, 'nothing')}"
         )
-    filled = jax.tree_util.tree_map_with_path(
-        lambda key_path, _: jax.numpy.asarray(stored[units.path_of(key_path)]), state
-    )
-    model = nnx.merge(graph, filled)
-    try:
-        models.check(model)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return model
 
 
 class Checkpoints:
@@ -131,12 +222,13 @@ class Checkpoints:
             shutil.rmtree(self.folder / str(old))
 
     def restore(
-        self, like: PyTree, warn: Callable[[str], None]
+        self, like: Callable[[dict[str, Any]], PyTree], warn: Callable[[str], None]
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that is whole: its step, state and notes.
 
         Args:
-            like: a state of the same structure, shapes and dtypes.
+            like: a state of the same structure, shapes and dtypes, from the notes that
+                were saved with it.
             warn: told, in a line each, which damaged checkpoints were passed over.
 
         Returns:
@@ -151,8 +243,9 @@ class Checkpoints:
             if record.get("digest") != _digest(target):
                 warn(f"checkpoint {target} is damaged; going back to the one before")
                 continue
-            restored = _checkpointer().restore(target, _to_arrays(like))
-            return step, _from_arrays(restored, like), record["notes"]
+            state = like(record["notes"])
+            restored = _checkpointer().restore(target, _to_arrays(state))
+            return step, _from_arrays(restored, state), record["notes"]
         return None
 
     def _record(self, step: int) -> Path:

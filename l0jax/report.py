@@ -1,0 +1,209 @@
+"""Before and after: what a network was and what is left of it, measured.
+
+This file alone looks at the clock.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+
+from l0jax import costs
+from l0jax.structure import Structure, columns, trace
+
+Model = nnx.Module | tuple[Callable[..., PyTree], PyTree]
+"""An NNX module, or `(apply, params)`."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks.
+
+    Attributes:
+        shapes: shape of each array of its parameters and state, by path.
+        params: number of parameters.
+        macs: multiply-accumulates for one example.
+        bytes: bytes of all arrays.
+        seconds: median seconds of a call, by batch size.
+        program_bytes: bytes of the compiled program as it is stored, by batch size.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    params: int
+    macs: int
+    bytes: int
+    seconds: dict[int, float]
+    program_bytes: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` measured; prints as a table."""
+
+    before: Side
+    after: Side
+    device: str
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for `json.dump`."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[tuple[str, float, float]]:
+        """`(what, before, after)` for each number."""
+        before, after = self.before, self.after
+        lines: list[tuple[str, float, float]] = [
+            ("parameters", before.params, after.params),
+            ("multiply-accumulates", before.macs, after.macs),
+            ("bytes of arrays", before.bytes, after.bytes),
+        ]
+        for batch in before.seconds:
+            one, other = before.seconds[batch], after.seconds[batch]
+            lines += [
+                (f"ms a call, batch {batch}", 1e3 * one, 1e3 * other),
+                (f"examples a second, batch {batch}", batch / one, batch / other),
+                (
+                    f"bytes of the program, batch {batch}",
+                    before.program_bytes[batch],
+                    after.program_bytes[batch],
+                ),
+            ]
+        return lines
+
+    def __str__(self) -> str:
+        rows = [["", "before", "after", "after / before"]]
+        for what, before, after in self.lines():
+            share = f"{after / before:.3f}" if before else "-"
+            rows.append([what, _number(before), _number(after), share])
+        shapes = [["array", "before", "after"]]
+        for path, shape in self.before.shapes.items():
+            left = self.after.shapes.get(path)
+            shapes.append([path, _shape(shape), "-" if left is None else _shape(left)])
+        return "\n".join(
+            [
+                *columns(rows, right=(1, 2, 3)),
+                "",
+                *columns(shapes, right=(1, 2)),
+                "",
+                f"measured on {self.device}",
+            ]
+        )
+
+    def plot(self) -> Any:
+        """A Matplotlib figure of what is left of each number, in per cent."""
+        # Matplotlib is no dependency of the library.
+        from matplotlib.figure import Figure
+
+        shown = [line for line in self.lines() if line[1] and "second" not in line[0]]
+        names = [what for what, _, _ in shown][::-1]
+        shares = [100 * after / before for _, before, after in shown][::-1]
+        figure = Figure(figsize=(8, 0.42 * len(names) + 1.1), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.barh(names, shares, color="#3b6fb6", height=0.62)
+        axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=4)
+        axes.axvline(100, color="0.4", linewidth=1)
+        axes.set_xlim(0, max(100, *shares) * 1.13)
+        axes.set_xlabel("left of the network before, per cent")
+        axes.set_title(f"Before and after, on {self.device}")
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+def report(
+    before: Model,
+    after: Model,
+    *inputs: PyTree,
+    batch_sizes: Sequence[int] = (1, 256),
+    calls: int = 20,
+) -> Report:
+    """Measures two networks on the same inputs, in turns.
+
+    Args:
+        before: a network.
+        after: what is left of it.
+        *inputs: an example of the inputs; the leading axis of each is the batch. Both
+            networks take inputs of the same shape.
+        batch_sizes: at which a call is timed.
+        calls: of how many the median is taken, for each network and batch size.
+
+    Raises:
+        ValueError: if a batch size or `calls` is not positive.
+    """
+    for number in (*batch_sizes, calls):
+        if number < 1:
+            raise ValueError(f"batch sizes and calls must be at least 1, got {number}")
+    sides = [_function(before), _function(after)]
+    seconds: list[dict[int, float]] = [{}, {}]
+    sizes: list[dict[int, int]] = [{}, {}]
+    for batch in batch_sizes:
+        given = jax.tree.map(lambda a, n=batch: _of_batch(a, n), inputs)
+        compiled = [
+            jax.jit(apply).lower(params, *given).compile() for apply, params in sides
+        ]
+        taken: list[list[float]] = [[], []]
+        for _ in range(calls + 1):
+            for at, (_, params) in enumerate(sides):
+                begun = time.perf_counter()
+                jax.block_until_ready(compiled[at](params, *given))
+                taken[at].append(time.perf_counter() - begun)
+        for at in range(2):
+            # The first call also moves arrays and fills caches.
+            seconds[at][batch] = statistics.median(taken[at][1:])
+            executable: Any = compiled[at].runtime_executable()
+            sizes[at][batch] = len(executable.serialize())
+    example = jax.tree.map(lambda a: _of_batch(a, 2), inputs)
+    structures = [
+        trace(model, *example)
+        if isinstance(model, nnx.Module)
+        else trace(*model, *example)
+        for model in (before, after)
+    ]
+    one, other = (
+        _side(structure, seconds[at], sizes[at])
+        for at, structure in enumerate(structures)
+    )
+    return Report(one, other, jax.devices()[0].device_kind)
+
+
+def _side(
+    structure: Structure, seconds: dict[int, float], sizes: dict[int, int]
+) -> Side:
+    return Side(
+        {path: tuple(leaf.shape) for path, leaf in structure.arrays.items()},
+        costs.exact(structure, cost=costs.params),
+        costs.exact(structure, cost=costs.macs),
+        costs.exact(structure, cost=costs.bytes),
+        seconds,
+        sizes,
+    )
+
+
+def _function(model: Model) -> tuple[Callable[..., PyTree], PyTree]:
+    if not isinstance(model, nnx.Module):
+        return model
+    graph, state = nnx.split(model)
+    return lambda state, *inputs: nnx.merge(graph, state)(*inputs), state
+
+
+def _of_batch(leaf: Any, batch: int) -> Any:
+    """The first examples, again and again until there are as many as are asked for."""
+    leaf = jnp.asarray(leaf)
+    return leaf[jnp.arange(batch) % leaf.shape[0]]
+
+
+def _number(value: float) -> str:
+    return (
+        f"{value:,.0f}"
+        if float(value).is_integer() or value >= 1000
+        else f"{value:.3f}"
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
