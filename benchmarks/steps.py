@@ -9,10 +9,8 @@ treats them alike; a ratio is the median over turns. Five minutes on two cores. 
 are random images of MNIST's shape: no step depends on what they show.
 """
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +23,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks import measure
+from benchmarks.measure import entry, milliseconds, ratio, take_turns
 from experiments.mnist import cross_entropy, weight_groups
 from l0jax import gates, gating, models, objectives, train
 
-RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
 EXAMPLES, BATCH = 10_000, 100
 
 
@@ -65,7 +64,7 @@ def stepper(
     params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
     groups = {
         "none": {},
-        "group": model.groups,
+        "group": models.structure(model).groups,
         "weight": weight_groups(params),
     }[kind]
     optimizer = train.gates_apart(optax.adam(1e-3), optax.adam(1e-3))
@@ -126,47 +125,6 @@ def torch_stepper(steps: int) -> Callable[[], None]:
 
     go()
     return go
-
-
-def take_turns(
-    contenders: dict[str, Callable[[], None]], turns: int
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each turn."""
-    seconds = {name: [] for name in contenders}
-    for _ in range(turns):
-        for name, go in contenders.items():
-            begun = time.perf_counter()
-            go()
-            seconds[name].append(time.perf_counter() - begun)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
-    """The median over turns of a's time over b's."""
-    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
-
-def entry(what: str, value: float, limit: float | None, unit: str, detail: str) -> dict:
-    """A line of the results; without a limit it is there to be compared with."""
-    verdict = "for comparison"
-    if limit is not None:
-        # Compared as printed.
-        verdict = "within" if round(value, 2) <= limit else "NOT within"
-    return {
-        "what": what,
-        "value": f"{value:.2f}{unit}",
-        "limit": "" if limit is None else f"≤ {limit:g}{unit}",
-        "verdict": verdict,
-        "detail": detail,
-    }
-
-
-def milliseconds(seconds: dict[str, list[float]], steps: int) -> str:
-    """The median time of a step of each contender."""
-    return ", ".join(
-        f"{name} {1e3 * statistics.median(s) / steps:.2f} ms"
-        for name, s in seconds.items()
-    )
 
 
 def gate_costs(turns: int) -> list[dict]:
@@ -252,18 +210,10 @@ def start_up() -> list[dict]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--turns", type=int, default=15)
-    arguments = parser.parse_args()
-    entries = start_up() + gate_costs(arguments.turns) + against_torch(arguments.turns)
-    for e in entries:
-        print(f"{e['what']}: {e['value']} ({e['verdict']} {e['limit']}); {e['detail']}")
-    if arguments.record:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text("".join(json.dumps(e) + "\n" for e in entries))
+def main(arguments) -> list[dict]:
+    turns = arguments.turns
+    return start_up() + gate_costs(turns) + against_torch(turns)
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(__doc__, "steps", main, turns=15)

@@ -172,7 +172,7 @@ plt.show()
 # has a gate.
 #
 # A *group* says where the units of one layer lie: which arrays use them, and which make
-# them. Every model of the library states its groups.
+# them. The library reads the groups of a model from its program.
 
 # %%
 digits = data.load("digits", validation=0.2)
@@ -189,7 +189,8 @@ model = models.MLP((64, 300, 100, 10), rngs=nnx.Rngs(0))
 graph, params, rest = nnx.split(model, nnx.Param, ...)
 
 print(f"{EXAMPLES} training images")
-for name, group in model.groups.items():
+groups = models.structure(model).groups
+for name, group in groups.items():
     used_by = ", ".join(f"axis {slot.axis} of {slot.path}" for slot in group.used_by)
     print(f"{name}: {group.size} units, used by {used_by}")
 
@@ -261,7 +262,7 @@ def fit(groups):
 
 # %%
 dense, dense_history = fit({})
-theta, history = fit(model.groups)
+theta, history = fit(groups)
 
 # %%
 figure, (above, below) = plt.subplots(
@@ -273,9 +274,7 @@ for label, past, colour in (
 ):
     epochs, errors, _ = zip(*past, strict=True)
     above.plot(epochs, errors, color=colour, label=f"{label}, last: {errors[-1]:.1f} %")
-for (name, group), colour in zip(
-    model.groups.items(), figures.COLOURS[1:], strict=False
-):
+for (name, group), colour in zip(groups.items(), figures.COLOURS[1:], strict=False):
     left = np.array([left[name] for _, _, left in history])
     label = f"{name}: {group.size} → {left[-1]}"
     below.plot(epochs, 100 * left / group.size, color=colour, label=label)
@@ -308,13 +307,14 @@ plt.show()
 # %%
 trained = nnx.merge(graph, theta["params"], rest)
 z = gating.deterministic(gate, theta["gates"], "paper")
-folded = l0jax.nnx.fold(trained, z, model.groups)
-keep = l0jax.in_use(nnx.state(folded), model.groups)
-small = l0jax.nnx.shrink(folded, keep, model.groups)
+folded = l0jax.nnx.fold(trained, z, groups)
+keep = l0jax.in_use(nnx.state(folded), groups)
+small = l0jax.nnx.shrink(folded, keep, groups)
 
 
 def widths(network):
-    return "-".join(str(group.size) for group in network.groups.values()) + "-10"
+    groups = models.structure(network).groups
+    return "-".join(str(group.size) for group in groups.values()) + "-10"
 
 
 def parameters(network):

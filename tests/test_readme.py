@@ -19,23 +19,23 @@ def test_the_example_of_the_library_runs():
     example = next(block for block in blocks("python") if "apply_gates(" in block)
     names = {}
     exec(example, names)
-    before, after = names["gated"], names["small"]
     x = jax.random.normal(jax.random.key(3), (5, 4))
-
-    def network(params):
-        return jax.nn.relu(x @ params["w1"] + params["b1"][None]) @ params["w2"]
-
-    left = int((names["z"]["hidden"] > 0).sum())
-    assert 0 < left < 8, "the example must remove something"
-    assert jax.tree.map(jnp.shape, after) == {
-        "w1": (4, left),
-        "b1": (left,),
-        "w2": (left, 2),
+    left = {name: int(flags.sum()) for name, flags in names["keep"].items()}
+    assert 0 < left["w1"] < 8, "the example must remove something"
+    assert jax.tree.map(jnp.shape, names["small_params"]) == {
+        "w1": (left["input"], left["w1"]),
+        "b1": (left["w1"],),
+        "w2": (left["w1"], 2),
     }
-    np.testing.assert_allclose(network(before), network(after), rtol=1e-5, atol=1e-6)
-    # Eight rows of two weights, each there with P(z != 0).
-    active = names["gate"].prob_active(names["logits"]["hidden"])
-    np.testing.assert_allclose(names["cost"], 2 * active.sum(), rtol=1e-6)
+    before = names["apply"](names["gated"], x)
+    after = names["small"](names["small_params"], x)
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-6)
+    active = {
+        name: float(names["gate"].prob_active(logits).sum())
+        for name, logits in names["logits"].items()
+    }
+    expected = active["input"] * active["w1"] + 2 * active["w1"]
+    np.testing.assert_allclose(names["macs"], expected, rtol=1e-6)
 
 
 def test_every_file_that_is_shown_or_linked_exists():

@@ -1,0 +1,108 @@
+"""Whether training gets faster in seconds as it prunes: the whole program's wall time,
+imports, data, compilation and pictures left out or in alike, over that of the same
+program training the dense network.
+
+    python -m benchmarks.compaction             # prints ratios and limits
+    python -m benchmarks.compaction --record    # and writes benchmarks/results/
+
+Runs take turns, each in a process of its own: dense, with compaction, and last, for the
+errors alone, without compaction. Half an hour on two cores that do nothing else;
+TFDS_DATA_DIR names the folder of MNIST. Finished runs are kept in `runs/compaction`,
+and a second start goes on from there.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import measure
+from benchmarks.measure import entry
+
+FOLDER = Path("runs") / "compaction"
+SETTINGS = {
+    "MLP, 200 epochs": (
+        "--epochs 200 --lam 0.1 --weight-decay 5e-4 --gate-learning-rate 1e-3"
+    ),
+    "LeNet-5, 40 epochs": (
+        "--model lenet5 --epochs 40 --lam 20 0.6 0.2 10 --gate-learning-rate 5e-3"
+    ),
+}
+KINDS = {
+    # λ is one number where nothing is gated.
+    "dense": "--gates none --lam 0.1",
+    "compacted": "",
+    "whole": "--no-compact",
+}
+LIMIT = 0.6
+
+
+def run(name: str, kind: str, seed: int) -> dict:
+    """The summary of one run, which is made unless it is there."""
+    out = FOLDER / f"{name.split(',')[0]}-{kind}-seed{seed}"
+    if not (out / "summary.json").exists():
+        command = f"-m experiments.mnist --dataset mnist {SETTINGS[name]} {KINDS[kind]}"
+        subprocess.run(
+            [
+                *(sys.executable, *command.split()),
+                *("--seed", str(seed), "--out", str(out), "--no-progress"),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    return json.loads((out / "summary.json").read_text())
+
+
+def main(arguments) -> list[dict]:
+    seeds = range(arguments.turns)
+    found = {
+        (name, seed, kind): run(name, kind, seed)
+        for name in SETTINGS
+        for seed in seeds
+        for kind in ("dense", "compacted")
+    }
+    entries = []
+    for name in SETTINGS:
+        dense, compacted = (
+            [found[name, seed, kind]["wall_seconds"] for seed in seeds]
+            for kind in ("dense", "compacted")
+        )
+        entries.append(
+            entry(
+                f"{name}: gated training that compacts, over dense training",
+                statistics.median(c / d for c, d in zip(compacted, dense, strict=True)),
+                LIMIT,
+                "×",
+                f"wall time {_seconds(compacted)} and {_seconds(dense)}, "
+                f"compilation included",
+            )
+        )
+    name = next(iter(SETTINGS))
+    errors = {
+        kind: [run(name, kind, seed)["last"]["test_error"] for seed in seeds]
+        for kind in ("compacted", "whole")
+    }
+    entries.append(
+        entry(
+            f"{name}: test error with compaction, less that without",
+            statistics.mean(errors["compacted"]) - statistics.mean(errors["whole"]),
+            0.1,
+            " points",
+            f"compacted {_errors(errors['compacted'])}, whole "
+            f"{_errors(errors['whole'])}; last epoch, seed by seed",
+        )
+    )
+    return entries
+
+
+def _seconds(values: list[float]) -> str:
+    return "/".join(f"{value:.0f}" for value in values) + " s"
+
+
+def _errors(values: list[float]) -> str:
+    return "/".join(f"{value:.2f}" for value in values) + " %"
+
+
+if __name__ == "__main__":
+    measure.run(__doc__, "compaction", main, turns=3)
