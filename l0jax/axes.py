@@ -10,6 +10,7 @@ agree, what they are made of is frozen.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -249,8 +250,9 @@ def positions(of: Type, kept: Callable[[Variable], np.ndarray]) -> np.ndarray:
     return flags
 
 
-def size(of: Type, left: Callable[[Variable], int]) -> int:
-    """The size of an axis whose variables have the sizes `left`."""
+def size(of: Type, left: Callable[[Variable], Any]) -> Any:
+    """The size of an axis whose variables have the sizes `left`: a number, or what
+    stands for one while JAX exports a program for batches of any size."""
     of = resolve(of)
     if isinstance(of, Variable):
         return left(of)

@@ -1,8 +1,8 @@
 """Gates as a Flax Linen module around any Linen module.
 
 The two share one scope: parameter paths and initial values are those of the bare
-module, so that its checkpoints still fit. Gate logits are the collection `"gates"`
-beside `"params"`; train both.
+module, so that its checkpoints still fit. Gate logits are `variables["gates"]` beside
+`variables["params"]`, by group below `"log_odds"`; train both.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from l0jax.gates.gate import Gate
 from l0jax.units import Group, Groups
 
 COLLECTION = "gates"
+LOG_ODDS = "log_odds"
 
 
 class Gated(nn.Module):
@@ -50,14 +51,15 @@ class Gated(nn.Module):
                 "init needs a random stream for the gates: "
                 'init({"params": key, "gates": another_key}, ...)'
             )
-        initial = {}
-        if self.is_initializing():
-            key = self.make_rng(COLLECTION)
-            initial = gating.init(key, self.gate, self.groups, self.keep_prob)
-        self.logits = {
-            name: self.variable(COLLECTION, name, lambda name=name: initial[name])
-            for name in self.groups
-        }
+        # One variable for all: in the shared scope a variable must not have the name of
+        # a submodule, and traced groups are named after the layers that make them.
+        self.log_odds = self.variable(
+            COLLECTION,
+            LOG_ODDS,
+            lambda: gating.init(
+                self.make_rng(COLLECTION), self.gate, self.groups, self.keep_prob
+            ),
+        )
 
     def __call__(
         self,
@@ -71,8 +73,7 @@ class Gated(nn.Module):
         Raises:
             ValueError: unless exactly one of `key` and `rule` is given.
         """
-        logits = {name: variable.value for name, variable in self.logits.items()}
-        z = gating.draw_or_decide(self.gate, logits, key=key, rule=rule)
+        z = gating.draw_or_decide(self.gate, self.log_odds.value, key=key, rule=rule)
         if self.is_initializing():
             outputs = self.module(*args, **kwargs)
             units.check(self.module.variables["params"], below_params(self.groups))
@@ -112,4 +113,4 @@ def prob_active(
     gate: Gate, variables: Mapping[str, Any]
 ) -> dict[str, Float[Array, " units"]]:
     """P(z != 0) of every unit, for the objective."""
-    return gating.prob_active(gate, variables[COLLECTION])
+    return gating.prob_active(gate, variables[COLLECTION][LOG_ODDS])

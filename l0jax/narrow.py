@@ -208,10 +208,10 @@ class _Left:
                 )
         return both
 
-    def size(self, axis: Type) -> int:
+    def size(self, axis: Type) -> Any:
         return size(axis, lambda variable: self.sizes.get(variable, variable.size))
 
-    def shape(self, value: Value) -> tuple[int, ...]:
+    def shape(self, value: Value) -> tuple[Any, ...]:
         return tuple(self.size(axis) for axis in value.axes)
 
     def positions(self, axis: Type) -> np.ndarray:

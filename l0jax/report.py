@@ -59,9 +59,9 @@ class Report:
         """`(what, before, after)` for each number."""
         before, after = self.before, self.after
         lines: list[tuple[str, float, float]] = [
-            ("parameters", before.params, after.params),
-            ("multiply-accumulates", before.macs, after.macs),
-            ("bytes of arrays", before.bytes, after.bytes),
+            ("parameters", float(before.params), float(after.params)),
+            ("multiply-accumulates", float(before.macs), float(after.macs)),
+            ("bytes of arrays", float(before.bytes), float(after.bytes)),
         ]
         for batch in before.seconds:
             one, other = before.seconds[batch], after.seconds[batch]
@@ -70,8 +70,8 @@ class Report:
                 (f"examples a second, batch {batch}", batch / one, batch / other),
                 (
                     f"bytes of the program, batch {batch}",
-                    before.program_bytes[batch],
-                    after.program_bytes[batch],
+                    float(before.program_bytes[batch]),
+                    float(after.program_bytes[batch]),
                 ),
             ]
         return lines

@@ -85,14 +85,20 @@ def save_function(
         exported = jax.export.export(jax.jit(of_list), platforms=PLATFORMS)(
             shapes, *jax.tree.map(example, inputs)
         )
-    except jax.core.InconclusiveDimensionOperation as error:
+    except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"the function needs to know the size of its batch ({error}); save it with "
             "any_batch=False"
         ) from error
-    architecture = {"program": PROGRAM, "jax": jax.__version__, "arrays": paths}
+    program = exported.serialize()
+    architecture = {
+        "program": PROGRAM,
+        "sha256": hashlib.sha256(program).hexdigest(),
+        "jax": jax.__version__,
+        "arrays": paths,
+    }
     _write(folder, architecture, params)
-    (folder / PROGRAM).write_bytes(exported.serialize())
+    (folder / PROGRAM).write_bytes(program)
 
 
 class Program:
@@ -135,16 +141,18 @@ def load(folder: Path | str) -> "models.Model | Program":
     try:
         described = json.loads((folder / ARCHITECTURE).read_text())
         stored = load_file(folder / ARRAYS)
-        if "program" in described:
-            return _program(folder, described, stored)
-        name, arguments = described["model"], described["arguments"]
-        abstract = nnx.eval_shape(
-            lambda: models.make(name, arguments, rngs=nnx.Rngs(0))
-        )
+        abstract: Any = None
+        if "program" not in described:
+            name, arguments = described["model"], described["arguments"]
+            abstract = nnx.eval_shape(
+                lambda: models.make(name, arguments, rngs=nnx.Rngs(0))
+            )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{folder}: the saved model is damaged: {type(error).__name__}: {error}"
         ) from error
+    if abstract is None:
+        return _program(folder, described, stored)
     graph, state = nnx.split(abstract)
     _compare(folder, units.arrays(state), stored)
     filled = jax.tree_util.tree_map_with_path(
@@ -161,9 +169,15 @@ def load(folder: Path | str) -> "models.Model | Program":
 def _program(folder: Path, described: dict[str, Any], stored: dict) -> Program:
     if not (folder / PROGRAM).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model: {PROGRAM} is missing")
-    exported = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
-    count = len(described["arrays"])
-    expected = dict(zip(described["arrays"], exported.in_avals[:count], strict=True))
+    program = (folder / PROGRAM).read_bytes()
+    if hashlib.sha256(program).hexdigest() != described.get("sha256"):
+        raise ValueError(
+            f"{folder}: the saved model is damaged: {PROGRAM} is not what was saved"
+        )
+    exported = jax.export.deserialize(bytearray(program))
+    # Its first arguments are the arrays, one by one.
+    paths = described.get("arrays", [])
+    expected = dict(zip(paths, exported.in_avals, strict=False))
     _compare(folder, expected, stored)
     params = {path: jax.numpy.asarray(stored[path]) for path in expected}
     return Program(exported, params)

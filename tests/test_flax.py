@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+import l0jax
 import l0jax.linen
 import l0jax.nnx
 from l0jax import gates, gating, units
@@ -164,7 +165,7 @@ class InLinen:
         return variables["params"]
 
     def logits(self, variables):
-        return variables["gates"]
+        return variables["gates"]["log_odds"]
 
     def statistics(self, variables):
         return variables.get("batch_stats", {})
@@ -437,3 +438,159 @@ def test_nnx_fold_and_shrink_leave_the_module_alone():
     assert type(small) is type(case.module)
     assert small.conv.kernel.shape == (3, 3, 2, 2)
     assert small.dense.kernel.shape == (18, 3)
+
+
+# ------------------------------------------------------- groups that `trace` has found
+
+
+class Convolutions(nnx.Module):
+    """Every kind of layer whose module remembers sizes."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(2, 8, (3, 3), rngs=rngs)
+        self.depth = nnx.Conv(8, 16, (3, 3), feature_group_count=8, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, use_running_average=True, rngs=rngs)
+        self.grouped = nnx.Conv(16, 12, (3, 3), feature_group_count=4, rngs=rngs)
+        self.groups = nnx.GroupNorm(12, num_groups=4, rngs=rngs)
+        self.up = nnx.ConvTranspose(12, 6, (2, 2), strides=(2, 2), rngs=rngs)
+        self.dense = nnx.Linear(6, 5, rngs=rngs)
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.norm(self.depth(self.stem(x))))
+        x = self.up(self.groups(self.grouped(x)))
+        return self.head(jax.nn.relu(self.dense(x.mean((1, 2)))))
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 6, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(3, 6, decode=False, rngs=rngs)
+        self.rnn = nnx.RNN(nnx.LSTMCell(6, 5, rngs=rngs))
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(self.rnn(self.attention(self.embed(tokens)))[:, -1])
+
+
+TRACED = {
+    "convolutions": (Convolutions, lambda: inputs("images"), ()),
+    # The scale of an attention is computed from the size of its heads.
+    "attention": (Attention, lambda: jnp.arange(8).reshape(2, 4) % 7, ("key", "value")),
+}
+SHAPES["images"] = (6, 6, 2)
+
+
+@pytest.fixture
+def any_rank():
+    """Flax's own layers add vectors to matrices."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def keep_most(structure, left_alone):
+    """All but the second unit of each group, of those that are not left alone."""
+    return {
+        name: np.arange(group.size) != 1
+        for name, group in structure.groups.items()
+        if group.size > 1 and name not in structure.inputs
+        if not any(word in name.split(":")[0].split(".") for word in left_alone)
+    }
+
+
+@pytest.mark.usefixtures("any_rank")
+@pytest.mark.parametrize("kind", TRACED)
+def test_nnx_modules_shrink_by_what_was_traced_and_say_so(kind):
+    make, example, left_alone = TRACED[kind]
+    module, x = make(nnx.Rngs(0)), example()
+    structure = l0jax.trace(module, x)
+    keep = keep_most(structure, left_alone)
+    # Heads are named after the key layer too.
+    if kind == "attention":
+        heads = next(n for n, g in structure.groups.items() if g.size == 3)
+        keep[heads] = np.array([True, False, True])
+    assert keep
+    z = {name: jnp.float32(flags) for name, flags in keep.items()}
+    folded = l0jax.nnx.fold(module, z, structure.groups)
+    small = l0jax.nnx.shrink(folded, keep, structure)
+    expected, found = folded(x), small(x)
+    scale = float(abs(expected).max())
+    np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+    assert type(small) is make
+    # What the modules remember is what their arrays are.
+    for _, layer in nnx.iter_modules(small):
+        if isinstance(layer, nnx.Linear):
+            assert layer.kernel.shape == (layer.in_features, layer.out_features)
+        if isinstance(layer, nnx.Conv):
+            inside = layer.in_features // layer.feature_group_count
+            assert layer.kernel.shape == layer.kernel_shape
+            assert layer.kernel.shape[-2:] == (inside, layer.out_features)
+        if isinstance(layer, nnx.BatchNorm):
+            assert layer.mean.shape == (layer.num_features,)
+        if isinstance(layer, nnx.GroupNorm):
+            assert layer.scale.shape == (layer.num_groups * layer.group_size,)
+        if isinstance(layer, nnx.MultiHeadAttention):
+            assert layer.query.kernel.shape[1:] == (layer.num_heads, layer.head_dim)
+        if isinstance(layer, nnx.LSTMCell):
+            assert layer.hi.kernel.shape[0] == layer.hidden_features
+    # The module itself is as it was.
+    same(nnx.state(module, nnx.Param), nnx.state(make(nnx.Rngs(0)), nnx.Param))
+
+
+@pytest.mark.usefixtures("any_rank")
+def test_a_module_that_is_another_function_when_smaller_is_refused():
+    class Scaled(nnx.Module):
+        """Divides by the number of its units."""
+
+        def __init__(self, rngs):
+            self.one = nnx.Linear(3, 4, rngs=rngs)
+            self.two = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.two(self.one(x) / self.one.kernel.shape[1])
+
+    module = Scaled(nnx.Rngs(0))
+    structure = l0jax.trace(module, jnp.ones((2, 3)))
+    keep = {"one": np.array([True, False, True, True])}
+    with pytest.raises(ValueError, match="Scaled is another function") as error:
+        l0jax.nnx.shrink(module, keep, structure)
+    assert "div(3.0)" in str(error.value)
+    assert "div(4.0)" in str(error.value)
+    assert "l0jax.narrow" in str(error.value)
+    small, params = l0jax.narrow(structure, nnx.state(module), keep)
+    z = {"one": jnp.float32(keep["one"])}
+    folded = l0jax.nnx.fold(module, z, structure.groups)
+    x = inputs("mlp")[:, :3]
+    np.testing.assert_allclose(small(params, x), folded(x), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("any_rank")
+@both
+def test_both_apis_are_gated_by_what_was_traced(api, kind):
+    """The same groups as those that are stated by hand above."""
+    x = inputs(kind)
+    if api == "nnx":
+        module = InNNX.modules[kind](nnx.Rngs(3))
+        structure = l0jax.trace(module, x)
+    else:
+        module = InLinen.modules[kind]()
+        variables = module.init(jax.random.key(3), x)
+        structure = l0jax.trace(module.apply, variables, x)
+    groups = structure.groups
+    stated = {slot for group in GROUPS[kind].values() for slot in group.used_by}
+    found = {
+        dataclasses.replace(slot, path=slot.path.removeprefix("params."))
+        for group in groups.values()
+        for slot in group.used_by
+    }
+    assert stated <= found
+    case = APIS[api](kind, groups, 0.5)
+    logits = case.logits(case.variables)
+    assert {name: a.size for name, a in logits.items()} == {
+        name: group.size for name, group in groups.items()
+    }
+    outputs = [
+        case.call(case.variables, x, key=jax.random.key(seed), train=False)[0]
+        for seed in range(2)
+    ]
+    assert not np.allclose(*outputs)

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import l0jax
 import l0jax.nnx
 from l0jax import models, storage, units
 from l0jax.models import MODELS
@@ -218,6 +219,92 @@ def test_a_reading_mask_that_disagrees_with_the_weights_is_refused(tmp_path):
     storage.save(shrunk("mlp"), tmp_path)
     rewrite(tmp_path, lambda stored: stored.update(reads=np.ones(12, bool)))
     with pytest.raises(ValueError, match="reads"):
+        storage.load(tmp_path)
+
+
+# ---------------------------------------------------------------- any other function
+
+
+def narrowed():
+    """A function that no constructor makes, its parameters, and inputs."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.float32(rng.normal(size=shape))
+        for name, shape in (("a", (4, 6)), ("deep", (6, 5)), ("b", (5, 2)))
+    }
+    params = {"outer": {"a": params["a"]}, "deep": params["deep"], "b": params["b"]}
+
+    def apply(params, x, scale):
+        h = jnp.tanh(x @ params["outer"]["a"]) @ params["deep"]
+        return {"y": jax.nn.relu(h) @ params["b"] * scale}
+
+    x, scale = jnp.float32(rng.normal(size=(3, 4))), jnp.ones((3, 1))
+    structure = l0jax.trace(apply, params, x, scale)
+    keep = {
+        name: np.arange(group.size) % 2 == 0 for name, group in structure.groups.items()
+    }
+    small, small_params = l0jax.narrow(structure, params, keep)
+    return small, small_params, (x, scale)
+
+
+def test_any_function_comes_back_for_batches_of_any_size(tmp_path):
+    small, params, inputs = narrowed()
+    storage.save_function(small, params, *inputs, folder=tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "architecture.json",
+        "arrays.safetensors",
+        "program.stablehlo",
+    ]
+    again = storage.load(tmp_path)
+    assert isinstance(again, storage.Program)
+    assert {p: a.shape for p, a in again.params.items()} == {
+        p: a.shape for p, a in units.arrays(params).items()
+    }
+    for batch in (1, 3, 7):
+        some = [jnp.resize(leaf, (batch, *leaf.shape[1:])) for leaf in inputs]
+        np.testing.assert_allclose(
+            again(*some)["y"], small(params, *some)["y"], rtol=1e-6
+        )
+
+
+def test_a_saved_function_may_be_bound_to_its_batch(tmp_path):
+    small, params, inputs = narrowed()
+    storage.save_function(small, params, *inputs, folder=tmp_path, any_batch=False)
+    again = storage.load(tmp_path)
+    np.testing.assert_allclose(again(*inputs)["y"], small(params, *inputs)["y"])
+    with pytest.raises(ValueError, match="shape"):
+        again(*(leaf[:2] for leaf in inputs))
+
+
+def test_a_function_that_needs_its_batch_says_so(tmp_path):
+    def apply(params, x):
+        return x.reshape(-1, 6) @ params["a"] if x.shape[0] > 2 else x @ params["a"]
+
+    with pytest.raises(ValueError, match="any_batch=False"):
+        storage.save_function(
+            apply, {"a": jnp.ones((6, 2))}, jnp.ones((3, 6)), folder=tmp_path
+        )
+
+
+def test_a_program_and_arrays_that_disagree_are_refused(tmp_path):
+    small, params, inputs = narrowed()
+    storage.save_function(small, params, *inputs, folder=tmp_path)
+    stored = load_file(tmp_path / "arrays.safetensors")
+    stored["b"] = stored["b"][:1]
+    save_file(stored, tmp_path / "arrays.safetensors")
+    with pytest.raises(ValueError, match=r"arrays and architecture disagree at 'b'"):
+        storage.load(tmp_path)
+    (tmp_path / "program.stablehlo").unlink()
+    with pytest.raises(FileNotFoundError, match=r"program\.stablehlo is missing"):
+        storage.load(tmp_path)
+
+
+def test_a_damaged_program_is_refused(tmp_path):
+    small, params, inputs = narrowed()
+    storage.save_function(small, params, *inputs, folder=tmp_path)
+    file = tmp_path / "program.stablehlo"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="the saved model is damaged"):
         storage.load(tmp_path)
 
 
