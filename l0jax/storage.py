@@ -73,23 +73,12 @@ def save_function(
         return function(jax.tree.unflatten(tree, leaves), *inputs)
 
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.tree.leaves(params)]
-    scope = jax.export.SymbolicScope()
-    (batch,) = jax.export.symbolic_shape("batch", scope=scope)
-
-    def example(leaf):
-        free = any_batch and len(leaf.shape)
-        shape = (batch, *leaf.shape[1:]) if free else leaf.shape
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
     try:
         exported = jax.export.export(jax.jit(of_list), platforms=PLATFORMS)(
-            shapes, *jax.tree.map(example, inputs)
+            shapes, *_shapes(inputs, any_batch)
         )
     except jax.errors.InconclusiveDimensionOperation as error:
-        raise ValueError(
-            f"the function needs to know the size of its batch ({error}); save it with "
-            "any_batch=False"
-        ) from error
+        raise _needs_its_batch(error) from error
     program = exported.serialize()
     architecture = {
         "program": PROGRAM,
@@ -99,6 +88,101 @@ def save_function(
     }
     _write(folder, architecture, params)
     (folder / PROGRAM).write_bytes(program)
+
+
+def save_onnx(
+    function: Callable[..., PyTree],
+    params: PyTree,
+    *inputs: PyTree,
+    file: Path | str,
+    any_batch: bool = True,
+) -> float:
+    """Writes a function and its parameters as ONNX, and runs the file to check it.
+
+    Needs the extra `l0jax[onnx]`: jax2onnx to convert, ONNX Runtime to check. Inputs
+    and outputs of the file are the leaves of the pytrees, in their order.
+
+    Args:
+        function: `function(params, *inputs)`.
+        params: a pytree of arrays; constants of the file.
+        *inputs: arrays on which the file is checked against `function`.
+        file: where to, such as `network.onnx`.
+        any_batch: whether the leading axis of the inputs may later have any size; else
+            all sizes are those of `inputs`. The check then runs on two sizes.
+
+    Returns:
+        The largest difference that was found, relative to the largest output.
+
+    Raises:
+        ImportError: if the extra is missing.
+        ValueError: if the file's outputs differ from the function's by more than 1e-4
+            of the largest, or are of other shapes.
+    """
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f'{error.name} is missing: pip install "l0jax[onnx]"'
+        ) from error
+    tree = jax.tree.structure(inputs)
+
+    def of_leaves(*leaves):
+        return jax.tree.leaves(function(params, *jax.tree.unflatten(tree, leaves)))
+
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
+    try:
+        jax2onnx.to_onnx(
+            of_leaves,
+            _shapes(leaves, any_batch),
+            model_name=file.stem,
+            return_mode="file",
+            output_path=str(file),
+        )
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise _needs_its_batch(error) from error
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    twice = [np.concatenate([a, a]) if a.ndim else a for a in leaves]
+    worst = 0.0
+    for given in (leaves, twice) if any_batch else (leaves,):
+        found: Any = session.run(None, dict(zip(names, given, strict=True)))
+        expected = [np.asarray(out) for out in jax.jit(of_leaves)(*given)]
+        for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"{file}: output {number} is of shape {a.shape} in ONNX Runtime, "
+                    f"{b.shape} in JAX"
+                )
+            scale = max(float(np.abs(b).max(initial=0)), 1e-30)
+            worst = max(worst, float(np.abs(a - b).max(initial=0)) / scale)
+    if not worst <= 1e-4:
+        raise ValueError(
+            f"{file}: its outputs in ONNX Runtime differ from JAX's by {worst:.1e} of "
+            "the largest; at most 1e-4 was expected"
+        )
+    return worst
+
+
+def _shapes(inputs: PyTree, any_batch: bool) -> PyTree:
+    """Shapes of inputs, their leading axis of a size that is not known yet."""
+    (batch,) = jax.export.symbolic_shape("batch", scope=jax.export.SymbolicScope())
+
+    def shape(leaf):
+        free = any_batch and len(leaf.shape)
+        sizes = (batch, *leaf.shape[1:]) if free else leaf.shape
+        return jax.ShapeDtypeStruct(sizes, leaf.dtype)
+
+    return jax.tree.map(shape, inputs)
+
+
+def _needs_its_batch(error: Exception) -> ValueError:
+    return ValueError(
+        f"the function needs to know the size of its batch ({error}); save it with "
+        "any_batch=False"
+    )
 
 
 class Program:
