@@ -275,6 +275,41 @@ def inception():
 
 
 @network
+def added_concatenations():
+    """Two concatenations whose parts do not line up, and their sum."""
+    a = Arrays()
+    for name, size in (("a", 4), ("b", 3), ("c", 2), ("d", 5)):
+        a(name, 3, size)
+    a("after", 7, 4)
+    a("head", 4, 2)
+
+    def apply(p, x):
+        one = jnp.concatenate([x @ p["a"], jnp.tanh(x @ p["b"])], axis=1)
+        two = jnp.concatenate([jnp.cos(x @ p["c"]), x @ p["d"]], axis=1)
+        return jax.nn.relu((one + two) @ p["after"]) @ p["head"]
+
+    return Network(apply, dict(a), (normal(2, 3),), 3 + (2 + 2 + 3) + 4)
+
+
+@network
+def gram_matrix():
+    """Channels times channels of activations: a group meets itself."""
+    a = Arrays()
+    a("stem", 3, 6)
+    a("left", 6, 4)
+    a("right", 6, 4)
+    a("head", 4, 2)
+
+    def apply(p, x):
+        h = jnp.cos(x @ p["stem"])
+        gram = jnp.einsum("bpk,bpl->bkl", h, h)
+        pooled = jnp.einsum("bkl,kc,lc->bc", gram, p["left"], p["right"])
+        return jax.nn.relu(pooled) @ p["head"]
+
+    return Network(apply, dict(a), (normal(2, 5, 3),), 3 + 6 + 4)
+
+
+@network
 def mobilenet():
     """Depthwise separable (version 1), then an inverted residual (version 2)."""
     a = Arrays()

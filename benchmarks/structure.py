@@ -24,7 +24,8 @@ from benchmarks.networks import NETWORKS, Arrays, Network, normal
 from l0jax import costs, gating, models, units
 from l0jax.gates import HardConcrete
 from l0jax.narrow import narrow
-from l0jax.structure import Structure, trace
+from l0jax.structure import Structure
+from l0jax.tracing import trace
 
 
 def conv3d(x, kernel, stride=(1, 1, 1)):

@@ -13,7 +13,7 @@ from l0jax.narrow import narrow as narrow
 from l0jax.objectives import expected_l0 as expected_l0
 from l0jax.report import report as report
 from l0jax.structure import Structure as Structure
-from l0jax.structure import trace as trace
+from l0jax.tracing import trace as trace
 from l0jax.units import Group as Group
 from l0jax.units import Slot as Slot
 from l0jax.units import apply_gates as apply_gates

@@ -17,14 +17,9 @@ from jaxtyping import Bool, PyTree
 
 from l0jax import units
 from l0jax.axes import Type, Variable, positions, size, variables
+from l0jax.program import Line, Program, constants_and_carries, line_of
 from l0jax.rules import Value
-from l0jax.structure import (
-    Line,
-    Program,
-    Structure,
-    constants_and_carries,
-    line_of,
-)
+from l0jax.structure import Structure
 from l0jax.units import Keep, arrays
 
 

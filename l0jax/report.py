@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from l0jax import costs
-from l0jax.structure import Structure, columns, trace
+from l0jax.structure import Structure, columns
+from l0jax.tracing import trace
 
 Model = nnx.Module | tuple[Callable[..., PyTree], PyTree]
 """An NNX module, or `(apply, params)`."""

@@ -14,7 +14,7 @@ from flax import nnx
 import l0jax.nnx
 from l0jax import costs, models, units
 from l0jax.costs import CONVENTIONS, COSTS
-from l0jax.structure import trace
+from l0jax.tracing import trace
 
 NETWORKS = {
     "mlp": {"features": (784, 300, 100, 10)},

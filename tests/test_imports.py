@@ -16,8 +16,9 @@ FILES = {
 LAYERS = (
     ("units", "gates", "axes"),
     ("rules", "polynomials"),
+    ("program",),
     ("structure",),
-    ("narrow",),
+    ("tracing", "narrow"),
     ("gating", "costs"),
     ("objectives", "models", "compaction"),
     ("nnx", "linen", "train", "report"),
@@ -30,7 +31,8 @@ ONLY_IN_STORAGE = {"orbax", "safetensors", "hashlib", "json", "shutil", "pathlib
 ONLY_IN = {
     "storage": ONLY_IN_STORAGE,
     # To say on which line of the user's code something is.
-    "structure": {"pathlib", "traceback"},
+    "program": {"pathlib"},
+    "tracing": {"pathlib", "traceback"},
     # To measure, and to draw.
     "report": {"time", "statistics", "matplotlib"},
 }

@@ -18,7 +18,7 @@ from benchmarks.networks import NETWORKS
 from l0jax import costs, gating, units
 from l0jax.gates import HardConcrete
 from l0jax.narrow import narrow
-from l0jax.structure import TraceError, trace
+from l0jax.tracing import TraceError, trace
 from l0jax.units import Group, Slot
 
 # Compiled fast rather than to run fast.
@@ -63,7 +63,7 @@ class Network:
         size = self.int(1, 3)
         self.shape = (2, 4, 4, size)
         self.steps = self.sequence(size, self.int(1, 4))
-        x = jnp.asarray(self.rng.normal(size=self.shape), jnp.float32)
+        x = jnp.asarray(self.rng.normal(size=self.shape))
         self.flat = data.draw(st.booleans())
         width = jax.eval_shape(
             lambda params, x: self(x, params, features=True), self.params, x
@@ -77,7 +77,7 @@ class Network:
     def array(self, name, shape):
         fan = max(int(np.prod(shape[:-1])), 1)
         values = self.rng.normal(size=shape) / np.sqrt(fan) + 0.05
-        self.params[name] = np.asarray(values, np.float32)
+        self.params[name] = np.asarray(values)
         return name
 
     def fresh(self, kind):
@@ -471,6 +471,17 @@ def draws(data, groups):
     return keep
 
 
+def in_float64(test):
+    """Of ten thousand networks, some cancel all but the last digits of float32."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            test(*args, **kwargs)
+
+    return wrapped
+
+
 @settings(
     phases=[Phase.generate],
     # 10,000 once by hand: L0JAX_NETWORKS=10000 python -m pytest tests/test_structure.py
@@ -479,6 +490,7 @@ def draws(data, groups):
     deadline=None,
 )
 @given(st.data())
+@in_float64
 def test_units_of_random_networks_can_be_removed(data):
     net = Network(data)
 
@@ -490,7 +502,7 @@ def test_units_of_random_networks_can_be_removed(data):
     keep = draws(data, structure.groups)
     masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
     small, small_params = narrow(structure, net.params, keep)
-    assert_close(masked, quick(small)(small_params, net.x), 2e-5)
+    assert_close(masked, quick(small)(small_params, net.x), 1e-9)
     assert costs.exact(structure, keep) == costs.exact(
         trace(small, small_params, net.x)
     )
@@ -503,6 +515,7 @@ def test_units_of_random_networks_can_be_removed(data):
     deadline=None,
 )
 @given(st.data())
+@in_float64
 def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
     net = Network(data)
 
@@ -518,7 +531,7 @@ def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
     }
     (x,) = units.shrink((net.x,), {name: keep[name] for name in outside}, outside)
     small = units.shrink(net.params, keep, structure.groups)
-    assert_close(masked, quick(apply)(small, x), 2e-5)
+    assert_close(masked, quick(apply)(small, x), 1e-9)
 
 
 # ------------------------------------------------------------ what can't be removed
@@ -528,7 +541,11 @@ def dense(x, *names):
     return lambda p: functools.reduce(lambda h, name: h @ p[name], names, x)
 
 
-ARRAYS = {"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))}
+ARRAYS = {
+    "one": jnp.ones((3, 4)),
+    "two": jnp.ones((4, 2)),
+    "sixteen": jnp.ones((16, 2)),
+}
 X = jnp.ones((5, 3))
 
 FROZEN_BY = {
@@ -553,11 +570,18 @@ FROZEN_BY = {
         jnp.fft.fft(x @ p["one"]).real @ p["two"]
     ),
     "product with itself": lambda p, x: (
+        ((h := x @ p["one"])[:, :, None] * h[:, None]).reshape(5, 16) @ p["sixteen"]
+    ),
+    "product with itself that no parameter reads": lambda p, x: (
         ((h := x @ p["one"])[:, :, None] * h[:, None]).reshape(5, 16)
         @ jnp.tile(p["two"], (4, 1))
     ),
     "product of activations": lambda p, x: (
         jnp.cos(x @ p["one"]) @ jnp.cos(x @ p["one"]).T
+    ),
+    "product of activations that are read elsewhere": lambda p, x: (
+        (h := jnp.cos(x @ p["one"])) @ p["two"],
+        h @ jnp.square(h).T,
     ),
 }
 

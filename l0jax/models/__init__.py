@@ -12,7 +12,8 @@ from flax import nnx
 
 from l0jax.models.lenet5 import LeNet5 as LeNet5
 from l0jax.models.mlp import MLP as MLP
-from l0jax.structure import Structure, trace
+from l0jax.structure import Structure
+from l0jax.tracing import trace
 
 Model = MLP | LeNet5
 
