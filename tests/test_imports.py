@@ -29,7 +29,7 @@ ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}
 ONLY_IN_STORAGE = {"orbax", "safetensors", "hashlib", "json", "shutil", "pathlib"}
 # And the few that one file has a use for.
 ONLY_IN = {
-    "storage": ONLY_IN_STORAGE,
+    "storage": ONLY_IN_STORAGE | {"jax2onnx", "onnxruntime"},
     # To say on which line of the user's code something is.
     "program": {"pathlib"},
     "tracing": {"pathlib", "traceback"},

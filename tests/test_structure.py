@@ -609,6 +609,9 @@ GATED_WHERE_MADE = {
         @ p["two"]
     ),
     "plain sum": lambda p, x: jnp.tanh(x @ p["one"]).sum(1),
+    "sum of products with itself": lambda p, x: (
+        ((h := jnp.tanh(x @ p["one"]))[:, :, None] * h[:, None]).reshape(5, 16).sum(1)
+    ),
 }
 
 
