@@ -493,7 +493,7 @@ def worth_it(config: Config, compiled: Compiled, keep: units.Keep, examples) -> 
 
 
 # It is not looked at before multiply-accumulates have fallen to this share.
-COMPACT_AT = 0.75
+COMPACT_AT = 0.65
 
 
 def at_full_size(values: dict, alive: dict, whole: Network) -> dict:
@@ -664,7 +664,12 @@ def undecided(active, gated: units.Groups) -> float:
 
 def disagreement(a, b, inputs) -> float:
     """max |a - b| / max |a| of the outputs of two networks."""
-    first, second = np.asarray(a(inputs)), np.asarray(b(inputs))
+
+    def outputs(network):
+        graph, state = nnx.split(network)
+        return np.asarray(jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, inputs))
+
+    first, second = outputs(a), outputs(b)
     return float(np.abs(first - second).max() / max(np.abs(first).max(), 1e-30))
 
 

@@ -198,6 +198,9 @@ def _gated(
     gated: dict[Variable, dict[Place, None]] = {}
     for axis, candidates, where in reading.used:
         for variable in dict.fromkeys(variables(axis)):
+            # Zero at the one place does not make it zero at the other.
+            if meets_itself(axis, variable):
+                freeze(variable, f"{where}: it meets itself in a product")
             for zeros in candidates:
                 slots = [p for p in sorted(zeros.slots) if p in lies.get(variable, ())]
                 if slots:

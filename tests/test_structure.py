@@ -544,9 +544,16 @@ def dense(x, *names):
 ARRAYS = {
     "one": jnp.ones((3, 4)),
     "two": jnp.ones((4, 2)),
+    "three": jnp.ones((3, 4)),
     "sixteen": jnp.ones((16, 2)),
 }
 X = jnp.ones((5, 3))
+
+
+def outer(h, g):
+    """All products of two vectors, for each example, along one axis."""
+    return (h[:, :, None] * g[:, None]).reshape(len(h), -1)
+
 
 FROZEN_BY = {
     "softmax": lambda p, x: jax.nn.softmax(x @ p["one"]) @ p["two"],
@@ -570,15 +577,21 @@ FROZEN_BY = {
         jnp.fft.fft(x @ p["one"]).real @ p["two"]
     ),
     "product with itself": lambda p, x: (
-        ((h := x @ p["one"])[:, :, None] * h[:, None]).reshape(5, 16) @ p["sixteen"]
+        outer(x @ p["one"], x @ p["one"]) @ p["sixteen"]
     ),
     "product with itself that no parameter reads": lambda p, x: (
-        ((h := x @ p["one"])[:, :, None] * h[:, None]).reshape(5, 16)
-        @ jnp.tile(p["two"], (4, 1))
+        outer(x @ p["one"], x @ p["one"]) @ jnp.tile(p["two"], (4, 1))
     ),
     "product of activations": lambda p, x: (
         jnp.cos(x @ p["one"]) @ jnp.cos(x @ p["one"]).T
     ),
+    "product with itself, zero where one factor is": lambda p, x: outer(
+        jnp.cos(x @ p["one"]), jnp.tanh(x @ p["one"])
+    ).sum(1),
+    "sum of products that are zero in different factors": lambda p, x: (
+        outer(jnp.cos(x @ p["one"]), jnp.tanh(x @ p["three"]))
+        + outer(jnp.tanh(x @ p["one"]), jnp.cos(x @ p["three"]))
+    ).sum(1),
     "sum of zeros and more than zeros": lambda p, x: (
         jnp.cos(h := x @ p["one"]) + jnp.tanh(h)
     ).sum(1),
@@ -612,9 +625,6 @@ GATED_WHERE_MADE = {
         @ p["two"]
     ),
     "plain sum": lambda p, x: jnp.tanh(x @ p["one"]).sum(1),
-    "sum of products with itself": lambda p, x: (
-        ((h := jnp.tanh(x @ p["one"]))[:, :, None] * h[:, None]).reshape(5, 16).sum(1)
-    ),
 }
 
 
