@@ -695,6 +695,25 @@ def test_arrays_that_are_to_stay_keep_all_units():
     assert structure.frozen["a"].why == "the user froze it"
 
 
+def test_every_turn_of_a_loop_is_counted():
+    params = {"layers": jnp.ones((6, 4, 4)), "head": jnp.ones((4, 2))}
+    x = jnp.ones((5, 4))
+
+    def loop(params, x):
+        def turn(h, kernel):
+            return jnp.tanh(h @ kernel), None
+
+        return jax.lax.scan(turn, x, params["layers"])[0] @ params["head"]
+
+    def unrolled(params, x):
+        for kernel in params["layers"]:
+            x = jnp.tanh(x @ kernel)
+        return x @ params["head"]
+
+    assert costs.exact(trace(loop, params, x)) == 6 * 4 * 4 + 4 * 2
+    assert costs.exact(trace(unrolled, params, x)) == 6 * 4 * 4 + 4 * 2
+
+
 def test_prints_a_table():
     _, _, structure = two_layers()
     lines = str(structure).splitlines()
