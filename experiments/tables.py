@@ -168,22 +168,26 @@ def settings() -> str:
     return markdown(header, lines)
 
 
+KEYS = ("what", "value", "limit", "verdict", "detail")
+BENCHMARKED = {
+    "steps": "A training step",
+    "structure": "Reading models, counting and removing",
+    "compaction": "Training that compacts",
+}
+
+
 def benchmarks() -> str:
-    """The recorded benchmark, a line per ratio."""
-    lines = []
-    for file in sorted(BENCHMARKS.glob("*.jsonl")):
-        for text in file.read_text().splitlines():
-            entry = json.loads(text)
-            lines.append(
-                [
-                    entry["what"],
-                    entry["value"],
-                    entry["limit"],
-                    entry["verdict"],
-                    entry["detail"],
-                ]
-            )
-    return markdown(["what", "measured", "limit", "", "detail"], lines)
+    """The recorded benchmarks, a line per number."""
+    header = ["what", "measured", "limit", "", "detail"]
+    parts = []
+    for name, title in BENCHMARKED.items():
+        file = BENCHMARKS / f"{name}.jsonl"
+        if file.exists():
+            entries = [json.loads(text) for text in file.read_text().splitlines()]
+            lines = [[e[k] for k in KEYS] for e in entries]
+            parts += [f"### {title}: `python -m benchmarks.{name}`"]
+            parts += [markdown(header, lines)]
+    return "\n\n".join(parts)
 
 
 def document() -> str:
@@ -215,8 +219,8 @@ those of kernels, biases not counted, as in the literature.
 
 ## Benchmarks
 
-Ratios, each measured in one run by alternating the things compared:
-`python -m benchmarks.steps`.
+Things that are compared take turns in one run, so that ratios can be trusted where
+absolute times can't.
 
 {benchmarks()}
 

@@ -340,17 +340,24 @@ def test_benchmarks_and_notes_are_printed(place):
     verdicts = ("within", "NOT within")
     lines = [entry | {"verdict": verdict} for verdict in verdicts]
     (place / "benchmarks").mkdir()
-    for name, one in zip(("b.jsonl", "a.jsonl"), lines, strict=True):
+    for name, one in zip(("structure.jsonl", "steps.jsonl"), lines, strict=True):
         (place / "benchmarks" / name).write_text(json.dumps(one) + "\n")
     (place / "results").mkdir()
     (place / "results" / "notes.md").write_text("\n## Notes\n\nA remark.\n\n")
-    found = parsed(tables.benchmarks())
+    _, first, second = re.split("### .*`python -m .*`\n\n", tables.benchmarks())
+    found = parsed(first.strip()) + parsed(second.strip())
     assert [line[""] for line in found] == ["NOT within", "within"]
     assert found[0].items() >= {"measured": "1.31", "limit": "1.2"}.items()
     assert found[0].items() >= {"what": "a / b", "detail": "of 9 runs"}.items()
     text = tables.document()
     assert tables.benchmarks() in text
+    assert "`python -m benchmarks.steps`" in text
     assert text.endswith("\n\n## Notes\n\nA remark.\n")
+
+
+def test_every_benchmark_is_printed():
+    modules = {file.stem for file in tables.BENCHMARKS.parent.glob("*.py")}
+    assert {*tables.BENCHMARKED} == modules - {"__init__", "measure", "networks"}
 
 
 def test_in_the_readme_only_the_table_changes(place):
