@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, PyTree
 
 from l0jax import units
-from l0jax.axes import Type, Variable, positions, size, variables
+from l0jax.axes import Type, Variable, positions, resolve, size, variables
 from l0jax.program import Line, Program, constants_and_carries, line_of
 from l0jax.rules import Value
 from l0jax.structure import Structure
@@ -188,10 +188,10 @@ class _Left:
         ):
             found = tuple(leaf.shape)
             for axis, now in zip(value.axes, found, strict=False):
-                if isinstance(axis, Variable):
-                    inside = [*variables(axis)]
-                    if len(inside) == 1 and inside[0] in traced.resizable:
-                        both.sizes[inside[0]] = now
+                axis = resolve(axis)
+                # (An axis that was cut has parts, whose sizes its own doesn't tell.)
+                if isinstance(axis, Variable) and axis in traced.resizable:
+                    both.sizes[axis] = now
             expected = tuple(
                 axis.size if self.changed([axis]) else both.size(axis)
                 for axis in value.axes
@@ -223,11 +223,7 @@ class _Left:
 
 
 def _free(value: Value, resizable: frozenset[Variable]) -> str:
-    free = [
-        str(at)
-        for at, axis in enumerate(value.axes)
-        if [*map(resizable.__contains__, variables(axis))] == [True]
-    ]
+    free = [str(at) for at, axis in enumerate(value.axes) if resolve(axis) in resizable]
     return f"axis {', '.join(free)} may have any size" if free else "no axis may differ"
 
 

@@ -231,16 +231,16 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
             for place in lies[variable]
             if place not in used
         )
-        name = _name(made, leaves, names)
-        name_of[variable] = name
         reads = tuple(_slot(stored, place, variable) for place in used)
-        groups[name] = Group(name, variable.size, reads, made)
         outside = tuple(
             _slot(given, (path, at), variable)
             for path, value in given.items()
             for at, axis in enumerate(value.axes)
             if variable in variables(axis)
         )
+        name = _name(made or (() if outside else reads), leaves, names)
+        name_of[variable] = name
+        groups[name] = Group(name, variable.size, reads, made)
         if outside:
             inputs[name] = outside
     for variable, places in lies.items():

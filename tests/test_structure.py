@@ -695,6 +695,21 @@ def test_arrays_that_are_to_stay_keep_all_units():
     assert structure.frozen["a"].why == "the user froze it"
 
 
+def test_a_batch_that_was_cut_stays_as_it_was_traced():
+    def apply(params, x):
+        first = (x @ x.T)[:, :1]
+        return (first * jnp.square(params["b"])).sum(1)
+
+    params, x = {"b": jnp.arange(1.0, 5.0).reshape(1, 4)}, jnp.ones((5, 3))
+    structure = trace(apply, params, x)
+    assert [*structure.groups] == ["b"]
+    keep = {"b": np.array([True, False, True, True])}
+    assert_law_2(apply, params, (x,), structure, keep)
+    small, small_params = narrow(structure, params, keep)
+    with pytest.raises(ValueError, match="no axis may differ"):
+        small(small_params, x[:3])
+
+
 def test_every_turn_of_a_loop_is_counted():
     params = {"layers": jnp.ones((6, 4, 4)), "head": jnp.ones((4, 2))}
     x = jnp.ones((5, 4))
