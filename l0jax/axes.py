@@ -225,7 +225,8 @@ def unit_of(of: Type, variable: Variable) -> np.ndarray:
     if isinstance(of, Variable):
         return np.full(of.size, -1)
     if isinstance(of, Sum):
-        return np.concatenate([unit_of(part, variable) for part in of.parts])
+        found = [unit_of(part, variable) for part in of.parts]
+        return np.concatenate([np.zeros(0, int), *found])
     sizes = [factor.size for factor in of.factors]
     found = np.full(sizes, -1)
     for at, factor in enumerate(of.factors):
@@ -243,7 +244,8 @@ def positions(of: Type, kept: Callable[[Variable], np.ndarray]) -> np.ndarray:
     if isinstance(of, Variable):
         return kept(of)
     if isinstance(of, Sum):
-        return np.concatenate([positions(part, kept) for part in of.parts])
+        flags = [positions(part, kept) for part in of.parts]
+        return np.concatenate([np.zeros(0, bool), *flags])
     flags = np.ones(1, bool)
     for factor in of.factors:
         flags = np.outer(flags, positions(factor, kept)).ravel()

@@ -151,10 +151,11 @@ def _scan(reading, eqn, values, line):
         )
         for value in stacked
     ]
+    times = reading.times
     reading.times *= length
     given = [*values[:consts], *carry, *rows]
     program = read(reading, eqn.params["jaxpr"], given, line)
-    reading.times //= max(length, 1)
+    reading.times = times
     reading.where = where
     found = program.outs
     _meet(reading, carry, found[:carried])

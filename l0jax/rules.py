@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l0jax.axes import ONE, Product, Sum, Type, freeze, fresh, split, unify
@@ -23,14 +25,16 @@ from l0jax.axes import ONE, Product, Sum, Type, freeze, fresh, split, unify
 class Zeros:
     """Which axes of which parameters, if zero at some units, make a value zero there.
 
+    The value is zero at a unit where all those are zero in which the unit lies.
+
     Attributes:
         slots: (path, axis) of parameters; empty if nothing is known.
-        mixed: whether they came together on one axis from several, so that the value is
-            zero where any of them is, and no longer where all of them are.
+        partial: whether some units of the axis lie in none of them, so that nothing is
+            known of those.
     """
 
     slots: frozenset[tuple[str, int]] = frozenset()
-    mixed: bool = False
+    partial: bool = False
 
 
 NEVER = Zeros()
@@ -99,6 +103,8 @@ class Reading:
         unknown: primitives without a rule, and the line of the first of each.
         contractions: for costs.
         constants: arrays of the program itself.
+        merged: axes that became one; units that lie in it twice are known at neither.
+        poles: axes of what must not be zero, what makes it zero, and where.
         where: the primitive and the line that are being read.
         times: how often that line runs.
     """
@@ -107,6 +113,8 @@ class Reading:
     unknown: dict[str, str] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     constants: list[Value] = field(default_factory=list)
+    merged: list[tuple[Type, str]] = field(default_factory=list)
+    poles: list[tuple[Type, Zeros, str]] = field(default_factory=list)
     where: str = ""
     times: int = 1
 
@@ -202,12 +210,21 @@ RANDOM = _names(
 @rule(*UNARY)
 def _unary(reading, eqn, values):
     (value,) = values
-    keeps = eqn.primitive.name in ZERO_TO_ZERO and eqn.params.get("y", 1) > 0
+    power = eqn.params.get("y", 1)
+    keeps = eqn.primitive.name in ZERO_TO_ZERO and power > 0
+    if eqn.primitive.name in ("log", "rsqrt") or power < 0:
+        _must_not_be_zero(reading, value)
     same = eqn.primitive.name in SAME
     zeros = value.zeros if keeps else (NEVER,) * len(value.axes)
     summed = value.summed if same else ()
     array = value.array if same else None
     return [Value(value.axes, zeros, value.data, array, value.parts, summed)]
+
+
+def _must_not_be_zero(reading: Reading, value: Value) -> None:
+    for axis, zeros in zip(value.axes, value.zeros, strict=True):
+        if zeros.slots:
+            reading.poles.append((axis, zeros, reading.where))
 
 
 @rule("bitcast_convert_type")
@@ -229,6 +246,10 @@ def _nary(reading, eqn, values):
     name = eqn.primitive.name
     if name in ("mul", "div"):
         _freeze_means(reading, eqn, values)
+    if name in ("div", "rem"):
+        _must_not_be_zero(reading, values[1])
+    if name == "pow" and not (_literal(eqn.invars[1]) or 0) > 0:
+        _must_not_be_zero(reading, values[0])
     zeros = []
     for at, axis in enumerate(axes):
         along = [
@@ -239,7 +260,7 @@ def _nary(reading, eqn, values):
         ]
         literals = [_literal(atom) for atom in eqn.invars]
         if name == "mul":
-            known = [one for one in along if one.slots]
+            known = sorted((one for one in along if one.slots), key=lambda z: z.partial)
             zeros.append(known[0] if known else NEVER)
         elif name == "div":
             zeros.append(along[0])
@@ -302,7 +323,7 @@ def _all_zero(along: Sequence[Zeros], harmless: Sequence[bool]) -> Zeros:
     along = [one for one, fine in zip(along, harmless, strict=True) if not fine]
     if len(along) == 1:
         return along[0]
-    if not along or any(not one.slots or one.mixed for one in along):
+    if not along or any(not one.slots or one.partial for one in along):
         return NEVER
     return Zeros(_union(along))
 
@@ -367,18 +388,17 @@ def _reshape(reading, eqn, values):
             axes[outs[0]], zeros[outs[0]] = value.axes[ins[0]], value.zeros[ins[0]]
             continue
         whole = Product(tuple(value.axes[at] for at in ins))
-        known = [value.zeros[at] for at in ins if value.zeros[at].slots]
-        slots = _union(known)
+        along = [value.zeros[at] for at in ins]
+        partial = any(not one.slots or one.partial for one in along)
+        for at in outs:
+            zeros[at] = Zeros(_union(along), partial)
+        reading.merged.append((whole, reading.where))
         if len(outs) == 1:
             axes[outs[0]] = whole
-            zeros[outs[0]] = Zeros(slots, mixed=True) if known else NEVER
             continue
         for at in outs:
             axes[at] = fresh(shape[at])
         unify(whole, Product(tuple(axes[at] for at in outs)), reading.where)
-        for at in outs:
-            mixed = len(ins) > 1 or any(one.mixed for one in known)
-            zeros[at] = Zeros(slots, mixed) if known else NEVER
     return [replace(value, axes=tuple(axes), zeros=tuple(zeros))]
 
 
@@ -411,7 +431,7 @@ def _tile(reading, eqn, values):
     ):
         again = _fixed(times, reading.where)
         axes.append(axis if times == 1 else Product((again, axis)))
-        zeros.append(zero if times == 1 else Zeros(zero.slots, mixed=True))
+        zeros.append(zero)
     return [Value(tuple(axes), tuple(zeros), value.data)]
 
 
@@ -428,10 +448,7 @@ def _concatenate(reading, eqn, values):
                 unify(along[0], other, reading.where)
             axes.append(along[0])
         known = [value.zeros[axis] for value in values]
-        slots = _union(known)
-        mixed = axis == at or any(one.mixed for one in known)
-        every = all(one.slots for one in known)
-        zeros.append(Zeros(slots, mixed and len(slots) > 1) if every else NEVER)
+        zeros.append(_all_zero(known, [False] * len(known)))
     return [Value(tuple(axes), tuple(zeros), _some_data(values))]
 
 
@@ -473,6 +490,8 @@ def _slice(reading, eqn, values):
 
 def _between(axis: Type, start: int, limit: int) -> Type | None:
     """The positions from `start` to `limit`, or None if the axis can't be cut there."""
+    if start == limit:
+        return None
     for low, high in ((0, limit), (start, limit - start)):
         ends = [high, axis.size - high] if low == 0 else [low, high]
         if 0 in ends:
@@ -548,7 +567,8 @@ def _gather(reading, eqn, values):
     window = [at for at in range(rank) if at not in numbers.collapsed_slice_dims]
     for place, at in zip(numbers.offset_dims, window, strict=True):
         if sizes[at] == operand.axes[at].size and at not in numbers.start_index_map:
-            axes[place], zeros[place] = operand.axes[at], operand.zeros[at]
+            axes[place] = operand.axes[at]
+            zeros[place] = operand.zeros[at] if _fills_zeros(eqn) else NEVER
         else:
             axes[place] = _fixed(sizes[at], reading.where)
     for at in {*numbers.start_index_map, *numbers.collapsed_slice_dims}:
@@ -558,6 +578,16 @@ def _gather(reading, eqn, values):
     for place, axis in zip(others, indices.axes[:-1], strict=True):
         axes[place] = axis
     return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+
+
+def _fills_zeros(eqn: Any) -> bool:
+    """Whether what a gather reads out of bounds is no number but zero (or not one)."""
+    if eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
+        return True
+    fill = eqn.params["fill_value"]
+    if fill is None:
+        return jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
+    return fill == 0
 
 
 @rule("rev")
@@ -606,9 +636,11 @@ def _sort(reading, eqn, values):
 @rule("top_k")
 def _top_k(reading, eqn, values):
     (value,) = values
-    freeze(value.axes[-1], reading.where)
-    axes = (*value.axes[:-1], _fixed(eqn.params["k"], reading.where))
-    return [Value(axes, (NEVER,) * len(axes), value.data)] * 2
+    axes = [*value.axes]
+    at = eqn.params.get("axis", -1) % len(axes)
+    freeze(axes[at], reading.where)
+    axes[at] = _fixed(eqn.params["k"], reading.where)
+    return [Value(tuple(axes), (NEVER,) * len(axes), value.data)] * 2
 
 
 @rule("iota")
@@ -741,8 +773,20 @@ def _window(reading, eqn, values):
         if not still:
             freeze(axis, window)
         axes.append(axis if still else _fixed(shape[at], window))
-        keeps = (
-            still and eqn.primitive.name != "reduce_window"
-        )  # may reduce by anything
-        zeros.append(value.zeros[at] if keeps else NEVER)
+        zeros.append(value.zeros[at] if still and _window_of_zeros(eqn) else NEVER)
     return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+
+
+def _window_of_zeros(eqn: Any) -> bool:
+    """Whether windows over zeros alone give zero: not where one lies in the padding."""
+    if eqn.primitive.name == "reduce_window":  # may reduce by anything
+        return False
+    dilated = any(n != 1 for n in eqn.params["base_dilation"])
+    dilated |= any(n != 1 for n in eqn.params["window_dilation"])
+    inside = all(
+        low < size and high < size
+        for size, (low, high) in zip(
+            eqn.params["window_dimensions"], eqn.params["padding"], strict=True
+        )
+    )
+    return eqn.primitive.name == "reduce_window_sum" or (inside and not dilated)

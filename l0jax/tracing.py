@@ -208,6 +208,15 @@ def _gated(
                     break
             else:
                 freeze(variable, f"{where}: no parameter reads it")
+    for axis, where in reading.merged:
+        for variable in variables(axis):
+            if meets_itself(axis, variable):
+                freeze(variable, f"{where}: it meets itself in a product")
+    for axis, zeros, where in reading.poles:
+        for variable in variables(axis):
+            places = lies.get(variable, {}).keys() & zeros.slots
+            if places & gated.get(variable, {}).keys():
+                freeze(variable, f"{where}: it must not be zero")
     return gated
 
 

@@ -72,9 +72,20 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def arrays(tree: PyTree) -> dict[str, Any]:
-    """All leaves of `tree` by dotted path."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_of(key_path): leaf for key_path, leaf in leaves}
+    """All leaves of `tree` by dotted path.
+
+    Raises:
+        ValueError: if two have the same, as in `{"a": {"b": x}, "a.b": y}`.
+    """
+    found: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = path_of(key_path)
+        if path in found:
+            raise ValueError(
+                f"two arrays have the same path {path!r}; rename one of them"
+            )
+        found[path] = leaf
+    return found
 
 
 def check(tree: PyTree, groups: Groups) -> None:

@@ -545,6 +545,7 @@ ARRAYS = {
     "one": jnp.ones((3, 4)),
     "two": jnp.ones((4, 2)),
     "three": jnp.ones((3, 4)),
+    "bias": jnp.ones((1, 4)),
     "sixteen": jnp.ones((16, 2)),
 }
 X = jnp.ones((5, 3))
@@ -591,6 +592,40 @@ FROZEN_BY = {
     "sum of products that are zero in different factors": lambda p, x: (
         outer(jnp.cos(x @ p["one"]), jnp.tanh(x @ p["three"]))
         + outer(jnp.tanh(x @ p["one"]), jnp.cos(x @ p["three"]))
+    ).sum(1),
+    "what is read out of bounds": lambda p, x: (
+        (jnp.tanh(x @ p["one"])).at[jnp.array([1, 9])].get(mode="fill", fill_value=5.0)
+    ).sum(1),
+    "division by what would be zero": lambda p, x: (
+        x @ (p["one"] / jnp.linalg.norm(p["one"], axis=0, keepdims=True))
+    ).sum(1),
+    "root of what would be zero": lambda p, x: (
+        x @ (p["one"] * jax.lax.rsqrt(jnp.square(p["one"]).sum(0, keepdims=True)))
+    ).sum(1),
+    "top k of each unit, sorted": lambda p, x: (
+        jax.lax.top_k((x @ p["one"])[:, :, None], 4, axis=1)[0][..., 0] @ p["two"]
+    ),
+    "sum of a product of itself that was split again": lambda p, x: (
+        outer(h := jnp.exp(x @ p["one"]), h * p["bias"]).reshape(5, 4, 4).sum(1)
+        @ p["two"]
+    ),
+    "concatenation of what is zero in different factors": lambda p, x: jnp.concatenate(
+        [
+            outer(jnp.exp(x @ p["one"]), jnp.tanh(x @ p["three"]))[:, None],
+            outer(jnp.tanh(x @ p["one"]), jnp.exp(x @ p["three"]))[:, None],
+        ],
+        axis=1,
+    ).sum(2),
+    "windows in the padding": lambda p, x: jnp.maximum(
+        jax.lax.reduce_window(
+            x @ p["one"],
+            -jnp.inf,
+            jax.lax.max,
+            (2, 1),
+            (1, 1),
+            ((3, 0), (0, 0)),
+        ),
+        -1.0,
     ).sum(1),
     "sum of zeros and more than zeros": lambda p, x: (
         jnp.cos(h := x @ p["one"]) + jnp.tanh(h)
@@ -708,6 +743,26 @@ def test_a_batch_that_was_cut_stays_as_it_was_traced():
     small, small_params = narrow(structure, params, keep)
     with pytest.raises(ValueError, match="no axis may differ"):
         small(small_params, x[:3])
+
+
+def test_empty_slices_have_no_units():
+    def apply(params, x):
+        h = x @ params["one"]
+        return jnp.concatenate([h[:, :0], h], axis=1) @ params["two"]
+
+    units.check(ARRAYS, trace(apply, ARRAYS, X).groups)
+
+
+def test_a_loop_without_turns_costs_nothing_and_what_follows_does():
+    params, x = {"one": jnp.ones((4, 4)), "two": jnp.ones((4, 2))}, jnp.ones((5, 4))
+
+    def apply(params, x):
+        def turn(h, _):
+            return h @ params["one"], None
+
+        return jax.lax.scan(turn, x, None, length=0)[0] @ params["two"]
+
+    assert costs.exact(trace(apply, params, x)) == 4 * 2
 
 
 def test_every_turn_of_a_loop_is_counted():

@@ -680,3 +680,8 @@ def test_groups_that_leave_nothing_of_an_axis_between_them_are_refused():
 def test_an_empty_tree_is_reported_as_such():
     with pytest.raises(ValueError, match="there is nothing"):
         units.check({}, one(Slot("b", 0)))
+
+
+def test_paths_must_tell_arrays_apart():
+    with pytest.raises(ValueError, match=r"two arrays have the same path 'a\.b'"):
+        units.arrays({"a": {"b": 1.0}, "a.b": 2.0})
