@@ -12,6 +12,7 @@ MLP and 13 with LeNet-5. The settings behind RESULTS.md: experiments/mnist_rows.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -307,7 +308,9 @@ def main(config: Config) -> dict[str, Any]:
     small = l0jax.nnx.shrink(folded, keep, now.structure.groups)
     storage.save(small, folder / "shrunk")
     test_images = jnp.asarray(dataset.test.images[:EVALUATION_BATCH], jnp.float32)
-    difference = disagreement(folded, small, test_images / dataset.scale)
+    difference = disagreement(
+        compiled_call(folded), compiled_call(small), test_images / dataset.scale
+    )
     log.gates(at_full_size(active, alive, whole), at_full_size(z, alive, whole))
 
     summary = {
@@ -662,14 +665,16 @@ def undecided(active, gated: units.Groups) -> float:
     return between / max(sum(group.size for group in gated.values()), 1)
 
 
+def compiled_call(network: nnx.Module) -> Callable[[jax.Array], jax.Array]:
+    """The network as one compiled function of its inputs."""
+    graph, state = nnx.split(network)
+    call = jax.jit(lambda state, inputs: nnx.merge(graph, state)(inputs))
+    return functools.partial(call, state)
+
+
 def disagreement(a, b, inputs) -> float:
     """max |a - b| / max |a| of the outputs of two networks."""
-
-    def outputs(network):
-        graph, state = nnx.split(network)
-        return np.asarray(jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, inputs))
-
-    first, second = outputs(a), outputs(b)
+    first, second = np.asarray(a(inputs)), np.asarray(b(inputs))
     return float(np.abs(first - second).max() / max(np.abs(first).max(), 1e-30))
 
 

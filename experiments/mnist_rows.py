@@ -89,7 +89,7 @@ ROWS = {
     },
     **{
         f"lenet5-weights-{c:g}": Row(
-            dataclasses.replace(LENET5, lam=(c,), epochs=20, **WEIGHTS), seeds=(0,)
+            dataclasses.replace(LENET5, lam=(c,), epochs=20, **WEIGHTS)
         )
         for c in CURVE
     },
