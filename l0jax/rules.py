@@ -29,12 +29,12 @@ class Zeros:
 
     Attributes:
         slots: (path, axis) of parameters; empty if nothing is known.
-        partial: whether some units of the axis lie in none of them, so that nothing is
-            known of those.
+        within: the parts of the axis whose units this is said of; None is all of it.
+            Others may lie in the same parameters, and still not be zero there.
     """
 
     slots: frozenset[tuple[str, int]] = frozenset()
-    partial: bool = False
+    within: tuple[Type, ...] | None = None
 
 
 NEVER = Zeros()
@@ -260,8 +260,11 @@ def _nary(reading, eqn, values):
         ]
         literals = [_literal(atom) for atom in eqn.invars]
         if name == "mul":
-            known = sorted((one for one in along if one.slots), key=lambda z: z.partial)
-            zeros.append(known[0] if known else NEVER)
+            known = [one for one in along if one.slots]
+            whole = [one for one in known if one.within is None]
+            # Zero times infinity is no zero.
+            finite = all(x is None or math.isfinite(x) for x in literals)
+            zeros.append((whole + known)[0] if known and finite else NEVER)
         elif name == "div":
             zeros.append(along[0])
         elif name in ("add", "sub", "add_any", "max", "min"):
@@ -323,7 +326,7 @@ def _all_zero(along: Sequence[Zeros], harmless: Sequence[bool]) -> Zeros:
     along = [one for one, fine in zip(along, harmless, strict=True) if not fine]
     if len(along) == 1:
         return along[0]
-    if not along or any(not one.slots or one.partial for one in along):
+    if not along or any(not one.slots or one.within is not None for one in along):
         return NEVER
     return Zeros(_union(along))
 
@@ -389,9 +392,16 @@ def _reshape(reading, eqn, values):
             continue
         whole = Product(tuple(value.axes[at] for at in ins))
         along = [value.zeros[at] for at in ins]
-        partial = any(not one.slots or one.partial for one in along)
+        within = None
+        if any(not one.slots or one.within is not None for one in along):
+            within = tuple(
+                part
+                for at, one in zip(ins, along, strict=True)
+                if one.slots
+                for part in (one.within or (value.axes[at],))
+            )
         for at in outs:
-            zeros[at] = Zeros(_union(along), partial)
+            zeros[at] = Zeros(_union(along), within)
         reading.merged.append((whole, reading.where))
         if len(outs) == 1:
             axes[outs[0]] = whole
@@ -570,6 +580,7 @@ def _gather(reading, eqn, values):
             axes[place] = operand.axes[at]
             zeros[place] = operand.zeros[at] if _fills_zeros(eqn) else NEVER
         else:
+            freeze(operand.axes[at], f"{reading.where}: it is indexed")
             axes[place] = _fixed(sizes[at], reading.where)
     for at in {*numbers.start_index_map, *numbers.collapsed_slice_dims}:
         freeze(operand.axes[at], f"{reading.where}: it is indexed")

@@ -202,6 +202,10 @@ def _gated(
             if meets_itself(axis, variable):
                 freeze(variable, f"{where}: it meets itself in a product")
             for zeros in candidates:
+                if zeros.within is not None and not any(
+                    variable in variables(part) for part in zeros.within
+                ):
+                    continue
                 slots = [p for p in sorted(zeros.slots) if p in lies.get(variable, ())]
                 if slots:
                     gated.setdefault(variable, {}).update(dict.fromkeys(slots))

@@ -546,6 +546,7 @@ ARRAYS = {
     "two": jnp.ones((4, 2)),
     "three": jnp.ones((3, 4)),
     "bias": jnp.ones((1, 4)),
+    "seven": jnp.ones((1, 7)),
     "sixteen": jnp.ones((16, 2)),
 }
 X = jnp.ones((5, 3))
@@ -553,7 +554,7 @@ X = jnp.ones((5, 3))
 
 def outer(h, g):
     """All products of two vectors, for each example, along one axis."""
-    return (h[:, :, None] * g[:, None]).reshape(len(h), -1)
+    return (h[:, :, None] * g[:, None]).reshape(len(h), h.shape[1] * g.shape[1])
 
 
 FROZEN_BY = {
@@ -626,6 +627,18 @@ FROZEN_BY = {
             ((3, 0), (0, 0)),
         ),
         -1.0,
+    ).sum(1),
+    "product that is zero in one factor, of one array": lambda p, x: outer(
+        jnp.exp((x @ p["one"]) * p["seven"][:, :4]), jnp.tanh(p["seven"][:, 4:])
+    ).sum(1),
+    "gather of a window": lambda p, x: jax.lax.gather(
+        jnp.tanh(x @ p["one"]),
+        jnp.array([[1], [2]]),
+        jax.lax.GatherDimensionNumbers((1,), (0,), (0,)),
+        (1, 2),
+    ),
+    "product with infinity": lambda p, x: jnp.minimum(
+        jnp.abs(x @ p["one"]) * jnp.inf, 1.0
     ).sum(1),
     "sum of zeros and more than zeros": lambda p, x: (
         jnp.cos(h := x @ p["one"]) + jnp.tanh(h)
