@@ -146,10 +146,10 @@ def save_onnx(
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     twice = [np.concatenate([a, a]) if a.ndim else a for a in leaves]
-    worst = 0.0
+    compiled, worst = jax.jit(of_leaves), 0.0
     for given in (leaves, twice) if any_batch else (leaves,):
         found: Any = session.run(None, dict(zip(names, given, strict=True)))
-        expected = [np.asarray(out) for out in jax.jit(of_leaves)(*given)]
+        expected = [np.asarray(out) for out in compiled(*given)]
         for number, (a, b) in enumerate(zip(found, expected, strict=True)):
             if a.shape != b.shape:
                 raise ValueError(

@@ -112,6 +112,7 @@ def _trace(apply, params, inputs, kept) -> Structure:
     reading = Reading()
     program = read(reading, closed, [*stored.values(), *given.values()])
     lies = _places(stored)
+    _freeze_what_meets_itself(reading, stored)
     gated = _gated(reading, lies)
     fixed = {
         variable
@@ -185,10 +186,18 @@ def _places(stored: Mapping[str, Value]) -> dict[Variable, dict[Place, None]]:
     for path, value in stored.items():
         for at, axis in enumerate(value.axes):
             for variable in dict.fromkeys(variables(axis)):
-                if meets_itself(axis, variable):
-                    freeze(variable, "it meets itself in a product")
                 lies.setdefault(variable, {})[path, at] = None
     return lies
+
+
+def _freeze_what_meets_itself(reading: Reading, stored: Mapping[str, Value]) -> None:
+    """Units that lie twice in one axis: zero at the one place is not at the other."""
+    axes = [(axis, path) for path, value in stored.items() for axis in value.axes]
+    axes += [(axis, where) for axis, _, where in reading.used]
+    for axis, where in axes + reading.merged:
+        for variable in variables(axis):
+            if meets_itself(axis, variable):
+                freeze(variable, f"{where}: it meets itself in a product")
 
 
 def _gated(
@@ -198,9 +207,6 @@ def _gated(
     gated: dict[Variable, dict[Place, None]] = {}
     for axis, candidates, where in reading.used:
         for variable in dict.fromkeys(variables(axis)):
-            # Zero at the one place does not make it zero at the other.
-            if meets_itself(axis, variable):
-                freeze(variable, f"{where}: it meets itself in a product")
             for zeros in candidates:
                 if zeros.within is not None and not any(
                     variable in variables(part) for part in zeros.within
@@ -212,10 +218,6 @@ def _gated(
                     break
             else:
                 freeze(variable, f"{where}: no parameter reads it")
-    for axis, where in reading.merged:
-        for variable in variables(axis):
-            if meets_itself(axis, variable):
-                freeze(variable, f"{where}: it meets itself in a product")
     for axis, zeros, where in reading.poles:
         for variable in variables(axis):
             places = lies.get(variable, {}).keys() & zeros.slots

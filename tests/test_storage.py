@@ -308,6 +308,13 @@ def test_a_damaged_program_is_refused(tmp_path):
         storage.load(tmp_path)
 
 
+def test_onnx_says_which_extra_is_missing(tmp_path, monkeypatch):
+    small, params, inputs = narrowed()
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ImportError, match=r'pip install "l0jax\[onnx\]"'):
+        storage.save_onnx(small, params, *inputs, file=tmp_path / "net.onnx")
+
+
 # -------------------------------------------------------------------- checkpoints
 
 

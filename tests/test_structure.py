@@ -537,16 +537,13 @@ def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
 # ------------------------------------------------------------ what can't be removed
 
 
-def dense(x, *names):
-    return lambda p: functools.reduce(lambda h, name: h @ p[name], names, x)
-
-
 ARRAYS = {
     "one": jnp.ones((3, 4)),
     "two": jnp.ones((4, 2)),
     "three": jnp.ones((3, 4)),
     "bias": jnp.ones((1, 4)),
     "seven": jnp.ones((1, 7)),
+    "grouped": jnp.ones((2, 2)),
     "sixteen": jnp.ones((16, 2)),
 }
 X = jnp.ones((5, 3))
@@ -602,6 +599,42 @@ FROZEN_BY = {
     ).sum(1),
     "root of what would be zero": lambda p, x: (
         x @ (p["one"] * jax.lax.rsqrt(jnp.square(p["one"]).sum(0, keepdims=True)))
+    ).sum(1),
+    "negative power of what would be zero": lambda p, x: (
+        x @ (p["one"] * jnp.square(p["one"]).sum(0, keepdims=True) ** -1)
+    ).sum(1),
+    "power of what would be zero": lambda p, x: (
+        x @ (p["one"] * jnp.power(jnp.square(p["one"]).sum(0, keepdims=True), -0.3))
+    ).sum(1),
+    "logarithm of what would be zero": lambda p, x: (
+        x @ (p["one"] * jnp.log(jnp.abs(p["one"])))
+    ).sum(1),
+    "remainder of what would be zero": lambda p, x: (
+        (x @ p["one"]).sum(1),
+        x @ jax.lax.rem(jnp.ones((3, 4)), jnp.abs(p["one"])) @ p["two"],
+    ),
+    "grouped convolution whose kernel is read again": lambda p, x: (
+        jax.lax.conv_general_dilated(
+            (x @ p["one"])[:, None],
+            p["grouped"][None],
+            (1,),
+            "SAME",
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            feature_group_count=2,
+        )[:, 0]
+        @ p["grouped"]
+    ),
+    "windows in the holes": lambda p, x: jnp.maximum(
+        jax.lax.reduce_window(
+            x @ p["one"],
+            -jnp.inf,
+            jax.lax.max,
+            (2, 1),
+            (1, 1),
+            "VALID",
+            base_dilation=(4, 1),
+        ),
+        -1.0,
     ).sum(1),
     "top k of each unit, sorted": lambda p, x: (
         jax.lax.top_k((x @ p["one"])[:, :, None], 4, axis=1)[0][..., 0] @ p["two"]
