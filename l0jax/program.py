@@ -29,12 +29,14 @@ class Line:
         ins: the values that it reads.
         outs: the values that it writes.
         inner: the programs that it runs, if it runs any.
+        where: the primitive and the line of the user's code.
     """
 
     eqn: Any
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
     inner: tuple["Program", ...]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def read(
         name = eqn.primitive.name
         # What a library compiled before has no line of its own, but that of the call.
         line = line_of(eqn) or caller
-        reading.where = f"{name} at {line or 'an unknown line'}"
+        reading.where = where = f"{name} at {line or 'an unknown line'}"
         inner: tuple[Program, ...] = ()
         if name in RULES:
             outs = RULES[name](reading, eqn, ins)
@@ -80,7 +82,7 @@ def read(
             reading.where = f"no rule for {reading.where}"
             outs = frozen(reading, eqn, ins)
         known.update(zip(eqn.outvars, outs, strict=True))
-        lines.append(Line(eqn, tuple(ins), tuple(outs), inner))
+        lines.append(Line(eqn, tuple(ins), tuple(outs), inner, where))
     outs = tuple(value_of(atom) for atom in jaxpr.outvars)
     return Program(jaxpr, tuple(constants), tuple(given), tuple(lines), outs)
 

@@ -104,7 +104,6 @@ class Reading:
         contractions: for costs.
         constants: arrays of the program itself.
         merged: axes that became one; units that lie in it twice are known at neither.
-        poles: axes of what must not be zero, what makes it zero, and where.
         where: the primitive and the line that are being read.
         times: how often that line runs.
     """
@@ -114,7 +113,6 @@ class Reading:
     contractions: list[Contraction] = field(default_factory=list)
     constants: list[Value] = field(default_factory=list)
     merged: list[tuple[Type, str]] = field(default_factory=list)
-    poles: list[tuple[Type, Zeros, str]] = field(default_factory=list)
     where: str = ""
     times: int = 1
 
@@ -178,30 +176,31 @@ def _fixed(size: int, why: str) -> Type:
 # ------------------------------------------------------------- element by element
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """Names of primitives."""
     return frozenset(text.split())
 
 
-ZERO_TO_ZERO = _names(
+ZERO_TO_ZERO = names(
     "abs asin asinh atan atanh cbrt ceil convert_element_type copy copy_p erf erf_inv "
     "expm1 floor imag integer_pow log1p name neg real reduce_precision round sign sin "
     "sinh sqrt square stop_gradient tan tanh"
 )
-SAME = _names("convert_element_type copy copy_p name stop_gradient")
-UNARY = ZERO_TO_ZERO | _names(
+SAME = names("convert_element_type copy copy_p name stop_gradient")
+UNARY = ZERO_TO_ZERO | names(
     "acos acosh bessel_i0e bessel_i1e clz conj cos cosh digamma erfc exp exp2 "
     "is_finite lgamma log logistic not population_count rsqrt"
 )
-NARY = _names(
+NARY = names(
     "add add_any and atan2 clamp complex div eq ge gt igamma igammac le lt max min mul "
     "ne nextafter or pow rem select_n shift_left shift_right_arithmetic "
     "shift_right_logical sub xor"
 )
-REDUCTIONS = _names(
+REDUCTIONS = names(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
     "argmax argmin"
 )
-RANDOM = _names(
+RANDOM = names(
     "random_bits random_clone random_fold_in random_gamma random_seed random_split "
     "random_unwrap random_wrap rng_bit_generator threefry2x32"
 )
@@ -212,19 +211,11 @@ def _unary(reading, eqn, values):
     (value,) = values
     power = eqn.params.get("y", 1)
     keeps = eqn.primitive.name in ZERO_TO_ZERO and power > 0
-    if eqn.primitive.name in ("log", "rsqrt") or power < 0:
-        _must_not_be_zero(reading, value)
     same = eqn.primitive.name in SAME
     zeros = value.zeros if keeps else (NEVER,) * len(value.axes)
     summed = value.summed if same else ()
     array = value.array if same else None
     return [Value(value.axes, zeros, value.data, array, value.parts, summed)]
-
-
-def _must_not_be_zero(reading: Reading, value: Value) -> None:
-    for axis, zeros in zip(value.axes, value.zeros, strict=True):
-        if zeros.slots:
-            reading.poles.append((axis, zeros, reading.where))
 
 
 @rule("bitcast_convert_type")
@@ -246,10 +237,6 @@ def _nary(reading, eqn, values):
     name = eqn.primitive.name
     if name in ("mul", "div"):
         _freeze_means(reading, eqn, values)
-    if name in ("div", "rem"):
-        _must_not_be_zero(reading, values[1])
-    if name == "pow" and not (_literal(eqn.invars[1]) or 0) > 0:
-        _must_not_be_zero(reading, values[0])
     zeros = []
     for at, axis in enumerate(axes):
         along = [
@@ -262,9 +249,7 @@ def _nary(reading, eqn, values):
         if name == "mul":
             known = [one for one in along if one.slots]
             whole = [one for one in known if one.within is None]
-            # Zero times infinity is no zero.
-            finite = all(x is None or math.isfinite(x) for x in literals)
-            zeros.append((whole + known)[0] if known and finite else NEVER)
+            zeros.append((whole + known)[0] if known else NEVER)
         elif name == "div":
             zeros.append(along[0])
         elif name in ("add", "sub", "add_any", "max", "min"):

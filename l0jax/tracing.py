@@ -30,6 +30,7 @@ from l0jax.axes import (
     unit_of,
     variables,
 )
+from l0jax.poles import freeze_at_poles
 from l0jax.polynomials import product
 from l0jax.program import read
 from l0jax.rules import Reading, Value, Zeros, new
@@ -114,6 +115,7 @@ def _trace(apply, params, inputs, kept) -> Structure:
     lies = _places(stored)
     _freeze_what_meets_itself(reading, stored)
     gated = _gated(reading, lies)
+    freeze_at_poles(program, stored.values(), gated)
     fixed = {
         variable
         for value in reading.constants
@@ -218,11 +220,6 @@ def _gated(
                     break
             else:
                 freeze(variable, f"{where}: no parameter reads it")
-    for axis, zeros, where in reading.poles:
-        for variable in variables(axis):
-            places = lies.get(variable, {}).keys() & zeros.slots
-            if places & gated.get(variable, {}).keys():
-                freeze(variable, f"{where}: it must not be zero")
     return gated
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("units", "gates", "axes"),
     ("rules", "polynomials"),
     ("program",),
-    ("structure",),
+    ("structure", "poles"),
     ("tracing", "narrow"),
     ("gating", "costs"),
     ("objectives", "models", "compaction"),
