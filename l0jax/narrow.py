@@ -39,16 +39,18 @@ def narrow(
         the traced function, in batches of any size, and reads of them what is left.
 
     Raises:
-        ValueError: as `l0jax.shrink`; if a group was added by hand, so that the program
-            does not know it; and, when called, for inputs of another shape.
+        ValueError: as `l0jax.shrink`; if a group was said by hand to lie where the
+            program can't lose units; and, when called, for inputs of another shape.
     """
     units.check_keep(keep, structure.groups)
-    for name in keep:
-        if not knows(structure, {name: keep[name]}):
-            raise ValueError(
-                f"group {name!r} was added by hand: the program can't lose its units; "
-                "leave it out of keep and set its closed gates to zero"
-            )
+    unknown = _lost_unknown(structure, keep)
+    if unknown is not None:
+        name, path, axis = unknown
+        raise ValueError(
+            f"group {name!r} was made to lie in axis {axis} of {path!r} by hand, and "
+            "the program can't lose these positions; leave it out of keep and set its "
+            "closed gates to zero"
+        )
     small_params = units.shrink(params, keep, structure.groups)
     left = _Left(structure, keep)
 
@@ -69,9 +71,30 @@ def narrow(
 
 
 def knows(structure: Structure, keep: Keep) -> bool:
-    """Whether the program knows all groups that lose units: none was added by hand."""
-    known = {name for owned in structure.traced.members.values() for name, _ in owned}
-    return all(name in known or np.asarray(keep[name]).all() for name in keep)
+    """Whether what goes is what the program was found to be able to lose, and nothing
+    that a user added by hand."""
+    return _lost_unknown(structure, keep) is None
+
+
+def _lost_unknown(structure: Structure, keep: Keep) -> tuple[str, str, int] | None:
+    """A group, and an axis of an array that would lose other positions by what the
+    group is said to lie in than the program can lose."""
+    masks = units.positions_left(dict(structure.arrays), keep, structure.groups)
+    before, after = _Left(structure, {}), _Left(structure, keep)
+    for path, value in structure.traced.params.items():
+        for at, axis in enumerate(value.axes):
+            there = before.positions(axis)
+            expected = after.positions(axis)[there]
+            found = masks.get((path, at), np.ones(len(expected), bool))
+            if not np.array_equal(found, expected):
+                names = [
+                    name
+                    for name in keep
+                    for slot in structure.groups[name].slots
+                    if (slot.path, slot.axis) == (path, at)
+                ]
+                return (names or [*keep])[-1], path, at
+    return None
 
 
 def disagreement(

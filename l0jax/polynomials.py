@@ -30,12 +30,11 @@ def product(factors: Iterable[Polynomial]) -> dict:
     return result
 
 
-def substitute(of: Polynomial, renamed: Mapping[str, tuple[str, ...]]) -> dict:
-    """A polynomial with sums of other sizes in the place of some."""
+def substitute(of: Polynomial, sizes: Mapping[str, Polynomial]) -> dict:
+    """A polynomial with others in the place of some sizes."""
     total: Counter = Counter()
     for names, times in of.items():
-        terms = product({(new,): 1 for new in renamed.get(n, (n,))} for n in names)
-        for term, number in terms.items():
+        for term, number in product(sizes.get(n, {(n,): 1}) for n in names).items():
             total[term] += times * number
     return dict(total)
 

@@ -609,7 +609,11 @@ def _reduce(reading, eqn, values):
             summed.append(value.axes[at])
         else:
             freeze(value.axes[at], f"{reading.where}: it runs over all of it")
-    keeps = eqn.primitive.name in ("reduce_sum", "reduce_max", "reduce_min")
+    # (The largest of no zeros is minus infinity.)
+    some = all(value.axes[at].size for at in gone)
+    keeps = eqn.primitive.name == "reduce_sum" or (
+        some and eqn.primitive.name in ("reduce_max", "reduce_min")
+    )
     left = _at(value, [at for at in range(len(value.axes)) if at not in gone])
     zeros = left.zeros if keeps else (NEVER,) * len(left.axes)
     return [Value(left.axes, zeros, value.data, summed=tuple(summed))]

@@ -178,7 +178,7 @@ class Structure:
     def add(self, group: Group) -> "Structure":
         """One more group, stated by hand: gates at single positions of an axis, or at
         single weights. It is gated, counted and sliced like the others; a program can't
-        be narrowed along it."""
+        be narrowed along an axis of it."""
         if group.name in self.groups:
             raise ValueError(f"there is a group {group.name!r} already")
         check(self.arrays, {group.name: group})
@@ -219,6 +219,13 @@ class Structure:
         return dataclasses.replace(
             self,
             groups=Found(shrink_groups(self.arrays, keep, self.groups), self.frozen),
+            inputs={
+                name: tuple(
+                    _part(slot, np.flatnonzero(keep[name]).tolist(), len(keep[name]))
+                    for slot in slots
+                )
+                for name, slots in self.inputs.items()
+            },
             arrays=arrays(
                 jax.eval_shape(
                     lambda tree: shrink(tree, keep, self.groups), dict(self.arrays)
@@ -245,11 +252,19 @@ class Structure:
     ) -> "Structure":
         """With other groups; `renamed` says what stands for the size of an old one."""
         renamed = renamed or {}
+        sizes: dict[str, Polynomial] = {
+            # Of what is no group any more all units stay.
+            name: {(): group.size}
+            for name, group in self.groups.items()
+            if name not in groups
+        }
+        for old, new in renamed.items():
+            sizes[old] = dict.fromkeys(((name,) for name in new), 1)
         operations = tuple(
             dataclasses.replace(
                 each,
-                macs=substitute(each.macs, renamed),
-                positions=substitute(each.positions, renamed),
+                macs=substitute(each.macs, sizes),
+                positions=substitute(each.positions, sizes),
             )
             for each in self.operations
         )

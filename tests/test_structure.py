@@ -652,6 +652,9 @@ FROZEN_BY = {
         jax.lax.GatherDimensionNumbers((1,), (0,), (0,)),
         (1, 2),
     ),
+    "largest of nothing": lambda p, x: jnp.maximum(
+        jnp.max((x @ p["one"])[:0], axis=0, initial=-jnp.inf), -2.0
+    ).sum(),
     "sum of zeros and more than zeros": lambda p, x: (
         jnp.cos(h := x @ p["one"]) + jnp.tanh(h)
     ).sum(1),
@@ -1067,13 +1070,57 @@ def test_edits_that_do_not_fit_are_refused(edit, message):
         edit(structure)
 
 
-def test_a_program_can_not_lose_units_that_it_does_not_know():
+ADDED = {
+    "a group of its own": (
+        lambda s: s.add(Group("rows", 4, (Slot("b", 0),))),
+        "rows",
+    ),
+    "another place of a group": (
+        lambda s: s.extend("a", used_by=[Slot("c", 0)]),
+        "a",
+    ),
+    "a group that is merged": (
+        lambda s: s.add(Group("rows", 4, (Slot("c", 0),))).merge("both", ["a", "rows"]),
+        "both",
+    ),
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_a_program_can_not_lose_units_that_it_does_not_know(added):
     _, params, structure = two_layers()
-    more = structure.add(Group("rows", 4, (Slot("b", 0),)))
-    keep = {"rows": np.array([True, False, True, True])}
-    with pytest.raises(ValueError, match="group 'rows' was added by hand"):
-        narrow(more, params, keep)
-    narrow(more, params, {"rows": np.ones(4, bool)})
+    edit, name = ADDED[added]
+    edited = edit(structure)
+    keep = {name: np.array([True, False, True, True])}
+    with pytest.raises(
+        ValueError, match=rf"group {name!r} was made to lie in axis 0 of '\w' by hand"
+    ):
+        narrow(edited, params, keep)
+    narrow(edited, params, {name: np.ones(4, bool)})
+
+
+def test_single_weights_that_are_added_become_zero():
+    apply, params, structure = two_layers()
+    more = structure.add(Group("weights", 8, (Slot("c", None),)))
+    keep = {"weights": np.arange(8) != 3, "a": np.array([True, False, True, True])}
+    assert_law_2(apply, params, (X,), more, keep)
+
+
+def test_groups_that_are_left_out_stay_in_the_costs():
+    def apply(p, x):
+        h = x @ p["one"]
+        return (h * p["bias"]) @ jnp.cos(h).T
+
+    structure = trace(apply, ARRAYS, X)
+    assert {"input", "bias"} <= structure.groups.keys()
+    assert costs.exact(structure.only("input")) == costs.exact(structure)
+
+
+def test_a_shrunk_structure_knows_which_inputs_are_left():
+    _, _, structure = two_layers()
+    keep = {"input": np.array([True, False, True])}
+    (slot,) = structure.shrink(keep).inputs["input"]
+    assert slot == Slot("0", 1, (0, -1, 1))
 
 
 def test_inputs_of_another_shape_are_refused():
