@@ -47,7 +47,6 @@ from l0jax.structure import Structure
 # Fields that say where and how far to run, not what is run.
 HOUSEKEEPING = ("out", "resume", "stop_after", "checkpoint_every", "progress")
 EVALUATION_BATCH = 2500
-RULES = (*gates.HardConcrete.rules, "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +60,19 @@ class Config:
     gates: Literal["group", "weight", "none"] = "group"
     """one per unit (inputs of dense layers, feature maps), one per weight, or none"""
     gate: str = "hard_concrete"
-    """the gate family"""
+    """the gate family: hard_concrete, or mixture (of a pair of distributions)"""
+    pair: str | None = None
+    """of a mixture: exponential, exponential_uniform, power (the default), kumaraswamy,
+    beta, half_normal, gaussian, logistic or laplace"""
 
     lam: tuple[float, ...] = (0.1,)
     """c in λ = c/N, the cost of one expected weight: one number, or one per layer"""
     weight_decay: float = 1e-4
     """coefficient of ½‖θ‖²; a unit's norm counts by the probability that it is there"""
 
-    beta: float = 2 / 3
-    """temperature of the gates"""
+    beta: float | None = None
+    """temperature of the gates, of a mixture the scale of its pair; None is the
+    family's own, 2/3 for hard concrete gates"""
     beta_end: float | None = None
     """temperature that β is annealed to, geometrically over the run; None keeps β"""
     gamma: float = -0.1
@@ -104,7 +107,8 @@ class Config:
     """multiply-accumulates of the rest of the run that a compilation must save"""
 
     test_rule: str = "paper"
-    """paper (eq. 13), median, mean or samples (average); the last two remove nothing"""
+    """paper (eq. 13), median, mean or samples (average), of which the last two remove
+    nothing; for a mixture also round (open or closed)"""
     samples: int = 100
     """draws that the test rule `samples` averages"""
     validation: float = 1 / 12
@@ -409,7 +413,7 @@ def compile_for(
     charges = now.model.charges(groups)
     if config.gates == "weight":
         charges = objectives.charges_of(groups)
-    temperature = temperature_schedule(config, steps)
+    temperature = temperature_schedule(config, gate, steps)
     root = jax.random.key(config.seed)
 
     def apply(params, images):
@@ -532,10 +536,6 @@ def check(config: Config) -> gates.Gate:
             f"unknown model {config.model!r}; there is "
             f"{', '.join(sorted(models.MODELS))}"
         )
-    if config.test_rule not in RULES:
-        raise ValueError(
-            f"unknown test_rule {config.test_rule!r}; there is {', '.join(RULES)}"
-        )
     for name in ("epochs", "batch_size", "samples", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -554,9 +554,27 @@ def check(config: Config) -> gates.Gate:
         raise ValueError(f"polyak must lie in [0, 1), got {config.polyak}")
     if config.beta_end is not None and not config.beta_end > 0:
         raise ValueError(f"beta_end must be > 0, got {config.beta_end}")
-    return gates.make(
-        config.gate, beta=config.beta, gamma=config.gamma, zeta=config.zeta
-    )
+    gate = gate_of(config)
+    rules = (*gate.rules, "samples")
+    if config.test_rule not in rules:
+        raise ValueError(
+            f"unknown test_rule {config.test_rule!r}; there is {', '.join(rules)}"
+        )
+    return gate
+
+
+def gate_of(config: Config) -> gates.Gate:
+    """The gate family with its settings."""
+    settings: dict[str, Any] = {"gamma": config.gamma, "zeta": config.zeta}
+    if config.pair is not None:
+        if config.gate != "mixture":
+            raise ValueError(
+                f"pair is {config.pair!r}, but the gate is {config.gate!r}; only a "
+                "mixture has one"
+            )
+        settings["pair"] = gates.make_pair(config.pair)
+    gate = gates.make(config.gate, **settings)
+    return gate if config.beta is None else gate.at_temperature(config.beta)
 
 
 def architecture(model: str, shape: tuple[int, ...], classes: int) -> dict:
@@ -593,10 +611,11 @@ def per_layer(field: str, values: tuple[float, ...], groups: units.Groups) -> di
     return dict(zip(groups, values, strict=True))
 
 
-def temperature_schedule(config: Config, steps: int):
+def temperature_schedule(config: Config, gate: gates.Gate, steps: int):
     if config.beta_end is None:
         return None
-    return optax.exponential_decay(config.beta, steps, config.beta_end / config.beta)
+    begin = float(gate.temperature)
+    return optax.exponential_decay(begin, steps, config.beta_end / begin)
 
 
 def optimizer_of(config: Config, steps: int) -> optax.GradientTransformation:

@@ -37,6 +37,7 @@ SHORT = mnist.Config(
     batch_size=50,
     lam=(0.2,),
     weight_decay=1e-4,
+    beta=2 / 3,
     learning_rate=1e-2,
     gate_learning_rate=0.1,
     polyak=0.9,
@@ -889,6 +890,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"test_rule": "best"},
         ["test_rule 'best'", "paper", "median", "mean", "samples"],
     ),
+    "pair": (
+        {"gate": "mixture", "pair": "cauchy"},
+        ["pair 'cauchy'", "laplace", "power"],
+    ),
+    "pair of nothing": (
+        {"pair": "power"},
+        ["pair is 'power'", "'hard_concrete'", "only a mixture"],
+    ),
+    "scale": (
+        {"gate": "mixture", "beta": -1.0},
+        ["scale must be > 0", "-1.0"],
+    ),
     "validation": ({"validation": 1.5}, ["validation", "1.5", "below 1"]),
     "small images": ({"model": "lenet5"}, ["LeNet-5", "16 by 16", "(8, 8, 1)"]),
     "large batch": (
@@ -1206,10 +1219,37 @@ def test_rates_are_constant_and_then_fall_to_zero(decay_from, gate_rate):
                 np.testing.assert_allclose(leaf, -rate * share, rtol=1e-4, atol=1e-7)
 
 
+def test_a_mixture_is_trained_and_prunes(tmp_path):
+    config = dataclasses.replace(
+        SHORT,
+        gate="mixture",
+        pair="laplace",
+        beta=None,
+        lam=(0.05,),
+        keep_prob=(0.9,),
+        test_rule="round",
+        out=tmp_path / "run",
+    )
+    summary = mnist.main(config)
+    assert summary["shrunk"]["max_relative_difference"] < 1e-5
+    stored = npz(config.out / "gates.npz")
+    shares = []
+    for name in WIDTHS:
+        active, z = stored[f"{name}/prob_active"], stored[f"{name}/value"]
+        assert set(np.unique(z)) <= {0.0, 1.0}
+        # P(z != 0) is affine in the mixing weight, and 0.1 is the default scale.
+        off, on = 0.5 * math.exp(-1 / 1.2), 1 - 0.5 * math.exp(-11 / 1.2)
+        pi = (active - off) / (on - off)
+        np.testing.assert_array_equal(z, pi > 0.5)
+        shares.append(z.mean())
+    assert 0 < min(shares) < 0.9
+    assert summary["last"]["test_error"] < 30
+
+
 def test_temperature_falls_geometrically_from_one_end_to_the_other():
-    assert mnist.temperature_schedule(SHORT, 100) is None
+    assert mnist.temperature_schedule(SHORT, mnist.gate_of(SHORT), 100) is None
     config = dataclasses.replace(SHORT, beta=0.8, beta_end=0.2)
-    schedule = mnist.temperature_schedule(config, 100)
+    schedule = mnist.temperature_schedule(config, mnist.gate_of(config), 100)
     found = [float(schedule(t)) for t in (0, 25, 50, 100)]
     np.testing.assert_allclose(found, [0.8, 0.8 * 0.25**0.25, 0.4, 0.2], rtol=1e-5)
 

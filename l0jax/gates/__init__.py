@@ -2,8 +2,22 @@
 
 from l0jax.gates.gate import Gate as Gate
 from l0jax.gates.hard_concrete import HardConcrete as HardConcrete
+from l0jax.gates.mixture import Mixture as Mixture
+from l0jax.gates.pairs import PAIRS as PAIRS
+from l0jax.gates.pairs import Pair as Pair
 
-GATES: dict[str, type[Gate]] = {"hard_concrete": HardConcrete}
+GATES: dict[str, type[Gate]] = {"hard_concrete": HardConcrete, "mixture": Mixture}
+
+
+def make_pair(name: str, **hyperparameters) -> Pair:
+    """The pair of distributions called `name`, for `Mixture`.
+
+    Raises:
+        ValueError: if no pair has that name; the message lists those that exist.
+    """
+    if name not in PAIRS:
+        raise ValueError(f"unknown pair {name!r}; there is {', '.join(sorted(PAIRS))}")
+    return PAIRS[name](**hyperparameters)
 
 
 def make(name: str, **hyperparameters) -> Gate:

@@ -53,6 +53,11 @@ class Gate(Protocol):
         """The nearest logits that the family allows; applied after every step."""
         ...
 
-    def at_temperature(self, temperature: Float[Array, ""]) -> "Gate":
+    @property
+    def temperature(self) -> float | Float[Array, ""]:
+        """How soft the gates are, > 0: towards 0 they become binary."""
+        ...
+
+    def at_temperature(self, temperature: float | Float[Array, ""]) -> "Gate":
         """The same family at another temperature, which may be traced (annealing)."""
         ...

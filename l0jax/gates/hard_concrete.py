@@ -64,7 +64,12 @@ class HardConcrete:
         if not self.limit > 0:
             raise ValueError(f"limit must be > 0, got {self.limit}")
 
-    def at_temperature(self, temperature: Float[Array, ""]) -> "HardConcrete":
+    @property
+    def temperature(self) -> float | Float[Array, ""]:
+        """`beta`."""
+        return self.beta
+
+    def at_temperature(self, temperature: float | Float[Array, ""]) -> "HardConcrete":
         """The same gate with `beta` replaced; `temperature` may be traced."""
         return dataclasses.replace(self, beta=temperature)
 

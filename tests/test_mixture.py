@@ -1,0 +1,304 @@
+"""Mixture-distributed gates: their closed forms, the equality of ways to draw them,
+and what is no pair. (The laws that every gate keeps are in `test_gates`.)"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from l0jax import gates
+from l0jax.gates import PAIRS, Mixture, Pair, pairs
+
+T = 1 / 12  # the point that is stretched to 0 at the defaults
+SCALES = (0.08, 0.2, 0.6)
+every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
+at_each_scale = pytest.mark.parametrize("scale", SCALES)
+
+
+def in_float64(test):
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            test(*args, **kwargs)
+
+    return wrapped
+
+
+# What SciPy knows of each pair, at a scale.
+TRUTH = {
+    "exponential": lambda c: stats.truncexpon(b=1 / c, scale=c),
+    "power": lambda c: stats.beta(c / (1 + c), 1),
+    "beta": lambda c: stats.beta(c, 4),
+    "half_normal": lambda c: stats.truncnorm(0, 1 / c, scale=c),
+    "gaussian": lambda c: stats.norm(scale=c),
+    "logistic": lambda c: stats.logistic(scale=c),
+    "laplace": lambda c: stats.laplace(scale=c),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", TRUTH)
+def test_pairs_are_the_distributions_that_they_are_called(name, scale):
+    with jax.enable_x64(True):
+        pair, truth = gates.make_pair(name, scale=scale), TRUTH[name](scale)
+        s = np.linspace(0.01, 0.99, 50)
+        np.testing.assert_allclose(pair.cdf(jnp.asarray(s)), truth.cdf(s), rtol=1e-9)
+        np.testing.assert_allclose(
+            pair.density(jnp.asarray(s)), truth.pdf(s), rtol=1e-7
+        )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@every_pair
+def test_densities_integrate_to_the_cdf(pair, scale):
+    """For those that SciPy does not have too."""
+    with jax.enable_x64(True):
+        now = pair(scale=scale)
+        for low, high in ((0.02, 0.3), (0.3, 0.95)):
+            found, _ = integrate.quad(lambda s: float(now.density(s)), low, high)
+            steps = now.cdf(jnp.asarray([low, high]))
+            assert found == pytest.approx(float(steps[1] - steps[0]), abs=1e-7)
+
+
+# P(z != 0) of the first and of the second distribution (methods: 4e6 draws).
+EDGES: dict[str, tuple[Pair, float, float | None]] = {
+    "exponential, 5": (pairs.Exponential(1 / 5), 0.6569, 0.9965),
+    "exponential, 8": (pairs.Exponential(1 / 8), 0.5133, 0.9997),
+    "exponential, 12": (pairs.Exponential(1 / 12), 0.3679, 1.0),
+    "power, 0.2": (pairs.Power(1 / 4), 0.3916, 0.9827),
+    "power, 0.1": (pairs.Power(1 / 9), 0.2200, 0.9913),
+    "gaussian, 0.1": (pairs.Gaussian(0.1), 0.2023, None),
+    "gaussian, 0.2": (pairs.Gaussian(0.2), 0.3385, None),
+    "logistic, 0.05": (pairs.Logistic(0.05), 0.1589, None),
+    "logistic, 0.1": (pairs.Logistic(0.1), 0.3029, None),
+    "laplace, 0.05": (pairs.Laplace(0.05), 0.0944, None),
+    "laplace, 0.1": (pairs.Laplace(0.1), 0.2173, None),
+    "half normal, 0.1": (pairs.HalfNormal(0.1), 0.4047, None),
+    "half normal, 0.2": (pairs.HalfNormal(0.2), 0.6769, None),
+    "kumaraswamy, 0.5, 4": (pairs.Kumaraswamy(0.5, 4.0), 0.2560, None),
+    "kumaraswamy, 1, 8": (pairs.Kumaraswamy(1.0, 8.0), 0.4985, None),
+    "beta, 0.5, 4": (pairs.Beta(0.5, 4), 0.4186, None),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_open_probabilities_of_both_distributions(name):
+    """P(z != 0) = b + (a - b) pi, of which b and a are these."""
+    pair, off, on = EDGES[name]
+    gate = Mixture(pair)
+    ends = gate.prob_active(jnp.float32([-30.0, 30.0]))
+    assert ends[0] == pytest.approx(off, abs=6e-5)
+    if on is not None:
+        assert ends[1] == pytest.approx(on, abs=6e-5)
+    half = gate.prob_active(jnp.float32(0.0))
+    assert half == pytest.approx(float(ends.mean()), abs=1e-6)
+
+
+# z of noise 0.1, 0.5, 0.69, 0.71, 0.9 at pi = 0.3, before the stretch.
+VECTORS = {
+    "exponential": (1 / 8, (0.019258, 0.156334, 0.481477, 0.622718, 0.949411)),
+    "logistic": (0.1, (-0.179179, 0.091605, 0.415020, 0.671686, 1.069339)),
+    "laplace": (0.1, (-0.125278, 0.055956, 0.353232, 0.731498, 1.040557)),
+}
+
+
+def explicit(name, u, pi, scale):
+    """The inverse cdf in closed form (for the exponential: DVAE++)."""
+    if name == "exponential":
+        e = math.exp(-1 / scale)
+        b = (u + e * (pi - u)) / (1 - pi) - 1
+        c = -pi * e / (1 - pi)
+        return -scale * np.log((-b + np.sqrt(b**2 - 4 * c)) / 2)
+    k = math.exp(-1 / scale)
+    if name == "logistic":
+        b = (1 - pi) + pi * k - u * (1 + k)
+        root = np.sqrt(b**2 + 4 * k * u * (1 - u))
+        return scale * np.log((-b + root) / (2 * k * (1 - u)))
+    d = 1 - pi - u
+    between = -scale * np.log((d + np.sqrt(d**2 + (1 - pi) * pi * k)) / (1 - pi))
+    low, high = (1 - pi) + pi * k, pi + (1 - pi) * k
+    left = scale * np.log(2 * u / low)
+    right = 1 - scale * np.log(2 * (1 - u) / high)
+    return np.where(u < low / 2, left, np.where(u > 1 - high / 2, right, between))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@in_float64
+def test_draws_are_the_inverse_cdf_in_closed_form(name):
+    scale, expected = VECTORS[name]
+    u = np.asarray([0.1, 0.5, 0.69, 0.71, 0.9])
+    np.testing.assert_allclose(explicit(name, u, 0.3, scale), expected, atol=1e-6)
+    u = np.linspace(0.001, 0.999, 500)
+    for pi in (0.05, 0.3, 0.5, 0.9):
+        s = explicit(name, u, pi, scale)
+        logits = jnp.full(u.shape, math.log(pi / (1 - pi)))
+        z = Mixture(gates.make_pair(name, scale=scale)).quantile(jnp.asarray(u), logits)
+        np.testing.assert_allclose(z, np.clip(1.2 * s - 0.1, 0, 1), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@in_float64
+def test_implicit_gradients_are_those_of_the_closed_form(name):
+    """In the logit and in the scale: one Newton step of the implicit function."""
+    scale, _ = VECTORS[name]
+    u, logits = map(np.ravel, np.meshgrid(*[np.linspace(0.02, 0.98, 40)] * 2))
+    logits = 6 * logits - 3
+
+    def closed(eta, scale):
+        return 1.2 * explicit(name, u, 1 / (1 + np.exp(-eta)), scale) - 0.1
+
+    def implicit(eta, scale):
+        gate = Mixture().at_temperature(1.0)
+        gate = dataclasses.replace(gate, pair=gates.make_pair(name))
+        return gate.at_temperature(scale).quantile(jnp.asarray(u), eta)
+
+    z = closed(logits, scale)
+    inside = (z > 0.01) & (z < 0.99)
+    assert inside.sum() > 200
+    at = jnp.asarray(logits), jnp.asarray(scale)
+    step = 1e-5
+    _, of_logit = jax.jvp(
+        lambda eta: implicit(eta, at[1]), at[:1], (jnp.ones_like(at[0]),)
+    )
+    secant = closed(logits + step, scale) - closed(logits - step, scale)
+    np.testing.assert_allclose(of_logit[inside], secant[inside] / 2 / step, rtol=1e-5)
+    _, of_scale = jax.jvp(lambda scale: implicit(at[0], scale), at[1:], (jnp.ones(()),))
+    secant = closed(logits, scale + step) - closed(logits, scale - step)
+    np.testing.assert_allclose(
+        of_scale[inside], secant[inside] / 2 / step, rtol=1e-5, atol=1e-7
+    )
+
+
+@every_pair
+@in_float64
+def test_gradients_of_draws_have_the_mean_that_they_should(pair):
+    """E[dz/d eta] = (1 - 2 m0) pi (1 - pi), with m0 the mean of a gate that is off."""
+    gate = Mixture(pair())
+    for eta in (-1.5, 0.4):
+        logit, pi = jnp.float64(eta), 1 / (1 + math.exp(-eta))
+        m0 = float(gate.mean(jnp.float64(-40.0)))
+        # All noise, cell by cell, rather than draws.
+        u = (jnp.arange(400_000.0) + 0.5) / 400_000
+        logits = jnp.full(u.shape, logit)
+        _, slope = jax.jvp(
+            lambda eta, u=u: gate.quantile(u, eta), (logits,), (jnp.ones_like(u),)
+        )
+        expected = (1 - 2 * m0) * pi * (1 - pi)
+        assert float(slope.mean()) == pytest.approx(expected, rel=2e-2)
+
+
+@every_pair
+@in_float64
+def test_sharp_pairs_are_binary_gates(pair):
+    """P(z != 0) and P(z = 1) go to pi as the scale goes to 0."""
+    logits = jnp.asarray([-2.0, 0.0, 1.5])
+    pi = jax.nn.sigmoid(logits)
+    fixed = {"share": 1e-3} if pair is pairs.ExponentialUniform else {}
+    gate = Mixture(pair(scale=1e-3, **fixed))
+    for found in (gate.prob_active(logits), gate.prob_one(logits), gate.mean(logits)):
+        np.testing.assert_allclose(found, pi, atol=6e-3)
+    np.testing.assert_array_equal(gate.deterministic(logits, "round"), [0.0, 0.0, 1.0])
+    np.testing.assert_allclose(gate.mixing_weight(logits), pi)
+
+
+def test_the_rule_of_the_paper_closes_at_a_twelfth():
+    edge, gate = math.log(T / (1 - T)), Mixture()
+    below, above = gate.deterministic(jnp.float32([edge - 1e-3, edge + 1e-3]), "paper")
+    assert below == 0 < above
+
+
+def test_a_new_pair_is_a_cdf_and_a_density():
+    @dataclasses.dataclass(frozen=True)
+    class Rational(Pair):
+        """R0(s) = s / (s + scale (1 - s)) on [0, 1]."""
+
+        def cdf(self, s):
+            s = jnp.clip(s, 0, 1)
+            return s / (s + self.scale * (1 - s))
+
+        def density(self, s):
+            return self.scale / (s + self.scale * (1 - s)) ** 2
+
+    gate, logits = Mixture(Rational(0.05)), jnp.full(200_000, 0.7)
+    z = np.asarray(gate.sample(jax.random.key(0), logits), np.float64)
+    for stated, hits in ((gate.prob_active, z != 0), (gate.prob_one, z == 1)):
+        assert hits.mean() == pytest.approx(float(stated(logits[0])), abs=5e-3)
+    assert z.mean() == pytest.approx(float(gate.mean(logits[0])), abs=5e-3)
+    slope = jax.grad(lambda eta: gate.sample(jax.random.key(0), eta).mean())(logits)
+    exact = jax.grad(gate.mean)(jnp.float32(0.7))
+    assert float(slope.sum()) == pytest.approx(float(exact), rel=0.02)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def pair_with(cdf, density=None) -> Any:
+    """A pair of functions of s and the scale."""
+
+    class Bad(Pair):
+        pass
+
+    Bad.cdf = lambda self, s: cdf(s, self.scale)
+    Bad.density = lambda self, s: (density or jax.vmap(jax.grad(cdf), (0, None)))(
+        s, self.scale
+    )
+    return Bad()
+
+
+def inside(s):
+    return jnp.clip(s, 0, 1)
+
+
+NO_PAIRS = {
+    "does not end at 1": (
+        pair_with(lambda s, c: 0.5 * inside(s)),
+        r"cdf must go from 0 to 1, got 0 and 0\.5",
+    ),
+    "falls": (
+        pair_with(lambda s, c: inside(s) + 0.3 * jnp.sin(8 * jnp.pi * inside(s))),
+        "cdf must not fall, but it does near",
+    ),
+    "has another density": (
+        pair_with(lambda s, c: inside(s) ** c, lambda s, c: jnp.ones_like(s)),
+        "density must be the derivative of its cdf",
+    ),
+    "is to the right": (
+        pair_with(lambda s, c: inside(s) ** 3),
+        "lies to the right of its mirror image",
+    ),
+    "does not become sharp": (
+        pair_with(lambda s, c: inside(s) ** 0.5),
+        "does not converge to 0: at a scale of 1/3000",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_PAIRS)
+def test_what_is_no_pair_is_refused(what):
+    pair, message = NO_PAIRS[what]
+    with pytest.raises(ValueError, match=f"Bad.*{message}"):
+        Mixture(pair)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mixture(gamma=0.0), "gamma must be < 0.*got 0.0"),
+        (lambda: Mixture(zeta=1.0), "zeta must be > 1.*got 1.0"),
+        (lambda: Mixture(limit=0.0), "limit must be > 0, got 0.0"),
+        (lambda: pairs.Power(0.0), "scale must be > 0, got 0.0"),
+        (lambda: pairs.Laplace(math.nan), "scale must be > 0, got nan"),
+        (lambda: pairs.ExponentialUniform(share=1.0), "share must be < 1, got 1.0"),
+        (lambda: pairs.Beta(q=0), "q must be > 0, got 0"),
+        (lambda: gates.make_pair("cauchy"), "unknown pair 'cauchy'; there is beta"),
+    ],
+)
+def test_fields_outside_their_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
