@@ -213,6 +213,11 @@ def test_the_rule_of_the_paper_closes_at_a_twelfth():
     assert below == 0 < above
 
 
+def test_logits_are_clipped_as_those_of_hard_concrete_gates():
+    ends = Mixture().project(jnp.float32([-100.0, 100.0, 1.25]))
+    np.testing.assert_allclose(ends, [math.log(0.01), math.log(100), 1.25], rtol=1e-6)
+
+
 def test_a_new_pair_is_a_cdf_and_a_density():
     @dataclasses.dataclass(frozen=True)
     class Rational(Pair):
