@@ -1,14 +1,14 @@
 """Whether training gets faster in seconds as it prunes: the whole program's wall time,
-imports, data, compilation and pictures left out or in alike, over that of the same
-program training the dense network.
+imports, data, compilation and pictures included, over that of the same program training
+the dense network.
 
     python -m benchmarks.compaction             # prints ratios and limits
     python -m benchmarks.compaction --record    # and writes benchmarks/results/
 
 Runs take turns, each in a process of its own: dense, with compaction, and last, for the
-errors alone, without compaction. Half an hour on two cores that do nothing else;
-TFDS_DATA_DIR names the folder of MNIST. Finished runs are kept in `runs/compaction`,
-and a second start goes on from there.
+errors alone, without compaction. It takes an hour and a half; what is recorded ran on
+one core (`taskset -c 0`). TFDS_DATA_DIR names the folder of MNIST. Finished runs are
+kept in `runs/compaction`, and a second start goes on from there.
 """
 
 import json

@@ -222,7 +222,7 @@ def exactness() -> list[dict]:
     return [
         {
             **entry("", 0.0, 1.0, "", f"{count}; the worst is {worst}"),
-            "what": "masked against narrowed, max |Δ| over max |output|",
+            "what": "masked against narrowed: largest difference over largest output",
             "value": f"{differences[worst]:.1e}",
             "limit": "≤ 1e-5",
             "verdict": "within" if differences[worst] <= 1e-5 else "NOT within",
