@@ -60,7 +60,8 @@ class Config:
     gates: Literal["group", "weight", "none"] = "group"
     """one per unit (inputs of dense layers, feature maps), one per weight, or none"""
     gate: str = "hard_concrete"
-    """the gate family: hard_concrete, or mixture (of a pair of distributions)"""
+    """the gate family: hard_concrete, mixture (of a pair of distributions),
+    stochastic (STG) or hard_kumaraswamy"""
     pair: str | None = None
     """of a mixture: exponential, exponential_uniform, power (the default), kumaraswamy,
     beta, half_normal, gaussian, logistic or laplace"""
@@ -566,6 +567,13 @@ def check(config: Config) -> gates.Gate:
 def gate_of(config: Config) -> gates.Gate:
     """The gate family with its settings."""
     settings: dict[str, Any] = {"gamma": config.gamma, "zeta": config.zeta}
+    family = gates.GATES.get(config.gate)
+    if family is not None and not issubclass(family, gates.Stretched):
+        if (config.gamma, config.zeta) != (Config.gamma, Config.zeta):
+            raise ValueError(
+                f"gamma and zeta are given, but {config.gate!r} gates aren't stretched"
+            )
+        settings = {}
     if config.pair is not None:
         if config.gate != "mixture":
             raise ValueError(

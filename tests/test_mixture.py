@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 
 from l0jax import gates
 from l0jax.gates import PAIRS, Mixture, Pair, pairs
@@ -205,6 +205,35 @@ def test_sharp_pairs_are_binary_gates(pair):
         np.testing.assert_allclose(found, pi, atol=6e-3)
     np.testing.assert_array_equal(gate.deterministic(logits, "round"), [0.0, 0.0, 1.0])
     np.testing.assert_allclose(gate.mixing_weight(logits), pi)
+
+
+# E[(dz / d eta)^2] at pi = 1/2, with scales at which an off gate is open with
+# probability 0.4, and 0.2.
+MOMENTS = {
+    "power": (0.085, 0.26),
+    "kumaraswamy": (0.124, 0.34),
+    "laplace": (0.085, 1.1),
+    "logistic": (0.098, 4.2),
+    "exponential": (0.54, 11.8),
+    "gaussian": (0.10, 5e2),
+}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("name", MOMENTS)
+@in_float64
+def test_sharp_pairs_have_slopes_of_these_moments(name, at):
+    def open_when_off(scale):
+        return float(1 - gates.make_pair(name, scale=scale).cdf(jnp.float64(T)))
+
+    wanted = (0.4, 0.2)[at]
+    scale = optimize.brentq(lambda c: open_when_off(c) - wanted, 0.02, 2.0)
+    gate = Mixture(gates.make_pair(name, scale=scale))
+    both = jnp.stack(gate.slope_moments(jnp.zeros((2, 3))))
+    assert both.shape == (2, 2, 3)
+    first, second = both[:, 1, 2]
+    assert float(second) == pytest.approx(MOMENTS[name][at], rel=0.06)
+    assert float(first) == pytest.approx(float(jax.grad(gate.mean)(0.0)), rel=1e-6)
 
 
 def test_the_rule_of_the_paper_closes_at_a_twelfth():

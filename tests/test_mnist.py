@@ -898,6 +898,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"pair": "power"},
         ["pair is 'power'", "'hard_concrete'", "only a mixture"],
     ),
+    "stretch of nothing": (
+        {"gate": "stochastic", "gamma": -0.2},
+        ["gamma and zeta", "'stochastic' gates aren't stretched"],
+    ),
     "scale": (
         {"gate": "mixture", "beta": -1.0},
         ["scale must be > 0", "-1.0"],

@@ -1,12 +1,20 @@
 """Gate families, one file each. A new family is one file and one line in `GATES`."""
 
+from l0jax.gates.clipped import Stretched as Stretched
 from l0jax.gates.gate import Gate as Gate
 from l0jax.gates.hard_concrete import HardConcrete as HardConcrete
+from l0jax.gates.hard_kumaraswamy import HardKumaraswamy as HardKumaraswamy
 from l0jax.gates.mixture import Mixture as Mixture
 from l0jax.gates.pairs import PAIRS as PAIRS
 from l0jax.gates.pairs import Pair as Pair
+from l0jax.gates.stochastic import Stochastic as Stochastic
 
-GATES: dict[str, type[Gate]] = {"hard_concrete": HardConcrete, "mixture": Mixture}
+GATES: dict[str, type[Gate]] = {
+    "hard_concrete": HardConcrete,
+    "hard_kumaraswamy": HardKumaraswamy,
+    "mixture": Mixture,
+    "stochastic": Stochastic,
+}
 
 
 def make_pair(name: str, **hyperparameters) -> Pair:

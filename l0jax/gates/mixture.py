@@ -15,7 +15,6 @@ from the implicit function theorem (Graves 2016; Figurnov et al. 2018).
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -24,25 +23,17 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax.gates import noise
+from l0jax.gates.clipped import NODES, WEIGHTS, Logits, Stretched, uniform_beside
 from l0jax.gates.pairs import Pair, Power
-
-Logits = Float[Array, "*units"]
-
-# As for the hard concrete gate: E[z] integrates a smooth function over [0, 1].
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
-NODES, WEIGHTS = ((NODES + 1) / 2).tolist(), (WEIGHTS / 2).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class Mixture(Stretched):
     """Mixture-distributed gates with one trained logit of the mixing weight each.
 
     Args:
         pair: the distributions, of which `PAIRS` has some.
-        gamma: lower end of the stretch, < 0: below it lies the mass of z = 0.
-        zeta: upper end of the stretch, > 1: above it lies the mass of z = 1.
-        limit: after every step the logits are clipped to [-limit, limit].
+        gamma, zeta, limit: as for all `Stretched` gates.
 
     Raises:
         ValueError: if a field is outside its range, or the pair is none: its cdf is no
@@ -51,25 +42,13 @@ class Mixture:
     """
 
     pair: Pair = dataclasses.field(default_factory=Power)
-    gamma: float = -0.1
-    zeta: float = 1.1
-    limit: float = math.log(100.0)
 
     rules: ClassVar[tuple[str, ...]] = ("paper", "median", "mean", "round")
 
     def __post_init__(self):
-        if not self.gamma < 0:
-            raise ValueError(
-                f"gamma must be < 0, or no gate is ever exactly 0; got {self.gamma}"
-            )
-        if not self.zeta > 1:
-            raise ValueError(
-                f"zeta must be > 1, or no gate is ever exactly 1; got {self.zeta}"
-            )
-        if not self.limit > 0:
-            raise ValueError(f"limit must be > 0, got {self.limit}")
+        super().__post_init__()
         if isinstance(self.pair.scale, float | int):
-            check_pair(self.pair, self._unstretched(0.0))
+            check_pair(self.pair, self.gamma / (self.gamma - self.zeta))
 
     @property
     def temperature(self) -> float | Float[Array, ""]:
@@ -80,25 +59,9 @@ class Mixture:
         """The same gate with another scale of its pair, which may be traced."""
         return dataclasses.replace(self, pair=self.pair.at_scale(temperature))
 
-    def init(
-        self, key: PRNGKeyArray, size: int, keep_prob: float
-    ) -> Float[Array, " units"]:
-        r"""Draws $\eta \sim N(\log\frac{p}{1-p}, 0.01^2)$: a mixing weight of about p.
-
-        Raises:
-            ValueError: if `keep_prob` is outside (0, 1).
-        """
-        if not 0 < keep_prob < 1:
-            raise ValueError(f"keep_prob must lie in (0, 1), got {keep_prob}")
-        location = math.log(keep_prob) - math.log1p(-keep_prob)
-        return location + 0.01 * jax.random.normal(key, (size,), jnp.float32)
-
     def sample(self, key: PRNGKeyArray, logits: Logits) -> Logits:
         """One draw per gate, with the pathwise gradients of the implicit function."""
-        u = noise.uniform(key, logits.shape)
-        wide = jnp.finfo(logits.dtype).bits > 32
-        dtype = logits.dtype if wide else jnp.float32
-        return self.quantile(u.astype(dtype), logits.astype(dtype))
+        return self.quantile(*uniform_beside(key, logits))
 
     def quantile(self, u: Logits, logits: Logits) -> Logits:
         r"""The gate below which z lies with probability u, by bisection.
@@ -109,26 +72,44 @@ class Mixture:
         scale = jnp.asarray(self.pair.scale, logits.dtype)
         return _quantile(self._shape(), u, logits, scale)
 
-    def prob_active(self, logits: Logits) -> Logits:
-        r"""$P(z \neq 0) = 1 - Q(-\gamma / (\zeta - \gamma))$, affine in $\pi$."""
-        return self._survival(0.0, logits)
-
-    def prob_one(self, logits: Logits) -> Logits:
-        r"""$P(z = 1) = 1 - Q((1 - \gamma) / (\zeta - \gamma))$."""
-        return self._survival(1.0, logits)
-
-    def mean(self, logits: Logits) -> Logits:
-        r"""$E[z] = \int_0^1 P(z > x) dx$, by Gauss-Legendre quadrature."""
-        survival = [
-            weight * self._survival(node, logits)
-            for node, weight in zip(NODES, WEIGHTS, strict=True)
-        ]
-        return sum(survival[1:], start=survival[0])
+    def survival(self, x: float, logits: Logits) -> Logits:
+        r"""$P(z > x) = 1 - Q(\frac{x - \gamma}{\zeta - \gamma})$, affine in $\pi$."""
+        width = self.zeta - self.gamma
+        s = jnp.asarray((x - self.gamma) / width, logits.dtype)
+        # (1 - s from its own numbers: near 1 there is nothing left of it.)
+        rest = jnp.asarray((self.zeta - x) / width, logits.dtype)
+        on, off = self.pair.cdf(rest), 1 - self.pair.cdf(s)
+        pi = jax.nn.sigmoid(logits)
+        return (pi * on + (1 - pi) * off).astype(logits.dtype)
 
     def mixing_weight(self, logits: Logits) -> Logits:
         r"""$\pi$, the "latent" reading of the expected L0 norm: P(z != 0) is affine in
         it, so that the two differ by a constant and a factor on $\lambda$."""
         return jax.nn.sigmoid(logits)
+
+    def slope_moments(self, logits: Logits) -> tuple[Logits, Logits]:
+        r"""$E[\partial z / \partial \eta]$ and $E[(\partial z / \partial \eta)^2]$: the
+        signal and the noise of what trains a gate.
+
+        Between the modes the slope is $\pi (1 - \pi) (\zeta - \gamma) / q(s)$ at most,
+        with the density q that sharp modes leave there: exponential tails let it grow
+        as $e^{\kappa / 2}$, Gaussian ones as $e^{1 / 8 \sigma^2}$, polynomial ones
+        (power, Kumaraswamy) slowly. Compare pairs before making one sharp.
+        """
+        width = self.zeta - self.gamma
+        # Over pieces, since the modes may be narrow.
+        starts = np.linspace(0, 1, 17)[:-1]
+        nodes = np.add.outer(starts, np.asarray(NODES) / 16).ravel()
+        weights = jnp.asarray(np.tile(WEIGHTS, 16) / 16, logits.dtype)
+        z = jnp.asarray(nodes, logits.dtype).reshape(*(1,) * logits.ndim, -1)
+        s, rest = (z - self.gamma) / width, (self.zeta - z) / width
+        pi = jax.nn.sigmoid(logits)[..., None]
+        density = (1 - pi) * self.pair.density(s) + pi * self.pair.density(rest)
+        apart = self.pair.cdf(s) + self.pair.cdf(rest) - 1
+        moved = (
+            pi * (1 - pi) * apart
+        )  # density times slope over width, and dz = width ds
+        return moved @ weights, width * (moved**2 / density) @ weights
 
     def deterministic(self, logits: Logits, rule: str) -> Logits:
         r"""The gate at test time.
@@ -149,26 +130,7 @@ class Mixture:
             return self.mean(logits)
         if rule == "round":
             return (logits > 0).astype(logits.dtype)
-        raise ValueError(
-            f"unknown test-time rule {rule!r} for {type(self).__name__}; "
-            f"it knows {', '.join(self.rules)}"
-        )
-
-    def project(self, logits: Logits) -> Logits:
-        """Clips the logits to [-limit, limit]."""
-        return jnp.clip(logits, -self.limit, self.limit)
-
-    def _unstretched(self, x: float) -> float:
-        return (x - self.gamma) / (self.zeta - self.gamma)
-
-    def _survival(self, x: float, logits: Logits) -> Logits:
-        """P(z > x) for x below 1, P(z = 1) for 1."""
-        s = jnp.asarray(self._unstretched(x), logits.dtype)
-        # (1 - s from its own numbers: near 1 there is nothing left of it.)
-        rest = jnp.asarray((self.zeta - x) / (self.zeta - self.gamma), logits.dtype)
-        on, off = self.pair.cdf(rest), 1 - self.pair.cdf(s)
-        pi = jax.nn.sigmoid(logits)
-        return (pi * on + (1 - pi) * off).astype(logits.dtype)
+        raise self.unknown_rule(rule)
 
     def _shape(self) -> "Mixture":
         """All but the scale, which may be traced."""

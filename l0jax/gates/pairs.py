@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.scipy import special
 from jaxtyping import Array, Float
 
+from l0jax.gates.clipped import positive
+
 Numbers = Float[Array, "*shape"]
 
 
@@ -30,11 +32,8 @@ class Pair:
     scale: float | Float[Array, ""] = 0.1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # (A traced scale has no value to check; its schedule has.)
-            if isinstance(value, float | int) and not value > 0:
-                raise ValueError(f"{field.name} must be > 0, got {value}")
+        names = (field.name for field in dataclasses.fields(self))
+        positive(**{name: getattr(self, name) for name in names})
 
     def cdf(self, s: Numbers) -> Numbers:
         """R0(s)."""
