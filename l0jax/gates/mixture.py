@@ -106,9 +106,8 @@ class Mixture(Stretched):
         pi = jax.nn.sigmoid(logits)[..., None]
         density = (1 - pi) * self.pair.density(s) + pi * self.pair.density(rest)
         apart = self.pair.cdf(s) + self.pair.cdf(rest) - 1
-        moved = (
-            pi * (1 - pi) * apart
-        )  # density times slope over width, and dz = width ds
+        # Slope times density over the width, which dz = width ds brings back.
+        moved = pi * (1 - pi) * apart
         return moved @ weights, width * (moved**2 / density) @ weights
 
     def deterministic(self, logits: Logits, rule: str) -> Logits:
