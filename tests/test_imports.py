@@ -20,7 +20,7 @@ LAYERS = (
     ("structure", "poles"),
     ("tracing", "narrow"),
     ("gating", "costs"),
-    ("objectives", "models", "compaction"),
+    ("objectives", "models", "compaction", "estimators"),
     ("nnx", "linen", "train", "report"),
     ("storage",),
 )
