@@ -75,7 +75,7 @@ def main(arguments) -> list[dict]:
                 LIMIT,
                 "×",
                 f"wall time {_seconds(compacted)} and {_seconds(dense)}, "
-                f"compilation included",
+                f"compilation included; {_epochs(name)}",
             )
         )
     name = next(iter(SETTINGS))
@@ -94,6 +94,33 @@ def main(arguments) -> list[dict]:
         )
     )
     return entries
+
+
+def _epochs(name: str) -> str:
+    """Where the first seed's seconds went."""
+    found = {}
+    for kind in ("dense", "compacted"):
+        summary = run(name, kind, 0)
+        lines = (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()
+        found[kind] = [json.loads(line) for line in lines]
+    rows, outside = found["compacted"], {}
+    for kind, lines in found.items():
+        wall = run(name, kind, 0)["wall_seconds"]
+        outside[kind] = wall - sum(line["seconds"] for line in lines)
+    sizes = [line["trained"] for line in rows]
+    smaller = [at for at, size in enumerate(sizes[1:], 1) if size != sizes[at - 1]]
+    whole, last, dense = (
+        statistics.median(line["seconds"] for line in lines)
+        for lines in (rows[1 : smaller[0]], rows[smaller[-1] + 1 :], found["dense"])
+    )
+    # An epoch's line says what it goes on with, and counts that compilation.
+    compiled = sum(rows[at]["seconds"] - rows[at - 1]["seconds"] for at in smaller)
+    return (
+        f"of seed 0, an epoch takes {whole:.2f} s up to the compaction after epoch "
+        f"{smaller[0] + 1}, {last:.2f} s after the last of {len(smaller)}, dense "
+        f"{dense:.2f} s; compaction itself {compiled:.0f} s, and all outside of epochs "
+        f"{outside['compacted']:.0f} s, dense {outside['dense']:.0f} s"
+    )
 
 
 def _seconds(values: list[float]) -> str:

@@ -299,8 +299,64 @@ def worth(turns: int) -> list[dict]:
     return entries
 
 
+def floor(turns: int) -> dict:
+    """What a call of the MLP's shrunk network costs that nothing is gathered for."""
+    model = models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0))
+    groups = models.structure(model).groups
+    rng = np.random.default_rng(0)
+    keep = {}
+    for name, size in LEFT["MLP"].items():
+        kept = rng.permutation(groups[name].size)[:size]
+        keep[name] = np.isin(np.arange(groups[name].size), kept)
+    graph, state = nnx.split(l0jax.nnx.shrink(model, keep, groups))
+    widths = [*LEFT["MLP"].values(), 10]
+    kernels = [jnp.ones(shape) for shape in itertools.pairwise(widths)]
+
+    def products(x):
+        x = x.reshape(len(x), -1)[:, : widths[0]]
+        for kernel in kernels[:-1]:
+            x = jax.nn.relu(x @ kernel)
+        return x @ kernels[-1]
+
+    def everything(x):
+        return nnx.merge(graph, state)(x)
+
+    functions = {
+        "shrunk": everything,
+        "its products alone": products,
+        "nothing": lambda x: x[:1, 0, 0, 0],
+    }
+    x = jnp.ones((256, 28, 28, 1))
+
+    def calls(function: Callable) -> Callable[[], None]:
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(x))
+
+        def fifty() -> None:
+            for _ in range(50):
+                jax.block_until_ready(compiled(x))
+
+        return fifty
+
+    seconds = measure.take_turns(
+        {name: calls(function) for name, function in functions.items()}, turns
+    )
+    return entry(
+        "MLP at batch 256: the shrunk network over its three products alone",
+        measure.ratio(seconds, "shrunk", "its products alone"),
+        None,
+        "×",
+        measure.milliseconds(seconds, 50),
+    )
+
+
 def main(arguments) -> list[dict]:
-    parts = (reading(arguments.turns), exactness(), worth(arguments.turns))
+    parts = (
+        reading(arguments.turns),
+        exactness(),
+        worth(arguments.turns),
+        [floor(arguments.turns)],
+    )
     return list(itertools.chain(*parts))
 
 

@@ -25,7 +25,7 @@ NOTHING: frozenset[Place] = frozenset()
 
 
 class Sign(enum.IntEnum):
-    """What is known of the numbers of a value; each but the first holds the former."""
+    """What is known of the numbers of a value, from nothing to most."""
 
     INFINITE = -1  # a constant that has infinite numbers, or none
     ANY = 0

@@ -110,9 +110,10 @@ def test_probabilities_and_mean_are_those_of_the_draws(gate):
         (gate.prob_one(logits), z == 1),
     ):
         p = np.asarray(stated, np.float64)
-        # (Of a probability that is 1 to the last digit nothing is left.)
+        # (What is less likely than once in all draws has no spread to be seen in.)
         error = 5 * np.sqrt(p * (1 - p) / DRAWS) + 1e-7
         np.testing.assert_array_less(np.abs(hits.mean(0) - p), error)
+    # (The same of means: gates that were closed in all draws.)
     error = 5 * z.std(0) / math.sqrt(DRAWS) + 1e-6
     np.testing.assert_array_less(np.abs(z.mean(0) - gate.mean(logits)), error)
 
@@ -162,8 +163,10 @@ def test_everything_is_monotone_in_the_logit(gate):
     for name, curve in curves_of(gate).items():
         values = np.asarray(curve(logits))
         assert (np.diff(values) >= 0).all(), name
-        assert values[0] < values[-1], name
-        assert values[0] <= values[120] <= values[-1], name
+        if name == "rule round":  # a step
+            assert (values[0], values[-1]) == (0, 1)
+        else:
+            assert values[0] < values[120] < values[-1], name
     one_noise = jax.vmap(lambda logit: gate.sample(jax.random.key(5), logit))(logits)
     assert (np.diff(np.asarray(one_noise)) >= 0).all()
 

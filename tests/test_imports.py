@@ -38,6 +38,7 @@ ONLY_IN = {
 }
 # What the standard library offers a pure function.
 PURE = {
+    "abc",
     "collections",
     "dataclasses",
     "enum",

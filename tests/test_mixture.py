@@ -2,7 +2,6 @@
 and what is no pair. (The laws that every gate keeps are in `test_gates`.)"""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from scipy import integrate, optimize, stats
 
 from l0jax import gates
-from l0jax.gates import PAIRS, Mixture, Pair, pairs
+from l0jax.gates import PAIRS, Mixture, Pair, mixture, pairs
 
 T = 1 / 12  # the point that is stretched to 0 at the defaults
 SCALES = (0.08, 0.2, 0.6)
@@ -21,13 +20,13 @@ every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
 at_each_scale = pytest.mark.parametrize("scale", SCALES)
 
 
-def in_float64(test):
-    @functools.wraps(test)
-    def wrapped(*args, **kwargs):
-        with jax.enable_x64(True):
-            test(*args, **kwargs)
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
 
-    return wrapped
+
+in_float64 = pytest.mark.usefixtures("float64")
 
 
 # What SciPy knows of each pair, at a scale.
@@ -42,28 +41,26 @@ TRUTH = {
 }
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@at_each_scale
 @pytest.mark.parametrize("name", TRUTH)
+@in_float64
 def test_pairs_are_the_distributions_that_they_are_called(name, scale):
-    with jax.enable_x64(True):
-        pair, truth = gates.make_pair(name, scale=scale), TRUTH[name](scale)
-        s = np.linspace(0.01, 0.99, 50)
-        np.testing.assert_allclose(pair.cdf(jnp.asarray(s)), truth.cdf(s), rtol=1e-9)
-        np.testing.assert_allclose(
-            pair.density(jnp.asarray(s)), truth.pdf(s), rtol=1e-7
-        )
+    pair, truth = gates.make_pair(name, scale=scale), TRUTH[name](scale)
+    s = np.linspace(0.01, 0.99, 50)
+    np.testing.assert_allclose(pair.cdf(jnp.asarray(s)), truth.cdf(s), rtol=1e-9)
+    np.testing.assert_allclose(pair.density(jnp.asarray(s)), truth.pdf(s), rtol=1e-7)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@at_each_scale
 @every_pair
+@in_float64
 def test_densities_integrate_to_the_cdf(pair, scale):
     """For those that SciPy does not have too."""
-    with jax.enable_x64(True):
-        now = pair(scale=scale)
-        for low, high in ((0.02, 0.3), (0.3, 0.95)):
-            found, _ = integrate.quad(lambda s: float(now.density(s)), low, high)
-            steps = now.cdf(jnp.asarray([low, high]))
-            assert found == pytest.approx(float(steps[1] - steps[0]), abs=1e-7)
+    now = pair(scale=scale)
+    for low, high in ((0.02, 0.3), (0.3, 0.95)):
+        found, _ = integrate.quad(lambda s: float(now.density(s)), low, high)
+        steps = now.cdf(jnp.asarray([low, high]))
+        assert found == pytest.approx(float(steps[1] - steps[0]), abs=1e-7)
 
 
 # P(z != 0) of the first and of the second distribution (methods: 4e6 draws).
@@ -154,9 +151,8 @@ def test_implicit_gradients_are_those_of_the_closed_form(name):
         return 1.2 * explicit(name, u, 1 / (1 + np.exp(-eta)), scale) - 0.1
 
     def implicit(eta, scale):
-        gate = Mixture().at_temperature(1.0)
-        gate = dataclasses.replace(gate, pair=gates.make_pair(name))
-        return gate.at_temperature(scale).quantile(jnp.asarray(u), eta)
+        gate = Mixture(gates.make_pair(name)).at_temperature(scale)
+        return gate.quantile(jnp.asarray(u), eta)
 
     z = closed(logits, scale)
     inside = (z > 0.01) & (z < 0.99)
@@ -247,6 +243,26 @@ def test_logits_are_clipped_as_those_of_hard_concrete_gates():
     np.testing.assert_allclose(ends, [math.log(0.01), math.log(100), 1.25], rtol=1e-6)
 
 
+def test_a_pair_is_checked_once_and_not_with_every_draw(monkeypatch):
+    checked = []
+    monkeypatch.setattr(mixture, "check_pair", lambda *given: checked.append(given))
+    gate = Mixture(pairs.Laplace())
+    assert len(checked) == 1
+    slope = jax.grad(lambda eta: gate.sample(jax.random.key(0), eta).sum())
+    slope(jnp.zeros(3))
+    gate.deterministic(jnp.zeros(3), "median")
+    assert len(checked) == 1
+
+
+def test_a_pair_without_a_density_can_not_be_made():
+    class Half(Pair):
+        def cdf(self, s):
+            return s
+
+    with pytest.raises(TypeError, match=r"Half.*density"):
+        Half()
+
+
 def test_a_new_pair_is_a_cdf_and_a_density():
     @dataclasses.dataclass(frozen=True)
     class Rational(Pair):
@@ -276,12 +292,13 @@ def pair_with(cdf, density=None) -> Any:
     """A pair of functions of s and the scale."""
 
     class Bad(Pair):
-        pass
+        def cdf(self, s):
+            return cdf(s, self.scale)
 
-    Bad.cdf = lambda self, s: cdf(s, self.scale)
-    Bad.density = lambda self, s: (density or jax.vmap(jax.grad(cdf), (0, None)))(
-        s, self.scale
-    )
+        def density(self, s):
+            slope = density or jax.vmap(jax.grad(cdf), (0, None))
+            return slope(s, self.scale)
+
     return Bad()
 
 

@@ -1223,6 +1223,11 @@ def test_rates_are_constant_and_then_fall_to_zero(decay_from, gate_rate):
                 np.testing.assert_allclose(leaf, -rate * share, rtol=1e-4, atol=1e-7)
 
 
+def test_by_default_gates_are_those_of_the_paper():
+    assert mnist.gate_of(mnist.Config()) == gates.HardConcrete()
+    assert mnist.gate_of(SHORT) == gates.HardConcrete()
+
+
 def test_a_mixture_is_trained_and_prunes(tmp_path):
     config = dataclasses.replace(
         SHORT,

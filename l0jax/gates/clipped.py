@@ -4,6 +4,7 @@ A family states how likely a gate is above a point; the probabilities of both en
 the mean follow.
 """
 
+import abc
 import dataclasses
 import math
 from typing import ClassVar
@@ -25,7 +26,7 @@ NODES, WEIGHTS = ((NODES + 1) / 2).tolist(), (WEIGHTS / 2).tolist()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clipped:
+class Clipped(abc.ABC):
     """A family whose draws are clipped to [0, 1].
 
     Args:
@@ -42,9 +43,9 @@ class Clipped:
     def __post_init__(self):
         positive(limit=self.limit)
 
+    @abc.abstractmethod
     def survival(self, x: float, logits: Logits) -> Logits:
         """P(z > x) for x in [0, 1), and P(z = 1) for 1."""
-        raise NotImplementedError
 
     def init(
         self, key: PRNGKeyArray, size: int, keep_prob: float

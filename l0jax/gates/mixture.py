@@ -70,17 +70,14 @@ class Mixture(Stretched):
         function $Q(s) = u$, and none is given in u.
         """
         scale = jnp.asarray(self.pair.scale, logits.dtype)
-        return _quantile(self._shape(), u, logits, scale)
+        # (Its scale may be traced; what is left of the pair may not.)
+        pair = self.pair.at_scale(1.0)
+        return _quantile(pair, self.gamma, self.zeta, u, logits, scale)
 
     def survival(self, x: float, logits: Logits) -> Logits:
         r"""$P(z > x) = 1 - Q(\frac{x - \gamma}{\zeta - \gamma})$, affine in $\pi$."""
-        width = self.zeta - self.gamma
-        s = jnp.asarray((x - self.gamma) / width, logits.dtype)
-        # (1 - s from its own numbers: near 1 there is nothing left of it.)
-        rest = jnp.asarray((self.zeta - x) / width, logits.dtype)
-        on, off = self.pair.cdf(rest), 1 - self.pair.cdf(s)
-        pi = jax.nn.sigmoid(logits)
-        return (pi * on + (1 - pi) * off).astype(logits.dtype)
+        z = jnp.asarray(x, logits.dtype)
+        return _survival(self.pair, self.gamma, self.zeta, z, logits)
 
     def mixing_weight(self, logits: Logits) -> Logits:
         r"""$\pi$, the "latent" reading of the expected L0 norm: P(z != 0) is affine in
@@ -102,12 +99,8 @@ class Mixture(Stretched):
         nodes = np.add.outer(starts, np.asarray(NODES) / 16).ravel()
         weights = jnp.asarray(np.tile(WEIGHTS, 16) / 16, logits.dtype)
         z = jnp.asarray(nodes, logits.dtype).reshape(*(1,) * logits.ndim, -1)
-        s, rest = (z - self.gamma) / width, (self.zeta - z) / width
-        pi = jax.nn.sigmoid(logits)[..., None]
-        density = (1 - pi) * self.pair.density(s) + pi * self.pair.density(rest)
-        apart = self.pair.cdf(s) + self.pair.cdf(rest) - 1
-        # Slope times density over the width, which dz = width ds brings back.
-        moved = pi * (1 - pi) * apart
+        moved, density = _slope(self.pair, self.gamma, self.zeta, z, logits[..., None])
+        # (dz = width ds)
         return moved @ weights, width * (moved**2 / density) @ weights
 
     def deterministic(self, logits: Logits, rule: str) -> Logits:
@@ -131,61 +124,70 @@ class Mixture(Stretched):
             return (logits > 0).astype(logits.dtype)
         raise self.unknown_rule(rule)
 
-    def _shape(self) -> "Mixture":
-        """All but the scale, which may be traced."""
-        return dataclasses.replace(self, pair=self.pair.at_scale(1.0))
+
+def _survival(pair: Pair, gamma: float, zeta: float, z: Array, logits: Logits) -> Array:
+    """The probability of more than z, which broadcasts with the logits: 1 - Q at the
+    point that is stretched to it."""
+    width = zeta - gamma
+    # (1 - s from its own numbers: near 1 there is nothing left of it.)
+    on, off = pair.cdf((zeta - z) / width), 1 - pair.cdf((z - gamma) / width)
+    pi = jax.nn.sigmoid(logits)
+    return (pi * on + (1 - pi) * off).astype(logits.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _quantile(shape: Mixture, u: Logits, logits: Logits, scale: Array) -> Logits:
-    gate = shape.at_temperature(scale)
+def _slope(
+    pair: Pair, gamma: float, zeta: float, z: Array, logits: Logits
+) -> tuple[Array, Array]:
+    """-dQ/d eta, and the density of Q, at the point that is stretched to z, which
+    broadcasts with the logits."""
+    width = zeta - gamma
+    s, rest = (z - gamma) / width, (zeta - z) / width
+    pi = jax.nn.sigmoid(logits)
+    # R0 >= R1: more weight on the second distribution makes draws larger.
+    moved = pi * (1 - pi) * (pair.cdf(s) + pair.cdf(rest) - 1)
+    return moved, (1 - pi) * pair.density(s) + pi * pair.density(rest)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _quantile(
+    pair: Pair, gamma: float, zeta: float, u: Logits, logits: Logits, scale: Array
+) -> Logits:
+    survival = functools.partial(_survival, pair.at_scale(scale), gamma, zeta)
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        below = _cdf(gate, middle, logits) < u
+        below = survival(middle, logits) > 1 - u
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     steps = jnp.finfo(logits.dtype).nmant + 1
     ends = jnp.zeros_like(u), jnp.ones_like(u)
     low, high = jax.lax.fori_loop(0, steps, halve, ends)
-    z = (low + high) / 2
-    z = jnp.where(u <= _cdf(gate, jnp.zeros_like(u), logits), 0.0, z)
-    return jnp.where(u >= _cdf(gate, jnp.ones_like(u), logits), 1.0, z)
-
-
-def _cdf(gate: Mixture, z: Logits, logits: Logits) -> Logits:
-    """Q at the point that is stretched to z."""
-    width = gate.zeta - gate.gamma
-    off = gate.pair.cdf((z - gate.gamma) / width)
-    on = 1 - gate.pair.cdf((gate.zeta - z) / width)
-    pi = jax.nn.sigmoid(logits)
-    return (1 - pi) * off + pi * on
+    z = jnp.where(survival(ends[0], logits) <= 1 - u, 0.0, (low + high) / 2)
+    return jnp.where(survival(ends[1], logits) >= 1 - u, 1.0, z)
 
 
 @functools.partial(_quantile.defjvp, symbolic_zeros=True)
-def _quantile_jvp(shape: Mixture, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _quantile_jvp(
+    pair: Pair, gamma: float, zeta: float, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
     u, logits, scale = primals
     _, of_logits, of_scale = tangents
-    z = _quantile(shape, u, logits, scale)
-    gate, width = shape.at_temperature(scale), shape.zeta - shape.gamma
-    s, rest = (z - shape.gamma) / width, (shape.zeta - z) / width
-    pi = jax.nn.sigmoid(logits)
-    density = (1 - pi) * gate.pair.density(s) + pi * gate.pair.density(rest)
+    z = _quantile(pair, gamma, zeta, u, logits, scale)
+    slope, density = _slope(pair.at_scale(scale), gamma, zeta, z, logits)
     moved = jnp.zeros_like(z)
     if not isinstance(of_logits, SymbolicZero):
-        # R0 >= R1: more weight on the second distribution makes draws larger.
-        apart = gate.pair.cdf(s) + gate.pair.cdf(rest) - 1
-        moved = moved + pi * (1 - pi) * apart * of_logits
+        moved = moved + slope * of_logits
     if not isinstance(of_scale, SymbolicZero):
         _, change = jax.jvp(
-            lambda scale: _cdf(shape.at_temperature(scale), z, logits),
+            lambda scale: _survival(pair.at_scale(scale), gamma, zeta, z, logits),
             (scale,),
             (of_scale,),
         )
-        moved = moved - change
+        moved = moved + change
     inside = (z > 0) & (z < 1)
-    return z, jnp.where(inside, width * moved / density, 0.0).astype(z.dtype)
+    change = (zeta - gamma) * moved / density
+    return z, jnp.where(inside, change, 0.0).astype(z.dtype)
 
 
 def check_pair(pair: Pair, edge: float) -> None:

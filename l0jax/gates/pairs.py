@@ -5,6 +5,7 @@ A pair is a base distribution $R_0$ that converges to $\delta(0)$ as its `scale`
 cdf and a density; what is drawn, and every gradient, follows from the two.
 """
 
+import abc
 import dataclasses
 import math
 
@@ -19,7 +20,7 @@ Numbers = Float[Array, "*shape"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(abc.ABC):
     """A base distribution, by its cdf and its density.
 
     Args:
@@ -35,13 +36,13 @@ class Pair:
         names = (field.name for field in dataclasses.fields(self))
         positive(**{name: getattr(self, name) for name in names})
 
+    @abc.abstractmethod
     def cdf(self, s: Numbers) -> Numbers:
         """R0(s)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def density(self, s: Numbers) -> Numbers:
         """The derivative of `cdf`."""
-        raise NotImplementedError
 
     def at_scale(self, scale: float | Float[Array, ""]) -> "Pair":
         """The same pair with another scale, which may be traced."""
