@@ -6,17 +6,12 @@ the mean follow.
 
 import abc
 import dataclasses
-import math
-from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from l0jax.gates import noise
-
-Logits = Float[Array, "*units"]
+from l0jax.gates.family import Family, Logits, in_full
 
 # E[z] integrates a smooth function of one variable over [0, 1]. 32 Gauss-Legendre
 # nodes leave an error below 1e-6 for a hard concrete beta >= 0.1; the test compares
@@ -26,42 +21,12 @@ NODES, WEIGHTS = ((NODES + 1) / 2).tolist(), (WEIGHTS / 2).tolist()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clipped(abc.ABC):
-    """A family whose draws are clipped to [0, 1].
-
-    Args:
-        limit: after every step the logits are clipped to [-limit, limit].
-
-    Raises:
-        ValueError: if a field is outside its range.
-    """
-
-    limit: float = math.log(100.0)
-
-    rules: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self):
-        positive(limit=self.limit)
+class Clipped(Family):
+    """A family whose draws are clipped to [0, 1]."""
 
     @abc.abstractmethod
     def survival(self, x: float, logits: Logits) -> Logits:
         """P(z > x) for x in [0, 1), and P(z = 1) for 1."""
-
-    def init(
-        self, key: PRNGKeyArray, size: int, keep_prob: float
-    ) -> Float[Array, " units"]:
-        r"""Draws logits from $N(\log\frac{p}{1-p}, 0.01^2)$ for `size` gates.
-
-        What the gates of a family do with p differs: P(z != 0) of hard concrete gates
-        starts at 0.832 for 0.5, since p is the keep rate before the stretch.
-
-        Raises:
-            ValueError: if `keep_prob` is outside (0, 1).
-        """
-        if not 0 < keep_prob < 1:
-            raise ValueError(f"keep_prob must lie in (0, 1), got {keep_prob}")
-        location = math.log(keep_prob) - math.log1p(-keep_prob)
-        return location + 0.01 * jax.random.normal(key, (size,), jnp.float32)
 
     def prob_active(self, logits: Logits) -> Logits:
         """P(z != 0)."""
@@ -78,17 +43,6 @@ class Clipped(abc.ABC):
             for node, weight in zip(NODES, WEIGHTS, strict=True)
         ]
         return sum(parts[1:], start=parts[0])
-
-    def project(self, logits: Logits) -> Logits:
-        """Clips the logits to [-limit, limit]."""
-        return jnp.clip(logits, -self.limit, self.limit)
-
-    def unknown_rule(self, rule: str) -> ValueError:
-        """The error for a test-time rule that the family does not know."""
-        return ValueError(
-            f"unknown test-time rule {rule!r} for {type(self).__name__}; "
-            f"it knows {', '.join(self.rules)}"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,19 +73,6 @@ class Stretched(Clipped):
 
 
 def uniform_beside(key: PRNGKeyArray, logits: Logits) -> tuple[Logits, Logits]:
-    """Uniform noise for each logit, and the logits in the precision of the noise:
-    float32 also where theirs is lower."""
-    u = noise.uniform(key, logits.shape)
-    dtype = logits.dtype if jnp.finfo(logits.dtype).bits > 32 else jnp.float32
-    return u.astype(dtype), logits.astype(dtype)
-
-
-def positive(**fields: object) -> None:
-    """Raises ValueError for a number that is not above 0.
-
-    What is traced (a temperature that is annealed) has no value to check; its schedule
-    has.
-    """
-    for name, value in fields.items():
-        if isinstance(value, float | int) and not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
+    """Uniform noise for each logit, and the logits in the precision of the noise."""
+    logits = in_full(logits)
+    return noise.uniform(key, logits.shape).astype(logits.dtype), logits

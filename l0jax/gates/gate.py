@@ -1,6 +1,6 @@
 """What every gate family provides: pure functions of a key and of logits.
 
-A gate z in [0, 1] multiplies what a unit gives to the rest of the network. A family
+A gate z multiplies what a unit gives to the rest of the network. A family
 is a frozen dataclass whose fields are hyperparameters, so that equal gates compare
 equal, hash equal and share one compiled trace. It is written for one gate: every
 method maps over arrays of any shape, and `jax.vmap` over keys gives one draw per
@@ -17,7 +17,24 @@ class Gate(Protocol):
     """The contract of a gate family; `tests/test_gates.py` sweeps it as laws."""
 
     rules: ClassVar[tuple[str, ...]]
-    """Names of the test-time estimators that `deterministic` knows."""
+    """Names of the test-time estimators that `deterministic` knows; `"paper"`, the one
+    of the paper that the family is from, is among them."""
+
+    random: ClassVar[bool]
+    """Whether draws depend on the key."""
+
+    bounded: ClassVar[bool]
+    """Whether draws lie in [0, 1] and grow with the logit."""
+
+    zeros: ClassVar[bool]
+    """Whether a gate can be exactly 0. If not, P(z != 0) is 1, and only the paper's
+    rule says which units go."""
+
+    pathwise: ClassVar[bool]
+    """Whether the derivative of a draw is its own, not that of a surrogate."""
+
+    exact: ClassVar[bool]
+    """Whether the closed forms are those of what is drawn."""
 
     def init(
         self, key: PRNGKeyArray, size: int, keep_prob: float
@@ -28,11 +45,16 @@ class Gate(Protocol):
     def sample(
         self, key: PRNGKeyArray, logits: Float[Array, "*units"]
     ) -> Float[Array, "*units"]:
-        """One reparameterised draw of each gate, differentiable in its logit."""
+        """One draw of each gate, differentiable in its logit."""
         ...
 
     def prob_active(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
-        """P(z != 0) in closed form: the term that expected L0 sums."""
+        """P(z != 0) in closed form."""
+        ...
+
+    def l0_term(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:
+        """What a unit pays in the objective, differentiable: P(z != 0) unless the
+        family says otherwise."""
         ...
 
     def prob_one(self, logits: Float[Array, "*units"]) -> Float[Array, "*units"]:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax.gates.clipped import Logits, Stretched, positive, uniform_beside
+from l0jax.gates.clipped import Stretched, uniform_beside
+from l0jax.gates.family import Logits, positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,11 @@ import math
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax.scipy.special import betaln
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax.gates.clipped import Logits, Stretched, positive, uniform_beside
+from l0jax.gates.clipped import Stretched, uniform_beside
+from l0jax.gates.family import Logits, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class HardKumaraswamy(Stretched):
 
     tau: float | Float[Array, ""] = 0.5
 
-    rules: ClassVar[tuple[str, ...]] = ("median", "mean")
+    rules: ClassVar[tuple[str, ...]] = ("paper", "median", "mean")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,11 +62,22 @@ class HardKumaraswamy(Stretched):
         return jnp.exp(b * jnp.log(-jnp.expm1(a * log_s)))
 
     def deterministic(self, logits: Logits, rule: str) -> Logits:
-        """The gate at test time: `"median"` of z, or `"mean"`, which is never 0.
+        r"""The gate at test time.
+
+        `"paper"`: 0, 1, or the mean $b B(1 + 1/a, b)$ of the variable before the
+        stretch, whichever of z = 0, z = 1 and 0 < z < 1 is most likely; `"median"`: the
+        median of z; `"mean"`: E[z], which is never 0.
 
         Raises:
             ValueError: if `rule` is not one of `rules`.
         """
+        if rule == "paper":
+            active, one = self.prob_active(logits), self.prob_one(logits)
+            zero, between = 1 - active, active - one
+            a, b = self._shapes(logits)
+            inside = b * jnp.exp(betaln(1 + 1 / a, b))
+            ends = (one > zero).astype(logits.dtype)
+            return jnp.where(between > jnp.maximum(zero, one), inside, ends)
         if rule == "median":
             return self._quantile(jnp.full_like(logits, 0.5), logits)
         if rule == "mean":

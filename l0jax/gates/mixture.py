@@ -15,7 +15,7 @@ from the implicit function theorem (Graves 2016; Figurnov et al. 2018).
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,22 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax.gates.clipped import NODES, WEIGHTS, Logits, Stretched, uniform_beside
+from l0jax.gates.clipped import NODES, WEIGHTS, Stretched, uniform_beside
+from l0jax.gates.family import Logits
 from l0jax.gates.pairs import Pair, Power
+
+L0 = Literal["active", "latent"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Stretched):
-    """Mixture-distributed gates with one trained logit of the mixing weight each.
+    r"""Mixture-distributed gates with one trained logit of the mixing weight each.
 
     Args:
         pair: the distributions, of which `PAIRS` has some.
+        l0: what a unit pays, P(z != 0) (`"active"`) or the mixing weight
+            (`"latent"`): P(z != 0) is affine in it, so that the two differ by a
+            constant and a factor on $\lambda$.
         gamma, zeta, limit: as for all `Stretched` gates.
 
     Raises:
@@ -42,11 +48,15 @@ class Mixture(Stretched):
     """
 
     pair: Pair = dataclasses.field(default_factory=Power)
+    l0: L0 = "active"
 
     rules: ClassVar[tuple[str, ...]] = ("paper", "median", "mean", "round")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.l0 not in get_args(L0):
+            known = " or ".join(repr(name) for name in get_args(L0))
+            raise ValueError(f"l0 must be {known}, got {self.l0!r}")
         if isinstance(self.pair.scale, float | int):
             check_pair(self.pair, self.gamma / (self.gamma - self.zeta))
 
@@ -72,7 +82,7 @@ class Mixture(Stretched):
         scale = jnp.asarray(self.pair.scale, logits.dtype)
         # (Its scale may be traced; what is left of the pair may not.)
         pair = self.pair.at_scale(1.0)
-        return _quantile(pair, self.gamma, self.zeta, u, logits, scale)
+        return quantile(pair, self.gamma, self.zeta, u, logits, scale)
 
     def survival(self, x: float, logits: Logits) -> Logits:
         r"""$P(z > x) = 1 - Q(\frac{x - \gamma}{\zeta - \gamma})$, affine in $\pi$."""
@@ -80,9 +90,14 @@ class Mixture(Stretched):
         return _survival(self.pair, self.gamma, self.zeta, z, logits)
 
     def mixing_weight(self, logits: Logits) -> Logits:
-        r"""$\pi$, the "latent" reading of the expected L0 norm: P(z != 0) is affine in
-        it, so that the two differ by a constant and a factor on $\lambda$."""
+        r"""$\pi$."""
         return jax.nn.sigmoid(logits)
+
+    def l0_term(self, logits: Logits) -> Logits:
+        """P(z != 0), or the mixing weight."""
+        if self.l0 == "latent":
+            return self.mixing_weight(logits)
+        return self.prob_active(logits)
 
     def slope_moments(self, logits: Logits) -> tuple[Logits, Logits]:
         r"""$E[\partial z / \partial \eta]$ and $E[(\partial z / \partial \eta)^2]$: the
@@ -149,9 +164,11 @@ def _slope(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _quantile(
+def quantile(
     pair: Pair, gamma: float, zeta: float, u: Logits, logits: Logits, scale: Array
 ) -> Logits:
+    """The number in [0, 1] below which a mixture lies with probability u once it is
+    stretched to (gamma, zeta)."""
     survival = functools.partial(_survival, pair.at_scale(scale), gamma, zeta)
 
     def halve(_, bounds):
@@ -167,13 +184,13 @@ def _quantile(
     return jnp.where(survival(ends[1], logits) >= 1 - u, 1.0, z)
 
 
-@functools.partial(_quantile.defjvp, symbolic_zeros=True)
+@functools.partial(quantile.defjvp, symbolic_zeros=True)
 def _quantile_jvp(
     pair: Pair, gamma: float, zeta: float, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     u, logits, scale = primals
     _, of_logits, of_scale = tangents
-    z = _quantile(pair, gamma, zeta, u, logits, scale)
+    z = quantile(pair, gamma, zeta, u, logits, scale)
     slope, density = _slope(pair.at_scale(scale), gamma, zeta, z, logits)
     moved = jnp.zeros_like(z)
     if not isinstance(of_logits, SymbolicZero):

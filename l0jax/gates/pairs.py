@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.scipy import special
 from jaxtyping import Array, Float
 
-from l0jax.gates.clipped import positive
+from l0jax.gates.family import positive
 
 Numbers = Float[Array, "*shape"]
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax.gates.clipped import Clipped, Logits, positive, uniform_beside
+from l0jax.gates.clipped import Clipped, uniform_beside
+from l0jax.gates.family import Logits, positive
 
 
 @dataclasses.dataclass(frozen=True)
