@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
 
 from l0jax import gates
-from l0jax.gates import PAIRS, Mixture, Pair, mixture, pairs
+from l0jax.gates import PAIRS, Mixture, Pair, RelaxedMixture, mixture, pairs
 
 T = 1 / 12  # the point that is stretched to 0 at the defaults
 SCALES = (0.08, 0.2, 0.6)
@@ -232,6 +233,41 @@ def test_sharp_pairs_have_slopes_of_these_moments(name, at):
     assert float(first) == pytest.approx(float(jax.grad(gate.mean)(0.0)), rel=1e-6)
 
 
+@every_pair
+@in_float64
+def test_what_a_unit_pays_is_its_probability_or_its_mixing_weight(pair):
+    """The two differ by a constant and a factor."""
+    logits = jnp.asarray([-3.0, -1.0, 0.5, 2.0])
+    pi = jax.nn.sigmoid(logits)
+    active, latent = Mixture(pair()), Mixture(pair(), l0="latent")
+    np.testing.assert_array_equal(latent.l0_term(logits), pi)
+    np.testing.assert_array_equal(active.l0_term(logits), active.prob_active(logits))
+    off, on = active.prob_active(jnp.asarray([-50.0, 50.0]))
+    np.testing.assert_allclose(active.l0_term(logits), off + (on - off) * pi)
+
+
+def frequencies(gate, logits, draws=200_000):
+    """Of z != 0 and of z = 1, with the errors of five standard deviations."""
+    z = gate.sample(jax.random.key(0), jnp.full(draws, logits))
+    hits = np.asarray([(z != 0).mean(), (z == 1).mean()], np.float64)
+    return hits, 5 * np.sqrt(hits * (1 - hits) / draws) + 1e-4
+
+
+@pytest.mark.parametrize("pair", [pairs.Power, pairs.Exponential, pairs.Logistic])
+def test_a_relaxed_indicator_biases_what_is_counted(pair):
+    """It moves gates away from both ends, and less the colder it is."""
+    logit, gaps = jnp.float32(-1.0), []
+    for beta in (2 / 3, 0.3, 0.003):
+        gate = RelaxedMixture(pair(), beta=beta)
+        hits, error = frequencies(gate, logit)
+        stated = np.asarray([gate.prob_active(logit), gate.prob_one(logit)])
+        gaps.append(stated - hits)
+        far = np.abs(gaps[-1]) > error
+        assert far.all() if beta > 0.1 else not far.any(), gaps[-1] / error
+    assert (np.abs(gaps[1]) < np.abs(gaps[0])).all()
+    assert gaps[0][0] < 0 < gaps[0][1]
+
+
 def test_the_rule_of_the_paper_closes_at_a_twelfth():
     edge, gate = math.log(T / (1 - T)), Mixture()
     below, above = gate.deterministic(jnp.float32([edge - 1e-3, edge + 1e-3]), "paper")
@@ -343,6 +379,7 @@ def test_what_is_no_pair_is_refused(what):
         (lambda: Mixture(gamma=0.0), "gamma must be < 0.*got 0.0"),
         (lambda: Mixture(zeta=1.0), "zeta must be > 1.*got 1.0"),
         (lambda: Mixture(limit=0.0), "limit must be > 0, got 0.0"),
+        (lambda: RelaxedMixture(beta=0.0), "beta must be > 0, got 0.0"),
         (lambda: pairs.Power(0.0), "scale must be > 0, got 0.0"),
         (lambda: pairs.Laplace(math.nan), "scale must be > 0, got nan"),
         (lambda: pairs.ExponentialUniform(share=1.0), "share must be < 1, got 1.0"),
@@ -353,3 +390,11 @@ def test_what_is_no_pair_is_refused(what):
 def test_fields_outside_their_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_a_unit_pays_has_two_readings(monkeypatch):
+    # (While tests run, the annotation would be the first to refuse.)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    wrong: Any = "probability"
+    with pytest.raises(ValueError, match="'active' or 'latent', got 'probability'"):
+        Mixture(l0=wrong)

@@ -2,20 +2,38 @@
 
 from collections.abc import Callable, Mapping
 
+from l0jax.gates.bernoulli import Bernoulli as Bernoulli
 from l0jax.gates.clipped import Stretched as Stretched
+from l0jax.gates.continuous_sparsification import (
+    ContinuousSparsification as ContinuousSparsification,
+)
 from l0jax.gates.gate import Gate as Gate
 from l0jax.gates.hard_concrete import HardConcrete as HardConcrete
 from l0jax.gates.hard_kumaraswamy import HardKumaraswamy as HardKumaraswamy
+from l0jax.gates.hard_sigmoid import HardSigmoid as HardSigmoid
+from l0jax.gates.information_bottleneck import (
+    InformationBottleneck as InformationBottleneck,
+)
 from l0jax.gates.mixture import Mixture as Mixture
 from l0jax.gates.pairs import PAIRS as PAIRS
 from l0jax.gates.pairs import Pair as Pair
+from l0jax.gates.relaxed_mixture import RelaxedMixture as RelaxedMixture
+from l0jax.gates.smooth_step import SmoothStep as SmoothStep
 from l0jax.gates.stochastic import Stochastic as Stochastic
+from l0jax.gates.variational_dropout import VariationalDropout as VariationalDropout
 
 GATES: dict[str, type[Gate]] = {
+    "bernoulli": Bernoulli,
+    "continuous_sparsification": ContinuousSparsification,
     "hard_concrete": HardConcrete,
     "hard_kumaraswamy": HardKumaraswamy,
+    "hard_sigmoid": HardSigmoid,
+    "information_bottleneck": InformationBottleneck,
     "mixture": Mixture,
+    "relaxed_mixture": RelaxedMixture,
+    "smooth_step": SmoothStep,
     "stochastic": Stochastic,
+    "variational_dropout": VariationalDropout,
 }
 
 
