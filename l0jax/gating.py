@@ -6,7 +6,7 @@ agrees (Python's own `hash` of a string differs between processes).
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -63,15 +63,61 @@ def prob_active(gate: Gate, logits: Mapping[str, Float[Array, " units"]]) -> Vec
     return {name: gate.prob_active(a) for name, a in logits.items()}
 
 
+def l0_term(gate: Gate, logits: Mapping[str, Float[Array, " units"]]) -> Vectors:
+    """What every unit pays in the objective."""
+    return {name: gate.l0_term(a) for name, a in logits.items()}
+
+
 def deterministic(
     gate: Gate, logits: Mapping[str, Float[Array, " units"]], rule: str
 ) -> Vectors:
-    """Every gate at test time, by one of `gate.rules`.
+    """Every gate at test time, by one of `gate.rules` or of `RULES`.
 
     Raises:
-        ValueError: if the family has no such rule.
+        ValueError: if there is no such rule.
     """
+    if rule in RULES:
+        return {name: RULES[rule](gate, a) for name, a in logits.items()}
+    if rule not in gate.rules:
+        known = ", ".join((*gate.rules, *RULES))
+        raise ValueError(
+            f"unknown test-time rule {rule!r} for {type(gate).__name__}; there is "
+            f"{known}"
+        )
     return {name: gate.deterministic(a, rule) for name, a in logits.items()}
+
+
+def threshold(gate: Gate, logits: Float[Array, " units"]) -> Float[Array, " units"]:
+    """E[z] where P(z != 0) > 1/2, else 0."""
+    return jnp.where(_kept(gate, logits) > 0.5, gate.mean(logits), 0.0)
+
+
+def expected_count(
+    gate: Gate, logits: Float[Array, " units"]
+) -> Float[Array, " units"]:
+    """E[z] of as many units as are expected to be open, those with the largest logits,
+    else 0; of equal ones the first.
+
+    The rule of Wang, Wohlwend and Lei (2020, FLOP) and of Xia, Zhong and Chen (2022,
+    CoFi), who have another soft value in the place of E[z].
+    """
+    count = jnp.round(_kept(gate, logits).sum()).astype(int)
+    rank = jnp.argsort(jnp.argsort(logits, descending=True))
+    return jnp.where(rank < count, gate.mean(logits), 0.0)
+
+
+def _kept(gate: Gate, logits: Float[Array, " units"]) -> Float[Array, " units"]:
+    """P(z != 0); of gates that are never 0, what the paper's rule keeps."""
+    if gate.zeros:
+        return gate.prob_active(logits)
+    return (gate.deterministic(logits, "paper") != 0).astype(logits.dtype)
+
+
+# For every family, beside its own.
+RULES: dict[str, Callable[[Gate, Array], Array]] = {
+    "threshold": threshold,
+    "expected_count": expected_count,
+}
 
 
 def sample_average(
@@ -111,5 +157,5 @@ def draw_or_decide(
     given = "both" if key is not None else "neither"
     raise ValueError(
         f"give key= to draw gates or rule= to set them, got {given}; "
-        f"rules: {', '.join(gate.rules)}"
+        f"rules: {', '.join((*gate.rules, *RULES))}"
     )

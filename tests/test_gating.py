@@ -36,11 +36,15 @@ def test_groups_have_their_own_keys(gate):
     ):
         together = draw(GROUPS)
         assert list(together) == list(GROUPS)
-        assert not np.array_equal(together["first"], together["second"])
         for name, group in reversed(GROUPS.items()):
             alone = draw({name: group})
             np.testing.assert_array_equal(alone[name], together[name])
+    initial = gating.init(KEY, gate, GROUPS, 0.5)
+    assert not np.array_equal(initial["first"], initial["second"])
     both = gating.sample(KEY, gate, {n: jnp.zeros(5000) for n in ("first", "second")})
+    if not gate.random:
+        np.testing.assert_array_equal(both["first"], both["second"])
+        return
     correlation = np.corrcoef(both["first"], both["second"])[0, 1]
     assert abs(correlation) < 5 / math.sqrt(5000)
 
@@ -70,6 +74,7 @@ def test_every_verb_is_that_of_the_family(gate):
     logits = {name: 9 * values for name, values in logits_of(gate).items()}
     for found, one in (
         (gating.prob_active(gate, logits), gate.prob_active),
+        (gating.l0_term(gate, logits), gate.l0_term),
         (gating.project(gate, logits), gate.project),
         *(
             (
@@ -82,8 +87,42 @@ def test_every_verb_is_that_of_the_family(gate):
         assert list(found) == list(logits)
         for name, values in logits.items():
             np.testing.assert_array_equal(found[name], one(values))
-    with pytest.raises(ValueError, match="'coin'"):
+    with pytest.raises(ValueError, match="'coin'") as error:
         gating.deterministic(gate, logits, "coin")
+    assert all(rule in str(error.value) for rule in (*gate.rules, *gating.RULES))
+
+
+@sweep
+def test_rules_for_all_families_keep_what_they_say(gate):
+    """The decision from probabilities, and its value, in NumPy."""
+    spread = np.random.default_rng(0).normal(-0.4, 2.5, 40).astype(np.float32)
+    logits = {"first": jnp.asarray(spread), "last": jnp.asarray(spread[:7] - 3)}
+    decide = jax.jit(
+        lambda logits, rule: gating.deterministic(gate, logits, rule), static_argnums=1
+    )
+    for name, values in logits.items():
+        kept = np.asarray(gate.prob_active(values), np.float64)
+        if not gate.zeros:
+            kept = np.asarray(gate.deterministic(values, "paper") != 0)
+        mean = np.asarray(gate.mean(values))
+        np.testing.assert_allclose(
+            decide(logits, "threshold")[name], np.where(kept > 0.5, mean, 0), atol=1e-6
+        )
+        largest = np.argsort(-np.asarray(values))[: round(kept.sum())]
+        expected = np.zeros_like(mean)
+        expected[largest] = mean[largest]
+        found = decide(logits, "expected_count")[name]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert 0 < (found != 0).sum() < len(found) or name == "last"
+
+
+def test_of_equal_logits_as_many_are_kept_as_are_expected_open():
+    gate = GATES["bernoulli"]()
+    found = gating.expected_count(gate, jnp.full(10, -0.8))  # P = 0.31
+    np.testing.assert_allclose(found, [0.31] * 3 + [0] * 7, atol=1e-3)
+    np.testing.assert_array_equal(
+        gating.threshold(gate, jnp.full(10, -0.8)), np.zeros(10)
+    )
 
 
 @sweep
@@ -108,10 +147,13 @@ def test_average_of_draws_is_near_the_mean(gate):
     logits, draws = logits_of(gate), 2000
     found = jax.jit(lambda key: gating.sample_average(key, gate, logits, draws))(KEY)
     for name, values in logits.items():
-        # No variable in [0, 1] has a standard deviation above a half.
-        error = 5 * 0.5 / math.sqrt(draws)
+        # No variable in [0, 1] has a standard deviation above a half; Gaussian dropout
+        # of rate 1/2 has one of 1.
+        error = 5 * (0.5 if gate.bounded else 1) / math.sqrt(draws)
         np.testing.assert_allclose(found[name], gate.mean(values), atol=error)
         assert found[name].shape == values.shape
+    if not gate.random:
+        return
     one = gating.sample_average(KEY, gate, logits, 1)
     two = gating.sample_average(KEY, gate, logits, 2)
     assert not np.allclose(one["first"], two["first"])
@@ -132,4 +174,5 @@ def test_exactly_one_of_key_and_rule(gate):
     for key, name, given in ((None, None, "neither"), (KEY, rule, "both")):
         with pytest.raises(ValueError, match=f"got {given}") as error:
             gating.draw_or_decide(gate, logits, key=key, rule=name)
-        assert all(each in str(error.value) for each in gate.rules)
+        known = (*gate.rules, *gating.RULES)
+        assert all(each in str(error.value) for each in known)
