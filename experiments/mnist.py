@@ -33,7 +33,9 @@ import l0jax.nnx
 from experiments import data, run_folder
 from l0jax import (
     compaction,
+    constraints,
     costs,
+    estimators,
     gates,
     gating,
     models,
@@ -60,14 +62,32 @@ class Config:
     gates: Literal["group", "weight", "none"] = "group"
     """one per unit (inputs of dense layers, feature maps), one per weight, or none"""
     gate: str = "hard_concrete"
-    """the gate family: hard_concrete, mixture (of a pair of distributions),
-    stochastic (STG) or hard_kumaraswamy"""
+    """the gate family, one of `l0jax.gates.GATES`"""
+    estimator: str | None = None
+    """of the gradients of bernoulli gates, one of `l0jax.estimators.ESTIMATORS`; None
+    is straight through"""
     pair: str | None = None
     """of a mixture: exponential, exponential_uniform, power (the default), kumaraswamy,
     beta, half_normal, gaussian, logistic or laplace"""
 
     lam: tuple[float, ...] = (0.1,)
-    """c in λ = c/N, the cost of one expected weight: one number, or one per layer"""
+    """c in λ = c/N, the cost of one expected weight: one number, or one per layer; not
+    used with a target"""
+    target_density: tuple[float, ...] | None = None
+    """share of the gated weights that may be left in expectation: one number, or one
+    per layer; this and the other targets replace λ by a constraint"""
+    target_params: float | None = None
+    """share of the parameters that may be left"""
+    target_macs: float | None = None
+    """share of the multiply-accumulates that may be left"""
+    target_bytes: float | None = None
+    """share of the bytes of all arrays that may be left"""
+    constraint: str = "lagrangian"
+    """how a target is enforced: lagrangian, quadratic or exponential"""
+    multiplier_rate: float = 1e-2
+    """of gradient ascent, for the constraint's multipliers"""
+    target_warm_up: float = 0.5
+    """share of the run over which the target falls from 1"""
     weight_decay: float = 1e-4
     """coefficient of ½‖θ‖²; a unit's norm counts by the probability that it is there"""
 
@@ -76,6 +96,8 @@ class Config:
     family's own, 2/3 for hard concrete gates"""
     beta_end: float | None = None
     """temperature that β is annealed to, geometrically over the run; None keeps β"""
+    beta_range: tuple[float, float] | None = None
+    """lowest and highest temperature, if it is trained from β on with the gates"""
     gamma: float = -0.1
     """lower end of the stretch, below 0"""
     zeta: float = 1.1
@@ -108,8 +130,8 @@ class Config:
     """multiply-accumulates of the rest of the run that a compilation must save"""
 
     test_rule: str = "paper"
-    """paper (eq. 13), median, mean or samples (average), of which the last two remove
-    nothing; for a mixture also round (open or closed)"""
+    """paper (of the gate family), threshold, expected_count, or a rule of the family's;
+    mean and samples (their average) remove nothing"""
     samples: int = 100
     """draws that the test rule `samples` averages"""
     validation: float = 1 / 12
@@ -164,9 +186,13 @@ def main(config: Config) -> dict[str, Any]:
     )
     logits = gating.init(gating.key_for(root, "gates"), gate, whole.gated, keep_prob)
     params = nnx.to_pure_dict(nnx.state(whole.model, nnx.Param))
-    initial = train.init({"params": params, "gates": logits}, optimizer)
+    theta: train.Theta = {"params": params, "gates": logits}
+    if config.beta_range is not None:
+        theta["log_temperature"] = jnp.log(jnp.float32(gate.temperature))
+    constraint = constraint_of(config, whole, whole, steps)
+    initial = train.init(theta, optimizer, constraint)
     now, state = whole, initial
-    compiled = compile_for(config, gate, now, dataset, optimizer, steps)
+    compiled = compile_for(config, gate, now, whole, dataset, optimizer)
     # What is counted in full is counted of the whole network, however small it gets.
     count = compiled.count
     dense = to_floats(jax.device_get(count({})))
@@ -194,7 +220,7 @@ def main(config: Config) -> dict[str, Any]:
             counts = {n: np.asarray(c) for n, c in notes["counts"].items()}
             if not all(each.all() for each in alive.values()):
                 now = smaller(whole, alive)
-                compiled = compile_for(config, gate, now, dataset, optimizer, steps)
+                compiled = compile_for(config, gate, now, whole, dataset, optimizer)
     log.keep_until(first - 1)
     if first == 1:
         active = gating.prob_active(gate, logits)
@@ -227,8 +253,8 @@ def main(config: Config) -> dict[str, Any]:
         totals = jax.device_get(totals)
         seconds = time.perf_counter() - started
         bad_step = int(totals.first_bad_step)
-        theta = jax.tree.leaves(jax.device_get(state.theta))
-        if bad_step < 0 and not all(np.isfinite(a).all() for a in theta):
+        trained = jax.tree.leaves(jax.device_get(state.theta))
+        if bad_step < 0 and not all(np.isfinite(a).all() for a in trained):
             # Left by the last step, and met by no loss yet.
             bad_step = int(state.step)
         if bad_step >= 0:
@@ -241,7 +267,7 @@ def main(config: Config) -> dict[str, Any]:
                 "a smaller learning_rate may help"
             )
 
-        evaluated, active, z, l0 = compiled.decide(state)
+        evaluated, active, z, found = compiled.decide(state)
         folded = jax.device_get(units.apply_gates(evaluated, z, now.gated))
         active, z = jax.device_get((active, z))
         keep = units.in_use(folded, now.units)
@@ -258,7 +284,7 @@ def main(config: Config) -> dict[str, Any]:
             * float(totals.sums["errors"])
             / (int(totals.steps) * config.batch_size),
             "validation_error": compiled.error(evaluated, z, dataset.validation),
-            "expected_l0": float(l0),
+            "expected_l0": float(found["expected_l0"]),
             "architecture": {name: int(flags.sum()) for name, flags in keep.items()},
             "trained": {name: int(each.sum()) for name, each in alive.items()},
             "weights": round(decided["weights"]),
@@ -267,6 +293,10 @@ def main(config: Config) -> dict[str, Any]:
             "dense": dense,
             "undecided": undecided(active, whole.gated),
         }
+        if constraint is not None:
+            row["excess"] = to_floats(found["excess"])
+            strength = constraint.strength(state.dual)
+            row["multipliers"] = to_floats(jax.device_get(strength))
         if best is None or row["validation_error"] < best["validation_error"]:
             best = result_of(row, compiled.error(evaluated, z, dataset.test))
             row["test_error"] = best["test_error"]
@@ -288,7 +318,7 @@ def main(config: Config) -> dict[str, Any]:
                 for name, each in alive.items():
                     each[each] = keep[name]
                 now = smaller(now, keep)
-                compiled = compile_for(config, gate, now, dataset, optimizer, steps)
+                compiled = compile_for(config, gate, now, whole, dataset, optimizer)
         log.row(row)
         bar.set_postfix_str(progress_line(row), refresh=False)
         if epoch % config.checkpoint_every == 0 or epoch == last_epoch:
@@ -403,41 +433,19 @@ def compile_for(
     config: Config,
     gate: gates.Gate,
     now: Network,
+    whole: Network,
     dataset: data.Dataset,
     optimizer: optax.GradientTransformation,
-    steps: int,
 ) -> Compiled:
     """Training and evaluation of a network of this size."""
-    graph, _, others = nnx.split(now.model, nnx.Param, ...)
-    others = nnx.to_pure_dict(others)
-    groups = now.gated
-    charges = now.model.charges(groups)
-    if config.gates == "weight":
-        charges = objectives.charges_of(groups)
+    steps = len(dataset.train.labels) // config.batch_size * config.epochs
+    groups, charges = now.gated, charges_of(config, now)
+    constraint = constraint_of(config, now, whole, steps)
     temperature = temperature_schedule(config, gate, steps)
     root = jax.random.key(config.seed)
-
-    def apply(params, images):
-        network = nnx.merge(graph, params, others)
-        return network(images.astype(jnp.float32) / dataset.scale)
-
-    step = train.make_step(
-        apply,
-        cross_entropy,
-        objectives.penalty(
-            groups,
-            per_layer("lam", config.lam, groups),
-            len(dataset.train.labels),
-            weight_decay=config.weight_decay,
-            charges=charges,
-        ),
-        gate,
-        groups,
-        optimizer,
-        polyak=config.polyak,
-        temperature=temperature,
-        per_example=config.per_example,
-    )
+    apply = function_of(now, dataset.scale)
+    settings = trained_on(config, gate, now, whole, dataset)
+    step = train.make_step(**settings, optimizer=optimizer, polyak=config.polyak)
 
     @jax.jit
     def errors(params, z, images, labels):
@@ -467,7 +475,7 @@ def compile_for(
         theta = (
             state.theta if not config.polyak else train.averaged(state, config.polyak)
         )
-        at = train.gate_at(gate, temperature, state.step)
+        at = train.gate_at(gate, temperature, state.step, theta)
         if config.test_rule == "samples":
             key = gating.key_for(root, "test-time samples")
             z = gating.sample_average(key, at, theta["gates"], config.samples)
@@ -475,7 +483,11 @@ def compile_for(
             z = gating.deterministic(at, theta["gates"], config.test_rule)
         active = gating.prob_active(at, theta["gates"])
         l0 = objectives.expected_l0(theta["params"], active, groups, charges)
-        return theta["params"], active, z, l0
+        excess = {}
+        if constraint is not None:
+            terms = gating.l0_term(at, theta["gates"])
+            excess = constraint.excess(theta["params"], terms, state.step)
+        return theta["params"], active, z, {"expected_l0": l0, "excess": excess}
 
     @jax.jit
     def closed(params, z, active):
@@ -483,6 +495,53 @@ def compile_for(
         return compaction.closed(params, z, active, every, config.compact_below)
 
     return Compiled(step, train.make_run(step), error, decide, closed, count)
+
+
+def function_of(now: Network, scale: float) -> train.Apply:
+    """The network as a function of its parameters and of images as they are stored."""
+    graph, _, others = nnx.split(now.model, nnx.Param, ...)
+    others = nnx.to_pure_dict(others)
+
+    def apply(params, images):
+        network = nnx.merge(graph, params, others)
+        return network(images.astype(jnp.float32) / scale)
+
+    return apply
+
+
+def trained_on(
+    config: Config,
+    gate: gates.Gate,
+    now: Network,
+    whole: Network,
+    dataset: data.Dataset,
+    lam: tuple[Any, ...] | None = None,
+) -> dict[str, Any]:
+    """What `train.make_total` takes: the loss, the cost of the units, and their gates.
+
+    `lam` stands in for that of the configuration, and may be traced.
+    """
+    examples = len(dataset.train.labels)
+    steps = examples // config.batch_size * config.epochs
+    constraint = constraint_of(config, now, whole, steps)
+    lam = config.lam if lam is None else lam
+    return {
+        "apply": function_of(now, dataset.scale),
+        "loss": cross_entropy,
+        "objective": objectives.penalty(
+            now.gated,
+            per_layer("lam", lam if constraint is None else (0.0,), now.gated),
+            examples,
+            weight_decay=config.weight_decay,
+            charges=charges_of(config, now),
+        ),
+        "gate": gate,
+        "groups": now.gated,
+        "temperature": temperature_schedule(config, gate, steps),
+        "constraint": constraint,
+        "per_example": config.per_example,
+        "estimator": estimators.ESTIMATORS.get(config.estimator or ""),
+    }
 
 
 def worth_it(config: Config, compiled: Compiled, keep: units.Keep, examples) -> bool:
@@ -555,8 +614,30 @@ def check(config: Config) -> gates.Gate:
         raise ValueError(f"polyak must lie in [0, 1), got {config.polyak}")
     if config.beta_end is not None and not config.beta_end > 0:
         raise ValueError(f"beta_end must be > 0, got {config.beta_end}")
+    if config.constraint not in constraints.CONSTRAINTS:
+        raise ValueError(
+            f"unknown constraint {config.constraint!r}; there is "
+            f"{', '.join(constraints.CONSTRAINTS)}"
+        )
+    if not config.multiplier_rate > 0:
+        raise ValueError(f"multiplier_rate must be > 0, got {config.multiplier_rate}")
+    if not 0 <= config.target_warm_up <= 1:
+        raise ValueError(
+            f"target_warm_up must lie in [0, 1], got {config.target_warm_up}"
+        )
+    if config.estimator not in (None, *estimators.ESTIMATORS):
+        raise ValueError(
+            f"unknown estimator {config.estimator!r}; there is "
+            f"{', '.join(estimators.ESTIMATORS)}"
+        )
+    if config.beta_range is not None:
+        low, high = config.beta_range
+        if not 0 < low < high:
+            raise ValueError(f"beta_range must rise from above 0, got {low} and {high}")
+        if config.beta_end is not None:
+            raise ValueError("give beta_end to anneal β or beta_range to train it")
     gate = gate_of(config)
-    rules = (*gate.rules, "samples")
+    rules = (*gate.rules, *gating.RULES, "samples")
     if config.test_rule not in rules:
         raise ValueError(
             f"unknown test_rule {config.test_rule!r}; there is {', '.join(rules)}"
@@ -575,7 +656,7 @@ def gate_of(config: Config) -> gates.Gate:
             )
         settings = {}
     if config.pair is not None:
-        if config.gate != "mixture":
+        if family is not None and not issubclass(family, gates.Mixture):
             raise ValueError(
                 f"pair is {config.pair!r}, but the gate is {config.gate!r}; only a "
                 "mixture has one"
@@ -583,6 +664,61 @@ def gate_of(config: Config) -> gates.Gate:
         settings["pair"] = gates.make_pair(config.pair)
     gate = gates.make(config.gate, **settings)
     return gate if config.beta is None else gate.at_temperature(config.beta)
+
+
+TARGETS: dict[str, costs.Cost] = {
+    "target_params": costs.params,
+    "target_macs": costs.macs,
+    "target_bytes": costs.bytes,
+}
+
+
+def constraint_of(
+    config: Config, now: Network, whole: Network, steps: int
+) -> constraints.Constraint | None:
+    """What may be left of the network, if there is a target."""
+    given = [n for n in ("target_density", *TARGETS) if getattr(config, n) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"give one target, not {' and '.join(given)}")
+    if not now.gated:
+        raise ValueError(f"{given[0]} is given, but nothing is gated")
+    (name,) = given
+    if config.target_density is not None:
+        several = len(config.target_density) > 1
+        # A unit pays for as many weights as at first, whatever else is gone by now.
+        sizes = objectives.sizes(
+            nnx.state(whole.model, nnx.Param), whole.gated, charges_of(config, whole)
+        )
+        amounts = constraints.density(
+            {name: float(each.mean()) for name, each in sizes.items()},
+            {name: float(each.sum()) for name, each in sizes.items()},
+            per_group=several,
+        )
+        target = per_layer(name, config.target_density, now.gated)
+        if not several:
+            target = config.target_density[0]
+    else:
+        cost = TARGETS[name]
+        amounts = constraints.share(
+            now.structure, cost, float(cost(whole.structure, {}))
+        )
+        target = getattr(config, name)
+    make = constraints.CONSTRAINTS[config.constraint]
+    return make(
+        amounts,
+        target,
+        optimizer=optax.sgd(config.multiplier_rate),
+        warm_up=int(config.target_warm_up * steps),
+    )
+
+
+def charges_of(config: Config, now: Network) -> objectives.Charges:
+    """Which weights each unit pays for."""
+    if config.gates == "weight":
+        return objectives.charges_of(now.gated)
+    return now.model.charges(now.gated)
 
 
 def architecture(model: str, shape: tuple[int, ...], classes: int) -> dict:
@@ -607,7 +743,7 @@ def keep_probabilities(config: Config, groups: units.Groups) -> tuple[float, ...
     return tuple(0.8 if name == "input" else 0.5 for name in groups)
 
 
-def per_layer(field: str, values: tuple[float, ...], groups: units.Groups) -> dict:
+def per_layer(field: str, values: tuple[Any, ...], groups: units.Groups) -> dict:
     """One value for each group, from one number for all or one for each."""
     if len(values) == 1:
         return dict.fromkeys(groups, values[0])
@@ -620,6 +756,8 @@ def per_layer(field: str, values: tuple[float, ...], groups: units.Groups) -> di
 
 
 def temperature_schedule(config: Config, gate: gates.Gate, steps: int):
+    if config.beta_range is not None:
+        return config.beta_range
     if config.beta_end is None:
         return None
     begin = float(gate.temperature)

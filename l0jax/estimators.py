@@ -6,9 +6,15 @@ function of the gates, at one or two draws and gives a *surrogate*: a scalar wit
 value of the loss whose gradient in the logits is the estimate, and whose gradient in
 whatever else the loss reads (weights) is that of the loss. So `jax.grad` of a surrogate
 is all that a training step needs.
+
+Each takes a key, the logits, the loss, and `has_aux`: whether the loss returns a pair
+of its value and a pytree of whatever else is of interest. The mean of that over the
+draws is then returned beside the surrogate, as by `jax.value_and_grad`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +24,26 @@ from l0jax import gating
 from l0jax.gates import noise
 
 Vectors = Mapping[str, Float[Array, " units"]]
-Loss = Callable[[dict[str, Float[Array, " units"]]], Float[Array, ""]]
-Estimator = Callable[[PRNGKeyArray, Vectors, Loss], Float[Array, ""]]
+Loss = Callable[[dict[str, Float[Array, " units"]]], Any]
+Estimator = Callable[..., Any]
 
 
+def _with_aux(estimate: Callable) -> Estimator:
+    """An estimator of losses with and without aux, from one of losses with it."""
+
+    @functools.wraps(estimate)
+    def estimator(key, logits, loss, *more, has_aux=False, **named):
+        pair = loss if has_aux else lambda z: (loss(z), ())
+        surrogate, aux = estimate(key, logits, pair, *more, **named)
+        return (surrogate, aux) if has_aux else surrogate
+
+    return estimator
+
+
+@_with_aux
 def straight_through(
     key: PRNGKeyArray, logits: Vectors, loss: Loss
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Any]:
     r"""The derivative in z as if z were its probability (Bengio et al. 2013).
 
     The only one here that is biased, unless the loss is linear in each gate, and the
@@ -33,16 +52,18 @@ def straight_through(
     draws = {}
     for name, u in _uniform(key, logits).items():
         p = jax.nn.sigmoid(logits[name])
-        draws[name] = _open(u < p, p) + p - jax.lax.stop_gradient(p)
+        # (In this order draws are exactly 0 and 1.)
+        draws[name] = _open(u < p, p) + (p - jax.lax.stop_gradient(p))
     return loss(draws)
 
 
+@_with_aux
 def reinforce(
     key: PRNGKeyArray,
     logits: Vectors,
     loss: Loss,
     baseline: Float[Array, ""] | float = 0,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Any]:
     r"""$(f(z) - c)(z - \sigma(\phi))$ (Williams 1992), one evaluation.
 
     Args:
@@ -57,11 +78,14 @@ def reinforce(
         p = jax.nn.sigmoid(logits[name])
         z[name] = _open(u < p, p)
         slopes[name] = z[name] - p
-    value = loss(z)
-    return value + _credit(value - baseline, slopes, logits)
+    value, aux = loss(z)
+    return value + _credit(value - baseline, slopes, logits), aux
 
 
-def reinforce_two(key: PRNGKeyArray, logits: Vectors, loss: Loss) -> Float[Array, ""]:
+@_with_aux
+def reinforce_two(
+    key: PRNGKeyArray, logits: Vectors, loss: Loss
+) -> tuple[Float[Array, ""], Any]:
     r"""REINFORCE with two draws, each the other's baseline (Kool et al. 2019):
     $\tfrac12 (f(z) - f(z'))(z - z')$."""
     first, second = {}, {}
@@ -69,43 +93,48 @@ def reinforce_two(key: PRNGKeyArray, logits: Vectors, loss: Loss) -> Float[Array
     for name, phi in logits.items():
         p = jax.nn.sigmoid(phi)
         first[name], second[name] = _open(one[name] < p, p), _open(other[name] < p, p)
-    a, b = loss(first), loss(second)
+    (a, b), aux = _both(loss, first, second)
     slopes = {name: (first[name] - second[name]) / 2 for name in logits}
-    return (a + b) / 2 + _credit(a - b, slopes, logits)
+    return (a + b) / 2 + _credit(a - b, slopes, logits), aux
 
 
+@_with_aux
 def augment_reinforce(
     key: PRNGKeyArray, logits: Vectors, loss: Loss
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Any]:
     r"""AR (Yin and Zhou 2019): $f(1[u < \sigma(\phi)]) (1 - 2u)$, one evaluation."""
     noises = _uniform(key, logits)
     z, slopes = {}, {}
     for name, u in noises.items():
         z[name] = _open(u < jax.nn.sigmoid(logits[name]), u)
         slopes[name] = 1 - 2 * u
-    value = loss(z)
-    return value + _credit(value, slopes, logits)
+    value, aux = loss(z)
+    return value + _credit(value, slopes, logits), aux
 
 
-def arm(key: PRNGKeyArray, logits: Vectors, loss: Loss) -> Float[Array, ""]:
+@_with_aux
+def arm(key: PRNGKeyArray, logits: Vectors, loss: Loss) -> tuple[Float[Array, ""], Any]:
     r"""Augment-REINFORCE-merge (Yin and Zhou 2019; of Li and Ji 2019, L0-ARM):
     $(f(1[u > \sigma(-\phi)]) - f(1[u < \sigma(\phi)])) (u - \tfrac12)$."""
     noises, (first, second) = _antithetic(key, logits)
-    a, b = loss(first), loss(second)
+    (a, b), aux = _both(loss, first, second)
     slopes = {name: u - 0.5 for name, u in noises.items()}
-    return (a + b) / 2 + _credit(a - b, slopes, logits)
+    return (a + b) / 2 + _credit(a - b, slopes, logits), aux
 
 
-def disarm(key: PRNGKeyArray, logits: Vectors, loss: Loss) -> Float[Array, ""]:
+@_with_aux
+def disarm(
+    key: PRNGKeyArray, logits: Vectors, loss: Loss
+) -> tuple[Float[Array, ""], Any]:
     r"""DisARM (Dong, Mnih and Tucker 2020), ARM with the noise integrated out:
     $\tfrac12 (f(z) - f(\tilde z)) \, (z - \tilde z) \, \sigma(|\phi|)$."""
     _, (first, second) = _antithetic(key, logits)
-    a, b = loss(first), loss(second)
+    (a, b), aux = _both(loss, first, second)
     slopes = {
         name: (first[name] - second[name]) / 2 * jax.nn.sigmoid(jnp.abs(phi))
         for name, phi in logits.items()
     }
-    return (a + b) / 2 + _credit(a - b, slopes, logits)
+    return (a + b) / 2 + _credit(a - b, slopes, logits), aux
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -134,6 +163,12 @@ def _antithetic(key: PRNGKeyArray, logits: Vectors):
         p = jax.nn.sigmoid(logits[name])
         first[name], second[name] = _open(u > 1 - p, p), _open(u < p, p)
     return noises, (first, second)
+
+
+def _both(loss: Loss, first: Vectors, second: Vectors):
+    """The values at two draws, and the mean of what else there is."""
+    (a, of_a), (b, of_b) = loss(dict(first)), loss(dict(second))
+    return (a, b), jax.tree.map(lambda x, y: (x + y) / 2, of_a, of_b)
 
 
 def _open(which: Array, like: Array) -> Array:

@@ -43,17 +43,27 @@ def expected_l0(
         charges: which weights count for a unit, |g| of them; by default those that
             its gate multiplies.
     """
-    charges = charges_of(groups) if charges is None else charges
     total = jnp.zeros(())
-    for name, probabilities in prob_active.items():
-        sizes = charge(jnp.ones_like, params, charges[name], groups[name].size)
-        total = total + (sizes * probabilities).sum()
+    for name, each in sizes(params, groups, charges).items():
+        if name in prob_active:
+            total = total + (each * prob_active[name]).sum()
     return total
+
+
+def sizes(
+    params: PyTree, groups: Groups, charges: Charges | None = None
+) -> dict[str, Float[Array, " units"]]:
+    """|g|, the number of weights that each unit pays for."""
+    charges = charges_of(groups) if charges is None else charges
+    return {
+        name: charge(jnp.ones_like, params, charges[name], group.size)
+        for name, group in groups.items()
+    }
 
 
 def penalty(
     groups: Groups,
-    lam: float | Mapping[str, float],
+    lam: float | Float[Array, ""] | Mapping[str, float | Float[Array, ""]],
     examples: int,
     *,
     weight_decay: float = 0.0,
@@ -69,7 +79,7 @@ def penalty(
 
     Args:
         groups: the gated groups.
-        lam: c in $\lambda = c/N$, one number or one per group.
+        lam: c in $\lambda = c/N$, one number or one per group; it may be traced.
         examples: N, the number of training examples.
         weight_decay: coefficient of $\tfrac12\|\theta\|^2$ beside a mean loss.
         charges: slots whose weights each unit pays for, by default those that use it.
@@ -87,7 +97,8 @@ def penalty(
             f"the groups are {', '.join(groups)}"
         )
     for name, value in {**lam, "weight_decay": weight_decay}.items():
-        if not value >= 0:
+        # (A traced coefficient, a member's of a sweep, has no value to check.)
+        if isinstance(value, float | int) and not value >= 0:
             raise ValueError(f"the coefficient of {name!r} must be >= 0, got {value}")
     if not examples > 0:
         raise ValueError(f"examples must be > 0, got {examples}")

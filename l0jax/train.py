@@ -9,23 +9,32 @@ Keys are derived, never split in a chain: the gates of step t are drawn with
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating, units
+from l0jax.constraints import Constraint
+from l0jax.estimators import Estimator
+from l0jax.gates.bernoulli import Bernoulli
 from l0jax.gates.gate import Gate
 from l0jax.gates.noise import fold_in
 from l0jax.objectives import Objective
 from l0jax.units import Groups, apply_gates
 
 Theta = dict[str, PyTree]
-"""What is trained: `{"params": pytree, "gates": {group: logits}}`."""
+"""What is trained: `{"params": pytree, "gates": {group: logits}}`, and if the gates'
+temperature is trained too, its logarithm as `"log_temperature"`."""
+
+Temperature = optax.Schedule | tuple[float, float]
+"""A schedule over steps, or the lowest and the highest value of one that is trained."""
 
 Apply = Callable[[PyTree, PyTree], PyTree]
 """`apply(params, inputs) -> outputs`, a pure function."""
@@ -43,12 +52,14 @@ class State(NamedTuple):
         opt_state: the optimiser's.
         average: the running sum of Polyak averaging over `theta`, biased towards 0;
             `averaged` corrects it.
+        dual: what a constraint trains, empty if there is none.
     """
 
     step: Int[Array, ""]
     theta: Theta
     opt_state: optax.OptState
     average: Theta
+    dual: PyTree = ()
 
 
 class Totals(NamedTuple):
@@ -68,7 +79,11 @@ class Totals(NamedTuple):
 Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
-def init(theta: Theta, optimizer: optax.GradientTransformation) -> State:
+def init(
+    theta: Theta,
+    optimizer: optax.GradientTransformation,
+    constraint: Constraint | None = None,
+) -> State:
     """The state before the first step.
 
     It holds copies: a run donates its state, and the caller's arrays must survive.
@@ -79,6 +94,7 @@ def init(theta: Theta, optimizer: optax.GradientTransformation) -> State:
         theta=theta,
         opt_state=optimizer.init(theta),
         average=jax.tree.map(jnp.zeros_like, theta),
+        dual=() if constraint is None else constraint.init(),
     )
 
 
@@ -87,7 +103,8 @@ def gates_apart(
 ) -> optax.GradientTransformation:
     """One optimiser for the parameters and another (often only its rate) for gates."""
     return optax.partition(
-        {"params": weights, "gates": gates}, {"params": "params", "gates": "gates"}
+        {"params": weights, "gates": gates},
+        lambda theta: {n: "params" if n == "params" else "gates" for n in theta},
     )
 
 
@@ -100,14 +117,16 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     polyak: float = 0.0,
-    temperature: optax.Schedule | None = None,
-    per_example: bool = False,
+    temperature: Temperature | None = None,
+    constraint: Constraint | None = None,
+    **draws: Any,
 ) -> Step:
     """A training step `(state, (inputs, targets), key) -> (state, metrics)`.
 
     Draws the gates, takes the gradient of the mean task loss plus `objective` with
-    respect to parameters and logits, updates both, and projects the logits. Pure and
-    not yet compiled; `key` is the same at every step.
+    respect to parameters and logits, updates both, and projects the logits; the
+    multipliers of a constraint then ascend. Pure and not yet compiled; `key` is the
+    same at every step.
 
     Args:
         apply: the network as a pure function of its parameters.
@@ -117,57 +136,141 @@ def make_step(
         groups: where the units lie.
         optimizer: over `{"params": …, "gates": …}`.
         polyak: decay of the average over steps, 0 for none.
-        temperature: schedule of the gate's temperature over steps, if it is annealed.
-        per_example: draw the gates for each example rather than once for the batch.
-            Each example then has weights of its own: memory and time grow with the
-            batch.
+        temperature: of the gate, if it is annealed or trained.
+        constraint: what may be left, as made by `l0jax.constraints`.
+        draws: `per_example` and `estimator`, as for `make_total`.
+
+    Raises:
+        ValueError: as `make_total`.
     """
+    total = make_total(
+        apply,
+        loss,
+        objective,
+        gate,
+        groups,
+        temperature=temperature,
+        constraint=constraint,
+        **draws,
+    )
 
     def step(state: State, batch: tuple[PyTree, PyTree], key: PRNGKeyArray):
-        inputs, targets = batch
-        now = gate_at(gate, temperature, state.step)
-        noise = fold_in(key, state.step)
-
-        def one_draw(params, logits, noise, inputs):
-            z = gating.sample(noise, now, logits)
-            return apply(apply_gates(params, z, groups), inputs)
-
-        def total(theta: Theta):
-            params, logits = theta["params"], theta["gates"]
-            if per_example:
-                examples = jax.tree.leaves(inputs)[0].shape[0]
-                outputs = jax.vmap(
-                    lambda noise, x: jax.tree.map(
-                        lambda y: y[0],
-                        one_draw(
-                            params, logits, noise, jax.tree.map(lambda a: a[None], x)
-                        ),
-                    )
-                )(jax.random.split(noise, examples), inputs)
-            else:
-                outputs = one_draw(params, logits, noise, inputs)
-            task, sums = loss(outputs, targets)
-            cost = objective(params, gating.prob_active(now, logits))
-            return task + cost, {"loss": task, "penalty": cost, **sums}
-
-        gradients, metrics = jax.grad(total, has_aux=True)(state.theta)
+        gradients, (metrics, excess) = jax.grad(total, has_aux=True)(
+            state.theta, state, batch, fold_in(key, state.step)
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.theta)
         theta: Any = optax.apply_updates(state.theta, updates)
+        if isinstance(temperature, tuple):
+            low, high = map(math.log, temperature)
+            trained = jnp.clip(theta["log_temperature"], low, high)
+            theta = {**theta, "log_temperature": trained}
+        now = gate_at(gate, temperature, state.step, theta)
         theta = {**theta, "gates": gating.project(now, theta["gates"])}
         average = jax.tree.map(
             lambda old, new: polyak * old + (1 - polyak) * new, state.average, theta
         )
-        return State(state.step + 1, theta, opt_state, average), metrics
+        dual = state.dual
+        if constraint is not None:
+            dual = constraint.ascend(dual, excess)
+        return State(state.step + 1, theta, opt_state, average, dual), metrics
 
     return step
 
 
+def make_total(
+    apply: Apply,
+    loss: Loss,
+    objective: Objective,
+    gate: Gate,
+    groups: Groups,
+    *,
+    temperature: Temperature | None = None,
+    constraint: Constraint | None = None,
+    per_example: bool = False,
+    estimator: Estimator | None = None,
+) -> Callable[..., tuple[Float[Array, ""], Any]]:
+    """What a step descends on: `(theta, state, batch, key) -> (value, (metrics,
+    excess))`, the sum of the task loss at one draw of the gates and of what their cost
+    adds.
+
+    Args:
+        apply, loss, objective, gate, groups, temperature, constraint: as for
+            `make_step`.
+        per_example: draw the gates for each example rather than once for the batch.
+            Each example then has weights of its own: memory and time grow with the
+            batch.
+        estimator: of the gradient in the logits of Bernoulli gates, one of
+            `l0jax.estimators`; None is that of `Bernoulli.sample`, straight-through.
+
+    Raises:
+        ValueError: if an estimator is given for gates that aren't Bernoulli, or for
+            gates per example.
+    """
+    if estimator is not None and not isinstance(gate, Bernoulli):
+        raise ValueError(
+            f"an estimator is given, but {type(gate).__name__} gates have gradients "
+            "of their own; only Bernoulli gates need one"
+        )
+    if estimator is not None and per_example:
+        raise ValueError(
+            "an estimator draws the gates once for a batch, not per example"
+        )
+
+    def output(params, z, inputs):
+        return apply(apply_gates(params, z, groups), inputs)
+
+    def task(params, logits, now: Gate, batch, key):
+        inputs, targets = batch
+        if estimator is not None and isinstance(now, Bernoulli):
+            return estimator(
+                key,
+                now.natural(logits),
+                lambda z: loss(output(params, z, inputs), targets),
+                has_aux=True,
+            )
+        if not per_example:
+            z = gating.sample(key, now, logits)
+            return loss(output(params, z, inputs), targets)
+
+        def one(key, x):
+            z = gating.sample(key, now, logits)
+            alone = output(params, z, jax.tree.map(lambda a: a[None], x))
+            return jax.tree.map(lambda y: y[0], alone)
+
+        examples = jax.tree.leaves(inputs)[0].shape[0]
+        outputs = jax.vmap(one)(jax.random.split(key, examples), inputs)
+        return loss(outputs, targets)
+
+    def total(theta: Theta, state: State, batch, key: PRNGKeyArray):
+        params, logits = theta["params"], theta["gates"]
+        now = gate_at(gate, temperature, state.step, theta)
+        value, sums = task(params, logits, now, batch, key)
+        terms = gating.l0_term(now, logits)
+        cost = objective(params, terms)
+        metrics = {"loss": value, "penalty": cost, **sums}
+        excess = {}
+        if constraint is not None:
+            excess = constraint.excess(params, terms, state.step)
+            cost = cost + constraint.term(state.dual, excess)
+            for name, strength in constraint.strength(state.dual).items():
+                metrics[f"multiplier of {name}"] = strength
+                metrics[f"excess of {name}"] = excess[name]
+        return value + cost, (metrics, excess)
+
+    return total
+
+
 def gate_at(
-    gate: Gate, temperature: optax.Schedule | None, step: Int[Array, ""]
+    gate: Gate,
+    temperature: Temperature | None,
+    step: Int[Array, ""],
+    theta: Theta,
 ) -> Gate:
-    """The gate family as it is at `step` under a schedule of its temperature."""
+    """The gate family as it is at `step`, with its annealed or trained temperature."""
     if temperature is None:
         return gate
+    if isinstance(temperature, tuple):
+        return gate.at_temperature(jnp.exp(theta["log_temperature"]))
     return gate.at_temperature(jnp.asarray(temperature(step)))
 
 
@@ -266,18 +369,80 @@ def make_run(step: Step) -> Callable[..., tuple[State, Totals]]:
     of arrays with the examples along the first axis, passed as an argument; row t of
     `order` holds the examples of step t. State and totals are donated.
     """
+    return jax.jit(functools.partial(_many, step), donate_argnums=(0, 1))
 
-    def one(state: State, totals: Totals, data: PyTree, rows: Array, key: PRNGKeyArray):
+
+def _many(step: Step, state, totals, data, order, key) -> tuple[State, Totals]:
+    def one(carry, rows):
+        state, totals = carry
         batch = jax.tree.map(lambda a: a.at[rows].get(mode="clip"), data)
         now = state.step
         state, metrics = step(state, batch, key)
-        return state, add(totals, metrics, now)
+        return (state, add(totals, metrics, now)), None
 
-    def run(state, totals, data, order, key):
-        return jax.lax.scan(
-            lambda carry, rows: (one(*carry, data, rows, key), None),
-            (state, totals),
-            order,
-        )[0]
+    return jax.lax.scan(one, (state, totals), order)[0]
 
-    return jax.jit(run, donate_argnums=(0, 1))
+
+# ------------------------------------------------------------------------- sweeps
+
+
+def make_sweep(
+    member: Callable[[PyTree], Step],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    together: int | None = None,
+) -> Callable[..., tuple[State, Totals]]:
+    """Many runs that differ in numbers, compiled into one program.
+
+    Returns `(settings, states, totals, data, orders, keys) -> (states, totals)`, whose
+    arguments but `data` have the members along the first axis; see `stack`. Members are
+    split evenly among the devices, and nothing passes between them: one that has died
+    or diverged changes no other. States and totals are donated.
+
+    Args:
+        member: the step of one member from its settings, which are traced: a pytree of
+            numbers such as coefficients, rates and temperatures.
+        devices: by default all there are. (Of a CPU, JAX makes one device per core
+            with `jax.config.update("jax_num_cpu_devices", cores)`.)
+        together: how many members a device steps at once, by `vmap`. By default all,
+            but one after the other on a CPU, where the weights and the optimiser's
+            moments of one small network fit into the cache and those of all do not.
+    """
+    devices = jax.devices() if devices is None else devices
+    if together is None and devices[0].platform == "cpu":
+        together = 1
+
+    def run(settings, states, totals, data, orders, keys):
+        def one(each):
+            settings, state, totals, order, key = each
+            return _many(member(settings), state, totals, data, order, key)
+
+        members = (settings, states, totals, orders, keys)
+        if together == 1:
+            return jax.lax.map(one, members)
+        return jax.lax.map(one, members, batch_size=together or len(keys))
+
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("members",))
+    each, all_of = PartitionSpec("members"), PartitionSpec()
+    places = (each, each, each, all_of, each, each)
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=places, out_specs=each, check_vma=False
+    )
+    shardings = tuple(NamedSharding(mesh, place) for place in places)
+    compiled = jax.jit(sharded, donate_argnums=(1, 2))
+
+    def sweep(*members):
+        # What lies elsewhere has another type, for which it would be compiled again.
+        return compiled(*jax.device_put(members, shardings))
+
+    return sweep
+
+
+def stack(members: Sequence[PyTree]) -> PyTree:
+    """One pytree of all members', along a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member_of(states: PyTree, index: int) -> PyTree:
+    """What a single run would have for the member at `index`."""
+    return jax.tree.map(lambda a: a[index], states)

@@ -21,6 +21,7 @@ LAYERS = (
     ("tracing", "narrow"),
     ("gating", "costs"),
     ("objectives", "models", "compaction", "estimators"),
+    ("constraints",),
     ("nnx", "linen", "train", "report"),
     ("storage",),
 )

@@ -4,6 +4,7 @@ Those of Li and Ji (2019, L0-ARM), who write $k = 7$ for $1 / T$.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -40,6 +41,13 @@ class Bernoulli(Clipped):
     def at_temperature(self, temperature: float | Float[Array, ""]) -> "Bernoulli":
         """The same gate at another temperature, which may be traced."""
         return dataclasses.replace(self, temperature=temperature)
+
+    def natural(
+        self, logits: Mapping[str, Float[Array, " units"]]
+    ) -> dict[str, Float[Array, " units"]]:
+        r"""$\phi / T$ of every group, whose sigmoid P(z = 1) is, as
+        `l0jax.estimators` take it."""
+        return {name: phi / self.temperature for name, phi in logits.items()}
 
     def sample(self, key: PRNGKeyArray, logits: Logits) -> Logits:
         """One draw per gate, straight-through: with the derivative of P(z = 1)."""

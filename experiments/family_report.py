@@ -1,0 +1,353 @@
+"""The table and the pictures of a comparison of gate families, from its CSV alone.
+
+    python -m experiments.family_report FOLDER
+
+writes into the folder, in a few seconds:
+
+- `table.md`: every family at every λ, mean ± 95 % interval over seeds;
+- `figures/frontier-weights.png` and `figures/frontier-macs.png`: test error against
+  what is left, with published points;
+- `figures/densities.png`: what each family draws at three settings of its logit.
+"""
+
+import argparse
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.style
+import numpy as np
+import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from experiments import families, mnist
+from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
+from experiments.tables import interval, markdown
+from l0jax import gates
+
+Row = dict[str, str]
+RULE = "paper"
+
+
+class Point(NamedTuple):
+    """A published network: its architecture, test error in per cent, and the source."""
+
+    name: str
+    architecture: str
+    error: float
+    source: str
+
+
+PUBLISHED = {
+    "mlp": (
+        Point("L0-HC, λ = 0.1/N", "219-214-100", 1.4, "Louizos et al. 2018"),
+        Point("L0-HC, λ per layer", "266-88-33", 1.8, "Louizos et al. 2018"),
+        Point("L0-ARM, λ = 0.1/N", "143-153-78", 1.7, "Li and Ji 2019"),
+        Point("L0-AR, λ = 0.1/N", "453-150-68", 1.7, "Li and Ji 2019"),
+        Point("BC-GNJ", "278-98-13", 1.8, "Louizos et al. 2017"),
+        Point("VIB", "97-71-33", 1.6, "Dai et al. 2018"),
+    ),
+    "lenet5": (
+        Point("L0-HC, λ = 0.1/N", "20-25-45-462", 0.9, "Louizos et al. 2018"),
+        Point("L0-HC, λ per layer", "9-18-65-25", 1.0, "Louizos et al. 2018"),
+        Point("L0-ARM, λ = 0.1/N", "20-16-32-257", 0.9, "Li and Ji 2019"),
+        Point("L0-ARM, λ per layer", "6-10-39-11", 1.3, "Li and Ji 2019"),
+        Point("BC-GNJ", "8-13-88-13", 1.0, "Louizos et al. 2017"),
+        Point("BC-GHS", "5-10-76-16", 1.0, "Louizos et al. 2017"),
+    ),
+}
+
+PANELS = {
+    "mixtures": ("mixture-", "relaxed_mixture"),
+    "Bernoulli gates, by estimator": ("bernoulli-",),
+    "other stochastic gates": ("stochastic", "hard_kumaraswamy"),
+    "without noise, and controls": ("",),
+}
+
+
+def write(folder: Path) -> list[Path]:
+    """Writes the table and all pictures; says where they are."""
+    rows = read(folder / "results.csv")
+    (folder / "table.md").write_text(table(rows) + "\n")
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    drawn = []
+    with matplotlib.style.context(["default", STYLE]):
+        for name, figure in (
+            ("frontier-weights.png", frontier(rows, "weights")),
+            ("frontier-macs.png", frontier(rows, "macs")),
+            ("densities.png", densities(sorted({row["family"] for row in rows}))),
+        ):
+            drawn.append(figures / name)
+            figure.savefig(drawn[-1])
+    return drawn
+
+
+def read(file: Path) -> list[Row]:
+    """The lines of a comparison's CSV.
+
+    Raises:
+        FileNotFoundError: if there are none yet.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: no family has finished yet")
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def by(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """The lines grouped by some columns, in the order of the file."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[tuple(row[column] for column in columns)].append(row)
+    return dict(grouped)
+
+
+def numbers(rows: Iterable[Row], column: str) -> np.ndarray:
+    """One column."""
+    return np.array([float(row[column]) for row in rows])
+
+
+# -------------------------------------------------------------------------- the table
+
+HEADER = [
+    *("family", "c in λ = c/N", "test error, %", "architectures by seed", "weights"),
+    *("MACs", "expected L0", "L0 at test time", "undecided, %"),
+    *("variance of gradients", "ms a step", "by other rules: test error, weights"),
+    "verdict",
+]
+
+
+def table(rows: list[Row]) -> str:
+    """Every family at every λ, under the rule of its paper and beside it the others."""
+    lines = []
+    for (family, lam), found in by(rows, "family", "lam").items():
+        rules = by(found, "rule")
+        its = rules[RULE,]
+        others = [
+            f"{rule} {numbers(other, 'test_error').mean():.2f}, "
+            f"{numbers(other, 'weights').mean():,.0f}"
+            for (rule,), other in rules.items()
+            if rule != RULE
+        ]
+        lines.append(
+            [
+                family,
+                lam,
+                interval(numbers(its, "test_error")),
+                ", ".join(row["architecture"] for row in its),
+                interval(numbers(its, "weights"), 0),
+                interval(numbers(its, "macs"), 0),
+                interval(numbers(its, "expected_l0"), 0),
+                interval(numbers(its, "test_l0"), 0),
+                interval(100 * numbers(its, "undecided"), 1),
+                f"{numbers(its, 'gradient_variance').mean():.1e}",
+                f"{numbers(its, 'step_ms').mean():.2f}",
+                "; ".join(others),
+                verdicts(its),
+            ]
+        )
+    return markdown(HEADER, lines)
+
+
+def verdicts(rows: Sequence[Row]) -> str:
+    """What is said of several seeds: each verdict once, with how many it is of."""
+    counts = defaultdict(int)
+    for row in rows:
+        counts[row["verdict"]] += 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{n} of {len(rows)}: {said}" for said, n in counts.items())
+
+
+# ------------------------------------------------------------------------ the frontier
+
+
+def frontier(rows: list[Row], column: str) -> Figure:
+    """Test error against what is left, a panel for each kind of family."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
+    rows = [row for row in rows if row["rule"] == RULE]
+    of_family = by(rows, "family")
+    reference = of_family.pop(("hard_concrete",), [])
+    model = rows[0]["model"]
+    left = list(of_family)
+    for axes, (title, starts) in zip(panels, PANELS.items(), strict=True):
+        axes.set_title(title)
+        if rows[0]["dataset"] == "mnist":
+            published(axes, model, column)
+        if reference:
+            curve(axes, reference, column, "hard_concrete", "black")
+        here = [name for name in left if name[0].startswith(starts)]
+        left = [name for name in left if name not in here]
+        for at, name in enumerate(here):
+            label = name[0].removeprefix("mixture-").removeprefix("bernoulli-")
+            style = "-" if at < len(COLOURS) else "--"
+            colour = COLOURS[at % len(COLOURS)]
+            curve(axes, of_family[name], column, label, colour, style)
+        axes.legend(fontsize="small", ncols=2)
+    error = numbers(rows, "test_error")
+    lowest, highest = np.nanmin(error), min(np.nanmax(error), 4 * np.nanmin(error))
+    whole = float(rows[0][f"dense_{column}"])
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        # (What has collapsed lies outside.)
+        axes.set_xlim(0.005 * whole, 1.2 * whole)
+        axes.set_ylim(0.9 * lowest, 1.1 * highest)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    what = {"weights": "weights left", "macs": "multiply-accumulates left"}[column]
+    for axes in panels[2:]:
+        axes.set_xlabel(what)
+    for axes in panels[::2]:
+        axes.set_ylabel("test error, %")
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(
+        f"{model} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs: "
+        + (f"means of {seeds} seeds with 95 % intervals" if seeds > 1 else "one seed")
+        + ", a point for each λ"
+        + ("; grey: published" if rows[0]["dataset"] == "mnist" else "")
+    )
+    return figure
+
+
+def curve(
+    axes: Axes,
+    rows: list[Row],
+    column: str,
+    label: str,
+    colour: str,
+    style: str = "-",
+) -> None:
+    """One family: a point with both intervals for each λ."""
+    points = []
+    for found in by(rows, "lam").values():
+        pair = [center(numbers(found, name)) for name in (column, "test_error")]
+        points.append((*pair[0], *pair[1]))
+    x, x_half, y, y_half = np.array(points).T
+    axes.errorbar(
+        x,
+        y,
+        y_half,
+        np.minimum(x_half, 0.9 * x),
+        color=colour,
+        label=label,
+        linestyle=style,
+        linewidth=1,
+        elinewidth=0.6,
+        marker="o",
+        markersize=3.5,
+    )
+
+
+def center(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval; 0 of a single value."""
+    if len(values) < 2:
+        return float(values.mean()), 0.0
+    spread = values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), scipy.stats.t.ppf(0.975, len(values) - 1) * spread
+
+
+def published(axes: Axes, model: str, column: str) -> None:
+    """What papers report, as grey squares with their names."""
+    for point in PUBLISHED[model]:
+        widths = [int(width) for width in point.architecture.split("-")]
+        x = cost(model, widths, column)
+        axes.plot(x, point.error, "s", color="#888888", markersize=5, zorder=1)
+        axes.annotate(
+            f"{point.name}\n({point.source})",
+            (x, point.error),
+            (4, 3),
+            textcoords="offset points",
+            fontsize=5.5,
+            color="#666666",
+        )
+
+
+def cost(model: str, widths: Sequence[int], column: str) -> float:
+    """Weights or multiply-accumulates of a published architecture on MNIST."""
+    if model == "mlp":
+        a, b, c = widths
+        return a * b + b * c + 10 * c
+    a, b, c, d = widths
+    dense = c * d + 10 * d
+    maps = (25 * a, 25 * a * b)
+    if column == "weights":
+        return sum(maps) + dense
+    return maps[0] * 24**2 + maps[1] * 8**2 + dense
+
+
+# ----------------------------------------------------------------------- the densities
+
+SETTINGS = (-2.0, 0.0, 2.0)
+
+
+def densities(names: Sequence[str], draws: int = 200_000) -> Figure:
+    """What each family draws at three logits; the masses at 0 and at 1 in words."""
+    kinds = {}
+    for name in names:
+        gate = mnist.gate_of(mnist.Config(**families.VARIANTS[name]))
+        kinds.setdefault(gate, name.split("-")[0] if "bernoulli" in name else name)
+    columns = 4
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(12, 2.2 * lines + 0.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    for axes, (gate, name) in zip(panels, kinds.items(), strict=False):
+        axes.set_title(name, fontsize="small")
+        density(axes, gate, draws)
+    for axes in panels[len(kinds) :]:
+        axes.set_axis_off()
+    figure.suptitle(
+        "Density of a gate at the logits -2, 0 and 2; in the legends P(z = 0), P(z = 1)"
+    )
+    return figure
+
+
+def density(axes: Axes, gate: gates.Gate, draws: int) -> None:
+    """One family."""
+    low, high = (0, 1) if gate.bounded else (-2, 4)
+    bins = np.linspace(low, high, 81)
+    for logit, colour in zip(SETTINGS, (COLOURS[1], BLUE, COLOURS[2]), strict=True):
+        logits = jnp.full(draws, logit, jnp.float32)
+        z = np.asarray(gate.sample(jax.random.key(0), logits))
+        label = f"{(z == 0).mean():.2f}, {(z == 1).mean():.2f}"
+        between = z[(z != 0) & (z != 1)]
+        if len(np.unique(between)) <= 1:
+            for value in np.unique(z):
+                axes.axvline(value, color=colour, linewidth=1.5)
+            label = "always " + ", ".join(f"{value:.2f}" for value in np.unique(z))
+            if gate.random:
+                label = f"{(z == 0).mean():.2f}, {(z == 1).mean():.2f}"
+            axes.plot([], [], color=colour, label=label)
+            continue
+        height, _ = np.histogram(between, bins)
+        height = height / draws / np.diff(bins)
+        axes.stairs(height, bins, color=colour, label=label)
+    axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    axes.tick_params(labelsize=6)
+    axes.axhline(0, color=REMOVED, linewidth=0.5)
+    if gate.random and gate.bounded:
+        axes.set_ylim(0, 4)
+    axes.legend(fontsize=6, loc="upper center")
+
+
+def main() -> None:
+    """Writes the table and the pictures of the comparison in the folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a comparison")
+    for file in write(parser.parse_args().folder):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
