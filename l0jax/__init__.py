@@ -1,6 +1,8 @@
 """l0jax: learning which parts of a network to keep."""
 
+from l0jax import constraints as constraints
 from l0jax import costs as costs
+from l0jax import estimators as estimators
 from l0jax import gates as gates
 from l0jax import gating as gating
 from l0jax import linen as linen
