@@ -84,7 +84,7 @@ class Config:
     """share of the bytes of all arrays that may be left"""
     constraint: str = "lagrangian"
     """how a target is enforced: lagrangian, quadratic or exponential"""
-    multiplier_rate: float = 1e-2
+    multiplier_rate: float = 2e-3
     """of gradient ascent, for the constraint's multipliers"""
     target_warm_up: float = 0.5
     """share of the run over which the target falls from 1"""

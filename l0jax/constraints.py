@@ -7,7 +7,9 @@ $$ \min_\theta \; \text{loss}(\theta) \quad \text{subject to} \quad
    a_i(\theta) = \frac{E[\text{cost}_i]}{\text{cost}_i \text{ of the whole}} \le t_i. $$
 
 Its multipliers are trained beside the weights: the weights descend on the loss plus
-multiplier times excess $a_i - t_i$, the multipliers ascend.
+multiplier times excess, the multipliers ascend. The excess is relative, $e_i = a_i /
+t_i - 1$ (the paper's is $a_i - t_i$), so that one rate serves for small targets and for
+large ones.
 """
 
 import math
@@ -100,7 +102,7 @@ class Constraint(NamedTuple):
     """Amounts that must not exceed their targets, and how that is enforced.
 
     Attributes:
-        excess: `(params, P(z != 0), step) -> {name: amount - target}`.
+        excess: `(params, P(z != 0), step) -> {name: amount / target - 1}`.
         init: `() -> Dual`.
         term: `(dual, excess) -> scalar`, what is added to the loss.
         ascend: `(dual, excess) -> Dual`, after a step.
@@ -122,8 +124,8 @@ def lagrangian(
     restart: bool = True,
     warm_up: int = 0,
 ) -> Constraint:
-    r"""$\sum_i \lambda_i (a_i - t_i)$ with $\lambda_i \ge 0$ that grows while there is
-    too much left (Gallego-Posada et al. 2022, eq. 8 and section 4.1).
+    r"""$\sum_i \lambda_i e_i$ with $\lambda_i \ge 0$ that grows while there is too much
+    left (Gallego-Posada et al. 2022, eq. 8 and section 4.1).
 
     Args:
         amounts: as made by `density` or `share`.
@@ -165,8 +167,8 @@ def quadratic(
     optimizer: optax.GradientTransformation | None = None,
     warm_up: int = 0,
 ) -> Constraint:
-    r"""$\sum_i \lambda_i (a_i - t_i) + \mu_i (a_i - t_i)^2$, both multipliers of either
-    sign and ascending (Wang et al. 2020; CoFi, Xia et al. 2022).
+    r"""$\sum_i \lambda_i e_i + \mu_i e_i^2$, both multipliers of either sign and
+    ascending (Wang et al. 2020; CoFi, Xia et al. 2022).
 
     An equality: where too little is left, units are opened again.
 
@@ -208,8 +210,8 @@ def exponential(
     initial: float = 1e-2,
     warm_up: int = 0,
 ) -> Constraint:
-    r"""$\sum_i \lambda_i (a_i - t_i)$ with $\lambda_i \leftarrow \lambda_i
-    e^{\eta c_i}$ and a running mean c of the excess (Bastings et al. 2019, HardKuma).
+    r"""$\sum_i \lambda_i e_i$ with $\lambda_i \leftarrow \lambda_i e^{\eta c_i}$ and
+    a running mean c of the excess (Bastings et al. 2019, HardKuma).
 
     A multiplier is never 0, so that it grows from a push that is felt, and falls as
     fast as it grew.
@@ -279,7 +281,7 @@ def _excess(amounts: Amounts, target: float | Mapping[str, float], warm_up: int)
             goal = target[name]
             if warm_up:
                 goal = 1 + (goal - 1) * jnp.minimum(step / warm_up, 1.0)
-            found[name] = left[name] - goal
+            found[name] = left[name] / goal - 1
         return found
 
     return excess, names

@@ -94,7 +94,7 @@ def init(
         theta=theta,
         opt_state=optimizer.init(theta),
         average=jax.tree.map(jnp.zeros_like, theta),
-        dual=() if constraint is None else constraint.init(),
+        dual=() if constraint is None else jax.tree.map(jnp.copy, constraint.init()),
     )
 
 

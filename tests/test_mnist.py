@@ -31,6 +31,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import data, mnist, mnist_rows, run_folder
 from l0jax import costs, gates, models, storage, train, units
+from l0jax.estimators import ESTIMATORS
 
 SHORT = mnist.Config(
     epochs=5,
@@ -906,6 +907,49 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"gate": "mixture", "beta": -1.0},
         ["scale must be > 0", "-1.0"],
     ),
+    "estimator": (
+        {"gate": "bernoulli", "estimator": "magic"},
+        ["estimator 'magic'", "arm", "disarm", "straight_through"],
+    ),
+    "estimator of nothing": (
+        {"estimator": "arm"},
+        ["estimator", "HardConcrete", "only Bernoulli gates"],
+    ),
+    "constraint": (
+        {"constraint": "prayer", "target_params": 0.5},
+        ["constraint 'prayer'", "lagrangian", "quadratic", "exponential"],
+    ),
+    "two targets": (
+        {"target_params": 0.5, "target_macs": 0.5},
+        ["one target", "target_params", "target_macs"],
+    ),
+    "target of nothing": (
+        {"gates": "none", "target_macs": 0.5},
+        ["target_macs", "nothing is gated"],
+    ),
+    # (The ten biases of the outputs, of 50,610 parameters.)
+    "target that can't be met": (
+        {"target_params": 1e-4},
+        ["'params'", "0.0001", "0.0001976", "more than that"],
+    ),
+    "targets of 2": (
+        {"target_density": (0.5, 0.5)},
+        ["target_density", "2 values", "one for each of the 3", *WIDTHS],
+    ),
+    **{
+        f"{field} {value}": ({field: value}, ["target", "(0, 1]", str(value)])
+        for field in ("target_params", "target_macs", "target_bytes")
+        for value in (0.0, 1.5, math.nan)
+    },
+    "target_density 2.0": (
+        {"target_density": (0.5, 2.0, 0.5)},
+        ["'hidden1'", "(0, 1]", "2.0"],
+    ),
+    "range": ({"beta_range": (0.5, 0.2)}, ["beta_range", "0.5", "0.2", "rise"]),
+    "range and end": (
+        {"beta_range": (0.2, 0.5), "beta_end": 0.2},
+        ["beta_end", "beta_range"],
+    ),
     "validation": ({"validation": 1.5}, ["validation", "1.5", "below 1"]),
     "small images": ({"model": "lenet5"}, ["LeNet-5", "16 by 16", "(8, 8, 1)"]),
     "large batch": (
@@ -952,6 +996,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
             ("batch_size", "at least 1", (0, -3)),
             ("samples", "at least 1", (0, -3)),
             ("checkpoint_every", "at least 1", (0, -3)),
+            ("multiplier_rate", "> 0", (0.0, math.nan)),
+            ("target_warm_up", "[0, 1]", (-0.1, 1.1, math.nan)),
         )
         for value in values
     },
@@ -1253,6 +1299,105 @@ def test_a_mixture_is_trained_and_prunes(tmp_path):
         shares.append(z.mean())
     assert 0 < min(shares) < 0.9
     assert summary["last"]["test_error"] < 30
+
+
+TARGETS = {
+    "params": {"target_params": 0.3},
+    "macs": {"target_macs": 0.3},
+    "bytes": {"target_bytes": 0.3},
+    "density": {"target_density": (0.3,)},
+    "density of layers": {"target_density": (0.6, 0.3, 0.8)},
+    "quadratic": {"target_params": 0.3, "constraint": "quadratic"},
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_target_is_met(tmp_path, kind):
+    """Across compactions too, after which shares are still those of the whole."""
+    its = run(
+        tmp_path / "run",
+        epochs=30,
+        gate_learning_rate=0.02,
+        compact_gain=0.0,
+        multiplier_rate=0.03,
+        **TARGETS[kind],
+    )
+    last = its.rows[-1]
+    assert last["trained"] != WIDTHS, "it compacted"
+    targets = its.config.target_density or (0.3,)
+    assert len(last["excess"]) == len(last["multipliers"]) == len(targets)
+    slack = 0.1 if its.config.constraint == "lagrangian" else 0.2
+    for excess in last["excess"].values():
+        assert -3 * slack < excess < slack
+    if kind in ("params", "macs"):
+        dense = DENSE + 410 if kind == "params" else DENSE
+        found = last["expected"]["macs"] / dense
+        assert found == pytest.approx(0.3 * (1 + last["excess"][kind]), abs=0.01)
+    assert its.rows[0]["excess"] != last["excess"]
+    assert its.summary["last"]["test_error"] < 40
+
+
+def test_an_exponential_multiplier_grows_while_there_is_too_much_left(tmp_path):
+    how: dict[str, Any] = {"target_params": 0.3, "constraint": "exponential"}
+    its = run(tmp_path / "run", epochs=4, target_warm_up=0.0, **how)
+    strengths = [row["multipliers"]["params"] for row in its.rows]
+    assert all(row["excess"]["params"] > 1 for row in its.rows)
+    assert 0.01 < strengths[0] < strengths[1] < strengths[3]
+    # The exponential of a sum, at a rate of 0.002 and an excess of 1 to 2.3.
+    assert 2e-3 * STEPS < np.log(strengths[3] / strengths[1]) / 2 < 5e-3 * STEPS
+
+
+def test_training_goes_on_with_its_multipliers(tmp_path):
+    """Law 7 with a constraint."""
+    how: dict[str, Any] = {"target_params": 0.3, "multiplier_rate": 0.1, "epochs": 4}
+    whole = run(tmp_path / "whole", **how)
+    run(tmp_path / "half", **how, stop_after=2)
+    half = run(tmp_path / "half", **how, resume=True)
+    for a, b in zip(whole.rows, half.rows, strict=True):
+        assert a["multipliers"] == b["multipliers"]
+        assert a["excess"] == b["excess"]
+    assert whole.rows[-1]["multipliers"]["params"] > 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_bernoulli_gates_are_trained_by_every_estimator(tmp_path, estimator):
+    its = run(
+        tmp_path / "run",
+        gate="bernoulli",
+        estimator=estimator,
+        beta=None,
+        lam=(0.3,),
+        gate_learning_rate=0.02,
+        epochs=6,
+    )
+    assert its.rows[-1]["expected_l0"] < its.rows[0]["expected_l0"]
+    assert its.rows[-1]["loss"] < its.rows[0]["loss"]
+
+
+def test_a_temperature_is_trained_within_its_range(tmp_path):
+    its = run(tmp_path / "run", beta_range=(0.3, 0.7), epochs=3)
+    held = run(tmp_path / "held", epochs=3)
+    assert its.rows[-1]["loss"] != held.rows[-1]["loss"]
+    _, state, _ = storage.Checkpoints(its.folder / "checkpoints").restore(
+        lambda _: stored_like(its), pytest.fail
+    )
+    found = float(jnp.exp(state.theta["log_temperature"]))
+    assert 0.3 <= found <= 0.7
+    assert abs(found - 2 / 3) > 0.01, "it has moved"
+
+
+def stored_like(its):
+    """A state of the shape of a run's."""
+    model = models.make(
+        "mlp", mnist.architecture("mlp", (8, 8, 1), 10), rngs=nnx.Rngs(0)
+    )
+    whole = mnist.network(its.config, model)
+    theta = {
+        "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        "gates": {n: jnp.zeros(g.size) for n, g in whole.gated.items()},
+        "log_temperature": jnp.zeros(()),
+    }
+    return train.init(theta, mnist.optimizer_of(its.config, 26 * its.config.epochs))
 
 
 def test_temperature_falls_geometrically_from_one_end_to_the_other():
