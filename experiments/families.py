@@ -135,6 +135,9 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not config.families or not config.lam:
         raise ValueError("give at least one family and one λ")
+    for lam in config.lam:
+        if not lam >= 0:
+            raise ValueError(f"lam must be >= 0, got {lam}")
 
 
 # ----------------------------------------------------------------- one family's sweep

@@ -274,7 +274,7 @@ def published(axes: Axes, model: str, column: str) -> None:
         )
 
 
-def cost(model: str, widths: Sequence[int], column: str) -> float:
+def cost(model: str, widths: Sequence[int], column: str) -> int:
     """Weights or multiply-accumulates of a published architecture on MNIST."""
     if model == "mlp":
         a, b, c = widths

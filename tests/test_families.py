@@ -1,0 +1,223 @@
+"""The comparison of gate families: a tiny one, from the command to the pictures."""
+
+import csv
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+
+from experiments import families, family_report, mnist
+from l0jax import gates, gating
+
+TINY = families.Config(
+    dataset="digits",
+    families=("hard_concrete", "bernoulli-arm", "variational_dropout"),
+    lam=(0.03, 0.1),
+    seeds=2,
+    epochs=4,
+    gate_learning_rate=0.1,
+    checkpoint_every=2,
+    progress=False,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    found = families.main(dataclasses.replace(TINY, out=folder))
+    assert found["folder"] == str(folder)
+    return folder
+
+
+def rows(folder):
+    with (folder / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_gate_family_and_pair_and_estimator_is_compared():
+    variants = families.VARIANTS
+    assert {its.get("gate", "hard_concrete") for its in variants.values()} == set(
+        gates.GATES
+    )
+    assert {its["pair"] for its in variants.values() if "pair" in its} == set(
+        gates.PAIRS
+    )
+    for its in variants.values():
+        mnist.check(mnist.Config(**its))
+
+
+def test_every_member_has_a_line_for_each_rule(tiny):
+    lines = rows(tiny)
+    assert list(lines[0]) == list(families.COLUMNS)
+    for name in TINY.families:
+        rules = families.rules_of(
+            mnist.gate_of(mnist.Config(**families.VARIANTS[name]))
+        )
+        assert set(gating.RULES) < set(rules)
+        found = {
+            (float(r["lam"]), int(r["seed"]), r["rule"])
+            for r in lines
+            if r["family"] == name
+        }
+        assert found == {
+            (lam, seed, rule) for lam in TINY.lam for seed in (0, 1) for rule in rules
+        }
+    assert len({r["test_error"] for r in lines}) > 4
+
+
+def test_lines_say_what_was_left(tiny):
+    for row in rows(tiny):
+        widths = [int(width) for width in row["architecture"].split("-")]
+        a, b, c = widths
+        assert float(row["weights"]) == a * b + b * c + 10 * c == float(row["macs"])
+        assert float(row["dense_weights"]) == 64 * 300 + 300 * 100 + 1000
+        assert float(row["test_l0"]) <= float(row["dense_weights"])
+        assert float(row["gradient_variance"]) > 0
+        assert 0 <= float(row["test_error"]) <= 100
+        assert row["verdict"]
+    # What is never 0 is counted in full, and is neither open nor closed.
+    noise = [r for r in rows(tiny) if r["family"] == "variational_dropout"]
+    assert {float(r["expected_l0"]) for r in noise} == {50200.0}
+    assert all(math.isnan(float(r["undecided"])) for r in noise)
+
+
+def test_members_are_runs_of_the_mnist_experiment(tiny, tmp_path):
+    """The sweep's member and the single run of the same settings."""
+    config = mnist.Config(
+        epochs=4,
+        gate_learning_rate=0.1,
+        compact=False,
+        lam=(0.1,),
+        seed=1,
+        out=tmp_path / "run",
+        progress=False,
+    )
+    alone = mnist.main(config)["last"]
+    (row,) = (
+        r
+        for r in rows(tiny)
+        if (r["family"], r["lam"], r["seed"], r["rule"])
+        == ("hard_concrete", "0.1", "1", "paper")
+    )
+    widths = "-".join(map(str, alone["architecture"].values()))
+    assert row["architecture"] == widths
+    assert float(row["expected_l0"]) == pytest.approx(alone["expected_l0"], rel=1e-3)
+    assert float(row["test_error"]) == pytest.approx(alone["test_error"], abs=0.6)
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
+    """A family that is there is not run again; one that was interrupted goes on."""
+    one = dataclasses.replace(TINY, out=tmp_path, families=("hard_concrete",))
+    sweeps = []
+    whole = families.train.make_sweep
+
+    def stopped(member, **how):
+        sweep = whole(member, **how)
+
+        def run(*members):
+            if len(sweeps) == 3:
+                sweeps.append("stopped")
+                raise KeyboardInterrupt
+            sweeps.append(int(members[1].step[0]))
+            return sweep(*members)
+
+        return run
+
+    monkeypatch.setattr(families.train, "make_sweep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        families.main(one)
+    assert not (tmp_path / "results.csv").exists()
+    families.main(one)
+    # Of 13 steps an epoch; what followed the last checkpoint is trained again.
+    assert sweeps == [0, 13, 26, "stopped", 26, 39]
+    expected = [r for r in rows(tiny) if r["family"] == "hard_concrete"]
+    for found, row in zip(rows(tmp_path), expected, strict=True):
+        assert {**found, "step_ms": ""} == {**row, "step_ms": ""}
+    families.main(dataclasses.replace(one, families=("hard_concrete", "smooth_step")))
+    assert sweeps[6:] == [0, 13, 26, 39], "only the new family was run"
+    assert [r["family"] for r in rows(tmp_path)][-1] == "smooth_step"
+
+
+def test_the_table_has_a_line_for_each_family_and_strength(tiny):
+    lines = (tiny / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(TINY.families) * len(TINY.lam)
+    width = lines[0].count("|")
+    assert all(line.count("|") == width for line in lines)
+    assert all("±" in line for line in lines[2:])
+    for name in ("frontier-weights", "frontier-macs", "densities"):
+        assert (tiny / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+LINE = {
+    "architecture": "3-4-5",
+    "weights": 50,
+    "dense_weights": 100,
+    "validation_error": 2.0,
+    "sampled_validation_error": 2.1,
+    "expected_l0": 40.0,
+    "undecided": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "^fine$"),
+        ({"architecture": "3-0-5"}, "collapsed.*too large"),
+        ({"weights": 95}, "nearly nothing removed: λ is too small"),
+        ({"validation_error": 30.0}, "lost: λ is too large"),
+        ({"undecided": 0.4}, "^40 % of the gates are undecided$"),
+        ({"validation_error": 4.1}, "2.0 points worse than sampled"),
+        ({"sampled_validation_error": 4.0}, "2.0 points better than sampled"),
+        ({"expected_l0": math.nan}, "^diverged$"),
+    ],
+)
+def test_verdicts_say_what_went_wrong(changed, said):
+    assert re.search(said, families.verdict({**LINE, **changed}))
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet5"])
+def test_published_networks_cost_what_is_published(model):
+    """Weights that the papers, or those who quote them, print."""
+    weights = {
+        p.architecture: family_report.cost(
+            model, [int(n) for n in p.architecture.split("-")], "weights"
+        )
+        for p in family_report.PUBLISHED[model]
+    }
+    printed = {
+        "mlp": {"219-214-100": 69_266, "266-88-33": 26_642, "278-98-13": 28_648},
+        "lenet5": {"20-25-45-462": 38_410, "9-18-65-25": 6_150, "5-10-76-16": 2_751},
+    }[model]
+    assert {name: weights[name] for name in printed} == printed
+
+
+def test_intervals_are_those_of_student():
+    middle, half = family_report.center(np.array([1.0, 2.0, 3.0]))
+    assert middle == 2
+    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert family_report.center(np.array([1.5])) == (1.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"families": ("soft",)}, "unknown family 'soft'; there is hard_concrete"),
+        ({"families": ()}, "at least one family"),
+        ({"lam": ()}, "at least one family and one λ"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lam": (-1.0,)}, "lam must be >= 0, got -1.0"),
+    ],
+)
+def test_what_can_not_be_compared_is_named(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        families.main(dataclasses.replace(TINY, out=tmp_path / "new", **changed))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no family has finished"):
+        family_report.write(tmp_path)
