@@ -356,6 +356,7 @@ def main(config: Config) -> dict[str, Any]:
         "last": result_of(row, row["test_error"]),
         "best_on_validation": best,
         "dense_weights": round(dense["weights"]),
+        "gated_weights": gated_weights(config, whole),
         "shrunk": {
             "architecture": small.architecture,
             "parameters": sum(
@@ -370,6 +371,8 @@ def main(config: Config) -> dict[str, Any]:
         "wall_seconds": time.time() - begun,
         "folder": str(folder),
     }
+    if "excess" in row:
+        summary["excess"] = row["excess"]
     log.summary(summary)
     return summary
 
@@ -712,6 +715,13 @@ def constraint_of(
         optimizer=optax.sgd(config.multiplier_rate),
         warm_up=int(config.target_warm_up * steps),
     )
+
+
+def gated_weights(config: Config, whole: Network) -> float:
+    """How many weights the gates pay for when all are open."""
+    params = nnx.state(whole.model, nnx.Param)
+    sizes = objectives.sizes(params, whole.gated, charges_of(config, whole))
+    return float(sum(each.sum() for each in sizes.values()))
 
 
 def charges_of(config: Config, now: Network) -> objectives.Charges:

@@ -50,6 +50,8 @@ MLP = mnist.Config(
 )
 LENET5 = mnist.Config(dataset="mnist", model="lenet5", epochs=40, compact=False)
 CURVE = (0.03, 0.1, 0.3, 1.0)
+# Targets are met exactly rather than not exceeded: the published runs end at theirs.
+TARGET: dict[str, Any] = {"constraint": "quadratic", "compact": True}
 WEIGHTS: dict[str, Any] = {"gates": "weight", "gate_learning_rate": 1e-2}
 
 ROWS = {
@@ -79,6 +81,28 @@ ROWS = {
         published="9-18-65-25 (6,150), 1.0 %",
         weights_limit=6_150,
         error_limit=1.0,
+    ),
+    # Targets in place of λ, as in Gallego-Posada et al. (2022): the share of the gated
+    # weights, in all or of each layer.
+    "mlp-target": Row(
+        dataclasses.replace(
+            MLP, target_density=(0.33,), gate_learning_rate=5e-3, **TARGET
+        ),
+        published="26.6 % of the parameters, 1.77 ± 0.08 %",
+    ),
+    "mlp-target-per-layer": Row(
+        dataclasses.replace(
+            MLP, target_density=(0.3,) * 3, gate_learning_rate=5e-3, **TARGET
+        ),
+        published="7.59 % of the parameters, 2.19 ± 0.12 %",
+    ),
+    "lenet5-target": Row(
+        dataclasses.replace(LENET5, target_density=(0.1,), **TARGET),
+        published="7.75 % of the parameters, 1.01 ± 0.05 %",
+    ),
+    "lenet5-target-per-layer": Row(
+        dataclasses.replace(LENET5, target_density=(0.5, 0.3, 0.7, 0.1), **TARGET),
+        published="2.35 % of the parameters, 0.91 ± 0.05 %",
     ),
     # A curve of error against single weights left: four costs of a weight each.
     **{
@@ -141,6 +165,7 @@ def run(name: str, seed: int) -> dict:
             field: summary[field]
             for field in ("test_rule", "last", "best_on_validation", "shrunk", "dead")
         },
+        **({"excess": summary["excess"]} if "excess" in summary else {}),
         "seconds": summary["seconds"],
     }
     record(result)

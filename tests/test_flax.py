@@ -87,11 +87,11 @@ class InNNX:
 
     modules = {"mlp": NNXMLP, "conv": NNXConv}  # noqa: RUF012
 
-    def __init__(self, kind, groups=None, keep_prob=KEEP_PROB):
+    def __init__(self, kind, groups=None, keep_prob=KEEP_PROB, gate=GATE):
         self.module = self.modules[kind](nnx.Rngs(3))
         self.net = l0jax.nnx.Gated(
             self.module,
-            GATE,
+            gate,
             GROUPS[kind] if groups is None else groups,
             keep_prob,
             rngs=nnx.Rngs(gates=5),
@@ -135,16 +135,16 @@ class InLinen:
 
     modules = {"mlp": LinenMLP, "conv": LinenConv}  # noqa: RUF012
 
-    def __init__(self, kind, groups=None, keep_prob=KEEP_PROB):
+    def __init__(self, kind, groups=None, keep_prob=KEEP_PROB, gate=GATE):
         self.module = self.modules[kind]()
         self.x = jnp.ones((2, *SHAPES[kind]))
         self.net = l0jax.linen.Gated(
-            self.module, GATE, GROUPS[kind] if groups is None else groups, keep_prob
+            self.module, gate, GROUPS[kind] if groups is None else groups, keep_prob
         )
         self.variables = self.net.init(
             {"params": jax.random.key(3), "gates": jax.random.key(5)},
             self.x,
-            rule="median",
+            rule="paper",
         )
         self.trained = ["params", "gates"]
 
@@ -264,10 +264,24 @@ def test_gates_are_those_of_the_functional_core(api, kind):
     assert not np.array_equal(gated, other)
 
 
+FAMILIES = {name: family() for name, family in gates.GATES.items()}
+FAMILIES |= {f"mixture-{n}": gates.Mixture(pair()) for n, pair in gates.PAIRS.items()}
+
+
+@either
+@pytest.mark.parametrize("gate", FAMILIES.values(), ids=list(FAMILIES))
+def test_logits_of_every_family_are_trained(api, gate):
+    """Law 6, of gates that start where none is shut for good."""
+    moves_every_one(api, "mlp", APIS[api]("mlp", keep_prob=0.6, gate=gate))
+
+
 @both
 def test_logits_are_trained_with_the_parameters(api, kind):
     """Law 6: a step of plain gradient descent under `jax.jit` moves every one."""
-    case = make(api, kind)
+    moves_every_one(api, kind, make(api, kind))
+
+
+def moves_every_one(api, kind, case):
 
     def split(variables):
         trained = {i: variables[i] for i in case.trained}
@@ -287,7 +301,7 @@ def test_logits_are_trained_with_the_parameters(api, kind):
 
     trained, rest = split(case.variables)
     total = jax.tree.map(jnp.zeros_like, trained)
-    for seed in range(8):
+    for seed in range(64):
         # A gate that is clipped in one draw has no gradient there.
         slope = gradient(trained, rest, jax.random.key(seed))
         total = jax.tree.map(lambda a, b: a + jnp.abs(b), total, slope)

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from l0jax import gates, gating, objectives, storage, train, units
+from l0jax import constraints, gates, gating, objectives, storage, train, units
+from l0jax.estimators import ESTIMATORS
 from l0jax.units import Group, Slot, apply_gates
 
 GATE = gates.HardConcrete()
@@ -105,7 +106,7 @@ PROBE = {"all": Group("all", 5, (Slot("w", 0),))}
 PROBE_LOGITS = jnp.float32([-1.5, -0.5, 0.0, 0.8, 2.0])
 
 
-def probe(per_example, **how):
+def probe(per_example, gate=GATE, **how):
     """A step whose metric `z` holds the gates as the network met them."""
 
     def gates_of(params, x):
@@ -118,7 +119,7 @@ def probe(per_example, **how):
         gates_of,
         loss,
         lambda params, prob_active: jnp.zeros(()),
-        GATE,
+        gate,
         PROBE,
         optax.sgd(1.0),
         per_example=per_example,
@@ -144,6 +145,132 @@ def test_steps_draw_their_own_gates_and_nothing_else_matters(per_example):
     equal(probed(step, 3)[0], first)
     for at, key in ((4, ROOT), (3, jax.random.key(1)), (0, ROOT)):
         assert not np.array_equal(probed(step, at, key)[0], first)
+
+
+FAMILIES = {name: family() for name, family in gates.GATES.items()}
+FAMILIES |= {f"mixture-{n}": gates.Mixture(pair()) for n, pair in gates.PAIRS.items()}
+
+
+@pytest.mark.parametrize("gate", FAMILIES.values(), ids=list(FAMILIES))
+def test_steps_of_every_family_draw_their_own_gates(gate):
+    """Law 5: the same step draws the same, another one others, if there is noise."""
+    step = probe(False, gate)
+    first, after = probed(step, 3)
+    equal(probed(step, 3), (first, after))
+    assert np.array_equal(probed(step, 4)[0], first) is not gate.random
+    moved = np.asarray(after.theta["gates"]["all"]) - np.asarray(PROBE_LOGITS)
+    assert np.isfinite(moved).all()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_step_follows_its_estimator(name):
+    """The gradients in logits and in weights are those of the surrogate, the metrics
+    those of its draws."""
+    gate = gates.Bernoulli(temperature=0.5)
+    step = probe(False, gate, estimator=ESTIMATORS[name])
+    state = train.init(
+        {"params": {"w": jnp.ones(5)}, "gates": {"all": PROBE_LOGITS}}, optax.sgd(1.0)
+    )
+    state = state._replace(step=jnp.int32(4))
+    batch = (jnp.zeros((3, 1)), jnp.float32([1, 2.3, 3.7, -1.1, -2.9]))
+    after, metrics = jax.jit(step)(state, batch, ROOT)
+
+    def surrogate(logits, w):
+        def loss(z):
+            return (z["all"] * w) @ batch[1]
+
+        key = jax.random.fold_in(ROOT, 4)
+        return ESTIMATORS[name](key, {"all": logits / 0.5}, loss)
+
+    value = surrogate(PROBE_LOGITS, jnp.ones(5))
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
+    slopes = jax.grad(surrogate, (0, 1))(PROBE_LOGITS, jnp.ones(5))
+    for found, start, slope in (
+        (after.theta["gates"]["all"], PROBE_LOGITS, slopes[0]),
+        (after.theta["params"]["w"], jnp.ones(5), slopes[1]),
+    ):
+        np.testing.assert_allclose(start - found, slope, rtol=1e-4, atol=1e-5)
+    assert np.abs(slopes[0]).max() > 0
+
+
+def test_estimators_are_for_bernoulli_gates_drawn_once_for_a_batch():
+    arm = ESTIMATORS["arm"]
+    with pytest.raises(ValueError, match="HardConcrete gates have gradients of their"):
+        probe(False, estimator=arm)
+    with pytest.raises(ValueError, match="once for a batch, not per example"):
+        probe(True, gates.Bernoulli(), estimator=arm)
+
+
+# --------------------------------------------------------- constraints and temperatures
+
+SIZES = {"input": 6.0, "hidden": 2.0}
+
+
+def constrained(target=0.4, **how):
+    return constraints.lagrangian(
+        constraints.density(SIZES, {"input": 24.0, "hidden": 12.0}), target, **how
+    )
+
+
+def test_a_step_descends_on_weights_and_ascends_on_multipliers():
+    """Each against what it is, worked out apart."""
+    constraint = constrained(optimizer=optax.sgd(0.5))
+    optimizer = optax.sgd(0.1)
+    step = make(optimizer, polyak=0.0, temperature=None, constraint=constraint)
+    state = train.init(theta(), optimizer, constraint)
+    batch = batch_of(range(BATCH))
+    free, _ = jax.jit(make(optimizer, polyak=0.0, temperature=None))(state, batch, ROOT)
+    one, metrics = jax.jit(step)(state, batch, ROOT)
+    # A multiplier of 0 pushes nothing; it grows by the rate times the excess.
+    equal(one.theta, free.theta)
+    active = gating.prob_active(GATE, state.theta["gates"])
+    left = 6 * active["input"].sum() + 2 * active["hidden"].sum()
+    excess = float(left) / 36 / 0.4 - 1
+    assert excess > 0
+    assert float(one.dual.multipliers["density"]) == pytest.approx(0.5 * excess, 1e-4)
+    assert float(metrics["excess of density"]) == pytest.approx(excess, 1e-4)
+    assert float(metrics["multiplier of density"]) == 0
+    # Then the logits go down by what the multiplier adds, the weights don't.
+    pushed, _ = jax.jit(step)(one, batch, ROOT)
+    bare = train.init(one.theta, optimizer)._replace(step=one.step)
+    unpushed, _ = jax.jit(make(optimizer, polyak=0.0, temperature=None))(
+        bare, batch, ROOT
+    )
+    equal(pushed.theta["params"], unpushed.theta["params"])
+    for name, size in SIZES.items():
+        p = GATE.prob_active(one.theta["gates"][name])
+        slope = 0.5 * excess * size / 36 / 0.4 * p * (1 - p)
+        found = unpushed.theta["gates"][name] - pushed.theta["gates"][name]
+        np.testing.assert_allclose(found, 0.1 * slope, rtol=1e-3, atol=1e-7)
+
+
+def test_multipliers_survive_a_shrink():
+    constraint = constrained()
+    state = train.init(theta(), adam(), constraint)
+    step = make(constraint=constraint)
+    state = epochs(train.make_run(step), step, state, [1, 2])[0]
+    assert float(state.dual.multipliers["density"]) > 0
+    small = train.shrink(state, KEEP, GROUPS)
+    equal(small.dual, state.dual)
+
+
+def test_a_trained_temperature_moves_within_its_range():
+    low, high = 0.5, 0.7
+    start_at = {**theta(), "log_temperature": jnp.log(jnp.float32(0.6))}
+    found = {}
+    for rate in (1e-3, 1.0):
+        optimizer = optax.sgd(rate)
+        step = make(optimizer, polyak=0.0, temperature=(low, high))
+        state, _ = epochs(
+            train.make_run(step), step, train.init(start_at, optimizer), [1]
+        )
+        found[rate] = float(jnp.exp(state.theta["log_temperature"]))
+        now = train.gate_at(GATE, (low, high), state.step, state.theta)
+        assert float(now.temperature) == pytest.approx(found[rate])
+    assert low < found[1e-3] < high
+    assert found[1e-3] != pytest.approx(0.6, abs=1e-6)
+    ends = (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+    assert found[1.0] in ends, "a large step ends at the range's end"
 
 
 def test_gates_of_a_step_are_those_of_its_key():
