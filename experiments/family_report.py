@@ -12,7 +12,6 @@ writes into the folder, in a few seconds:
 
 import argparse
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,14 +22,13 @@ import jax.numpy as jnp
 import matplotlib
 import matplotlib.style
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments import families, mnist
 from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
-from experiments.tables import interval, markdown
+from experiments.printing import interval, markdown, mean_and_half_width
 from l0jax import gates
 
 Row = dict[str, str]
@@ -232,7 +230,9 @@ def curve(
     """One family: a point with both intervals for each λ."""
     points = []
     for found in by(rows, "lam").values():
-        pair = [center(numbers(found, name)) for name in (column, "test_error")]
+        pair = [
+            mean_and_half_width(numbers(found, name)) for name in (column, "test_error")
+        ]
         points.append((*pair[0], *pair[1]))
     x, x_half, y, y_half = np.array(points).T
     axes.errorbar(
@@ -248,14 +248,6 @@ def curve(
         marker="o",
         markersize=3.5,
     )
-
-
-def center(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval; 0 of a single value."""
-    if len(values) < 2:
-        return float(values.mean()), 0.0
-    spread = values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), scipy.stats.t.ppf(0.975, len(values) - 1) * spread
 
 
 def published(axes: Axes, model: str, column: str) -> None:

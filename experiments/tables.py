@@ -9,29 +9,17 @@ The README quotes the table between its two markers, and the same command fills 
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
-from experiments import mnist_rows
+from experiments import family_report, mnist_rows
+from experiments.printing import interval, markdown
 
 ROOT = Path(__file__).parent.parent
 NOTES = Path(__file__).parent / "results" / "notes.md"
 BENCHMARKS = ROOT / "benchmarks" / "results"
 MARKERS = ("<!-- table: mnist -->", "<!-- end of table -->")
-
-
-def interval(values: Iterable[float], digits: int = 2) -> str:
-    """Mean ± half width of the 95 % interval of the mean (Student's t)."""
-    numbers = np.asarray(list(values), float)
-    mean = f"{numbers.mean():,.{digits}f}"
-    if len(numbers) < 2:
-        return mean
-    spread = numbers.std(ddof=1) / np.sqrt(len(numbers))
-    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * spread
-    return f"{mean} ± {half:,.{digits}f}"
 
 
 def by_row() -> dict[str, list[dict]]:
@@ -63,12 +51,6 @@ def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
         f"{'within' if kept else 'NOT within'} {row.error_limit} %, "
         f"{row.weights_limit:,} weights"
     )
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def structured() -> str:
@@ -253,6 +235,14 @@ those of kernels, biases not counted, as in the literature.
 
 {structured()}
 
+### Targets in place of λ
+
+The share of the gated weights that may be left in expectation is met by multipliers
+that are trained with the gates, in one run. A unit counts with all its weights, whether
+or not what they lead to is left; removal leaves fewer.
+
+{constrained()}
+
 ### Gates on single weights
 
 {weightwise()}
@@ -260,6 +250,8 @@ those of kernels, biases not counted, as in the literature.
 ### Settings and commands
 
 {settings()}
+
+{compared()}
 
 ## Benchmarks
 
@@ -270,6 +262,81 @@ absolute times can't.
 
 {NOTES.read_text().strip() if NOTES.exists() else ""}
 """
+
+
+def compared() -> str:
+    """The comparisons of gate families, a line for each family."""
+    parts = []
+    for file in sorted(FAMILIES.glob("families-*/results.csv")):
+        folder = file.parent.relative_to(ROOT)
+        rows = family_report.read(file)
+        seeds = {row["seed"] for row in rows}
+        first = rows[0]
+        parts.append(
+            f"## Gate families: {first['model']} on {first['dataset']}\n\n"
+            f"`python -m experiments.families --dataset {first['dataset']} --model "
+            f"{first['model']} --out {folder}`: {first['epochs']} epochs and "
+            f"{len(seeds)} seeds for every family and λ, in one program a family. Each "
+            f"line is the family's λ with the lowest validation error among those that "
+            f"leave no more than {100 * MOST_LEFT:.0f} % of the weights; "
+            f"[the whole table]({folder}/table.md), [as CSV]({folder}/results.csv).\n\n"
+            f"{best_of_families(rows)}\n\n"
+            f"![test error against weights left]({folder}/figures/frontier-weights.png)"
+        )
+    return "\n\n".join(parts)
+
+
+FAMILIES = ROOT / "experiments" / "results"
+MOST_LEFT = 0.26  # 74 % pruned, as by the paper's hard concrete gates with one λ
+
+
+def best_of_families(rows: list[dict[str, str]]) -> str:
+    """One line for each family."""
+    lines = []
+    for (family,), its in family_report.by(rows, "family").items():
+        points = family_report.by(
+            [row for row in its if row["rule"] == family_report.RULE], "lam"
+        )
+        within = {
+            lam: found
+            for (lam,), found in points.items()
+            if family_report.numbers(found, "weights").mean()
+            <= MOST_LEFT * float(found[0]["dense_weights"])
+        }
+        if not within:
+            lines.append([family, "none", *[""] * 6])
+            continue
+        lam, found = min(
+            within.items(),
+            key=lambda pair: family_report.numbers(pair[1], "validation_error").mean(),
+        )
+        of = {
+            name: family_report.numbers(found, name)
+            for name in ("test_error", "weights", "undecided", "gradient_variance")
+        }
+        lines.append(
+            [
+                family,
+                lam,
+                f"{interval(of['test_error'])} %",
+                interval(of["weights"], 0),
+                ", ".join(row["architecture"] for row in found),
+                f"{interval(100 * of['undecided'], 1)} %",
+                f"{of['gradient_variance'].mean():.1e}",
+                family_report.verdicts(found),
+            ]
+        )
+    header = [
+        "family",
+        "c in λ = c/N",
+        "test error",
+        "weights",
+        "architectures by seed",
+        "gates undecided",
+        "variance of gradients",
+        "verdict",
+    ]
+    return markdown(header, lines)
 
 
 def quoted(readme: str) -> str:

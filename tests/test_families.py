@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import families, family_report, mnist
+from experiments import families, family_report, mnist, printing
 from l0jax import gates, gating
 
 TINY = families.Config(
@@ -195,10 +195,10 @@ def test_published_networks_cost_what_is_published(model):
 
 
 def test_intervals_are_those_of_student():
-    middle, half = family_report.center(np.array([1.0, 2.0, 3.0]))
+    middle, half = printing.mean_and_half_width(np.array([1.0, 2.0, 3.0]))
     assert middle == 2
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert family_report.center(np.array([1.5])) == (1.5, 0.0)
+    assert printing.mean_and_half_width(np.array([1.5])) == (1.5, 0.0)
 
 
 @pytest.mark.parametrize(
