@@ -1048,6 +1048,30 @@ def test_a_loop_without_turns_costs_nothing_and_what_follows_does():
     assert costs.exact(trace(apply, params, x)) == 4 * 2
 
 
+@pytest.mark.parametrize("turns", [3, "traced"])
+def test_what_changes_places_in_a_loop_is_one_group(turns):
+    """Unit j of the one is unit j of the other a turn later; of `fori_loop`, a `scan`
+    if the number of turns is known, else a `while_loop`."""
+    names = {"one": (4, 6), "two": (4, 6), "three": (6, 2), "four": (6, 2)}
+    rng = np.random.default_rng(0)
+    params = {n: jnp.float32(rng.normal(size=shape)) for n, shape in names.items()}
+
+    def swap(_, pair):
+        return pair[1], jnp.tanh(pair[0])
+
+    def net(params, x):
+        many = turns if turns == 3 else (x.sum() * 0).astype(int) + 3
+        pair = jax.lax.fori_loop(0, many, swap, (x @ params["one"], x @ params["two"]))
+        return pair[0] @ params["three"] + pair[1] @ params["four"]
+
+    x = jnp.ones((2, 4))
+    groups = trace(net, params, x).groups
+    hidden = [g for g in groups.values() if g.size == 6]
+    assert len(hidden) == 1
+    paths = {slot.path for slot in (*hidden[0].made_by, *hidden[0].used_by)}
+    assert paths == set(names)
+
+
 def test_every_turn_of_a_loop_is_counted():
     params = {"layers": jnp.ones((6, 4, 4)), "head": jnp.ones((4, 2))}
     x = jnp.ones((5, 4))
