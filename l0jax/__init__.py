@@ -13,6 +13,7 @@ from l0jax import storage as storage
 from l0jax import train as train
 from l0jax.narrow import narrow as narrow
 from l0jax.objectives import expected_l0 as expected_l0
+from l0jax.report import measure_latency as measure_latency
 from l0jax.report import report as report
 from l0jax.structure import Structure as Structure
 from l0jax.tracing import trace as trace

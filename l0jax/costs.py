@@ -1,11 +1,12 @@
-r"""What a network costs: parameters, multiply-accumulates, bytes.
+r"""What a network costs: parameters, multiply-accumulates, bytes, measured seconds.
 
 Every cost is a function `(structure, prob_active) -> scalar` and is differentiable, so
 that any of them can be an objective. Under independent gates it is the exact
 expectation: a cost is a sum of products of group sizes, and where a group meets itself
 (a square kernel on a residual stream), $E[n^2] = (\sum p)^2 + \sum p (1 - p)$. With
 probabilities that are all 0 or 1 it is the exact cost after removal; with none it is
-that of the whole network.
+that of the whole network. (Seconds alone, which are interpolated, are those at expected
+sizes.)
 
 Papers count in three ways, whose numbers can't be compared with one another:
 
@@ -24,6 +25,7 @@ batch that was traced.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -136,14 +138,95 @@ def make(name: str) -> Cost:
     return COSTS[name]
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Seconds of a call that were measured of networks of several sizes, as
+    by `l0jax.measure_latency`.
+
+    Args:
+        groups: the groups whose sizes differ, one for each axis of `seconds`.
+        sizes: for each of them the numbers of units that were measured, ascending.
+        seconds: of a call, for each combination of sizes.
+
+    Raises:
+        ValueError: if a group has no sizes, if they don't ascend, or if
+            `seconds` has another shape or a number that is no time.
+    """
+
+    groups: tuple[str, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    seconds: Float[np.ndarray, "..."]
+
+    def __post_init__(self):
+        if len(self.groups) != len(self.sizes):
+            raise ValueError(
+                f"sizes are given {len(self.sizes)} times for {len(self.groups)} "
+                f"groups ({', '.join(self.groups)}); give them once for each"
+            )
+        for name, sizes in zip(self.groups, self.sizes, strict=True):
+            if not sizes or (np.diff(sizes) <= 0).any():
+                raise ValueError(f"the sizes of {name!r} must ascend, got {sizes}")
+        shape = tuple(map(len, self.sizes))
+        if self.seconds.shape != shape:
+            raise ValueError(
+                f"seconds must have shape {shape}, one for each combination of sizes, "
+                f"got {self.seconds.shape}"
+            )
+        wrong = self.seconds[~(np.isfinite(self.seconds) & (self.seconds > 0))]
+        if wrong.size:
+            raise ValueError(f"seconds must be positive and finite, got {wrong[0]}")
+
+
+def interpolated(tables: Sequence[Table], name: str = "latency") -> Cost:
+    """Measured seconds as a cost: the sum over tables of what each says of the expected
+    sizes of its groups, as in ProxylessNAS that over layers (Cai, Zhu and Han 2019,
+    section 3.3).
+
+    Between the measured sizes it is multilinear; beyond them it stays what it is at
+    the nearest, with no gradient. Tables are taken as they are: where noise made a
+    larger network the faster one, so it is here, and gradients point to it.
+
+    Args:
+        tables: of parts whose times add up; more often one, of the whole network.
+        name: the cost's `__name__`, by which constraints and logs call it.
+
+    Raises:
+        ValueError: when called, if the structure lacks a group of a table.
+    """
+
+    def cost(structure: Structure, prob_active: Probabilities = ALL):
+        return _total(_seconds(table, structure, prob_active) for table in tables)
+
+    cost.__name__ = name
+    return cost
+
+
+def _seconds(table: Table, structure: Structure, prob_active: Probabilities) -> Array:
+    dtype = jnp.result_type(float)
+    seconds = jnp.asarray(table.seconds, dtype)
+    for name, sizes in reversed([*zip(table.groups, table.sizes, strict=True)]):
+        if name not in structure.groups:
+            raise ValueError(
+                f"a table is of group {name!r}, which the network doesn't have; there "
+                f"is {', '.join(structure.groups)}"
+            )
+        whole = jnp.ones(structure.groups[name].size, dtype)
+        count = jnp.asarray(prob_active.get(name, whole)).sum().astype(dtype)
+        grid = jnp.asarray(sizes, dtype)
+        # (`map_coordinates` has no gradient where nothing is removed yet.)
+        seconds = jnp.apply_along_axis(
+            lambda along, n=count, at=grid: jnp.interp(n, at, along), -1, seconds
+        )
+    return seconds
+
+
 def exact(
     structure: Structure,
     keep: Mapping[str, Bool[np.ndarray, " units"]] | None = None,
     cost: Cost = macs,
 ) -> int:
-    """A cost after removal of the units that are not kept, as a whole number.
-
-    (In float32, numbers beyond 16 million are rounded.)
+    """A cost that is counted, after removal of the units that are not kept, as a whole
+    number. (In float32, numbers beyond 16 million are rounded.)
 
     Raises:
         ValueError: if a group of `keep` is unknown or a vector has the wrong length.

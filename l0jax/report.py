@@ -1,23 +1,30 @@
-"""Before and after: what a network was and what is left of it, measured.
+"""Before and after: what a network was and what is left of it, measured; and how long
+networks of many sizes take.
 
 This file alone looks at the clock.
 """
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+import l0jax.nnx
 from l0jax import costs
+from l0jax.narrow import narrow
 from l0jax.structure import Structure, columns
 from l0jax.tracing import trace
+from l0jax.units import Keep
 
 Model = nnx.Module | tuple[Callable[..., PyTree], PyTree]
 """An NNX module, or `(apply, params)`."""
@@ -147,15 +154,15 @@ def report(
         compiled = [
             jax.jit(apply).lower(params, *given).compile() for apply, params in sides
         ]
-        taken: list[list[float]] = [[], []]
-        for _ in range(calls + 1):
-            for at, (_, params) in enumerate(sides):
-                begun = time.perf_counter()
-                jax.block_until_ready(compiled[at](params, *given))
-                taken[at].append(time.perf_counter() - begun)
+        medians = _medians(
+            [
+                functools.partial(call, params, *given)
+                for call, (_, params) in zip(compiled, sides, strict=True)
+            ],
+            calls,
+        )
         for at in range(2):
-            # The first call also moves arrays and fills caches.
-            seconds[at][batch] = statistics.median(taken[at][1:])
+            seconds[at][batch] = medians[at]
             executable: Any = compiled[at].runtime_executable()
             sizes[at][batch] = len(executable.serialize())
     example = jax.tree.map(lambda a: _of_batch(a, 2), inputs)
@@ -170,6 +177,79 @@ def report(
         for at, structure in enumerate(structures)
     )
     return Report(one, other, jax.devices()[0].device_kind)
+
+
+def measure_latency(
+    model: Model,
+    structure: Structure,
+    *inputs: PyTree,
+    sizes: Mapping[str, Iterable[int]],
+    calls: int = 20,
+) -> costs.Table:
+    """Seconds of a call of a network with fewer units, for every combination of sizes;
+    `costs.interpolated` makes a cost of it.
+
+    All networks are compiled first. Then each is called once in every round, in an
+    order of its own, so that a time at which the machine is busy touches all alike.
+
+    Args:
+        model: the network; its values don't matter.
+        structure: its groups of units.
+        *inputs: what it is called with, of the batch size that is meant.
+        sizes: for each group, the numbers of units to measure, which lie evenly among
+            all; of other groups all units are there.
+        calls: of how many the median is taken, for each combination.
+
+    Raises:
+        ValueError: if there is no such group or it has no so many units, or if `calls`
+            is not positive.
+    """
+    if calls < 1:
+        raise ValueError(f"calls must be at least 1, got {calls}")
+    grid = {name: tuple(sorted(set(each))) for name, each in sizes.items()}
+    for name, each in grid.items():
+        if name not in structure.groups:
+            raise ValueError(
+                f"unknown group {name!r}; there is {', '.join(structure.groups)}"
+            )
+        size = structure.groups[name].size
+        if not each or each[0] < 1 or each[-1] > size:
+            raise ValueError(
+                f"the sizes of {name!r} must lie between 1 and {size}, got {each}"
+            )
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    networks = []
+    for widths in itertools.product(*grid.values()):
+        keep = {}
+        for name, width in zip(grid, widths, strict=True):
+            keep[name] = np.zeros(structure.groups[name].size, bool)
+            keep[name][np.arange(width) * len(keep[name]) // width] = True
+        apply, params = _function(_without(model, structure, keep))
+        call = jax.jit(apply).lower(params, *inputs).compile()
+        networks.append(functools.partial(call, params, *inputs))
+    shape = tuple(map(len, grid.values()))
+    seconds = np.reshape(_medians(networks, calls), shape)
+    return costs.Table(tuple(grid), tuple(grid.values()), seconds)
+
+
+def _without(model: Model, structure: Structure, keep: Keep) -> Model:
+    if isinstance(model, nnx.Module):
+        return l0jax.nnx.shrink(model, keep, structure.groups)
+    return narrow(structure, model[1], keep)
+
+
+def _medians(networks: Sequence[Callable[[], PyTree]], calls: int) -> list[float]:
+    """Median seconds of a call of each."""
+    taken: list[list[float]] = [[] for _ in networks]
+    order = np.random.default_rng(0)
+    for _ in range(calls + 1):
+        # None always follows the same one, which leaves the caches as it does.
+        for at in order.permutation(len(networks)):
+            begun = time.perf_counter()
+            jax.block_until_ready(networks[at]())
+            taken[at].append(time.perf_counter() - begun)
+    # The first call also moves arrays and fills caches.
+    return [statistics.median(each[1:]) for each in taken]
 
 
 def _side(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.interpolate import RegularGridInterpolator
 
 import l0jax.nnx
 from l0jax import costs, models, units
@@ -397,3 +398,105 @@ def test_what_a_group_saves_is_what_is_missing_without_it(convention):
         expected = cost(structure, active) - cost(structure, without)
         np.testing.assert_allclose(saved, expected, rtol=1e-6)
         assert saved > 0
+
+
+# ------------------------------------------------------------- tables of seconds
+
+SIZES = ((1, 2, 6), (1, 4))
+"""Of the groups "conv2" and "hidden" of the small network, which have 4 and 6 units."""
+
+
+def table(seconds, sizes=SIZES, groups=("hidden", "conv2")):
+    return costs.Table(groups, sizes, np.asarray(seconds, float))
+
+
+SECONDS = 1e-3 * np.array([[1.0, 3.0], [4.0, 5.0], [7.0, 13.0]])
+
+
+def at(hidden, conv2):
+    """Probabilities of so many expected units, of unequal ones."""
+    weights = {"hidden": np.linspace(1, 2, 6), "conv2": np.linspace(2, 1, 4)}
+    counts = {"hidden": hidden, "conv2": conv2}
+    return {n: jnp.float32(w / w.sum() * counts[n]) for n, w in weights.items()}
+
+
+def test_seconds_are_those_measured_and_multilinear_between():
+    structure, cost = network("small"), costs.interpolated([table(SECONDS)])
+    assert cost.__name__ == "latency"
+    for (i, hidden), (j, conv2) in itertools.product(
+        enumerate(SIZES[0]), enumerate(SIZES[1])
+    ):
+        found = cost(structure, at(hidden, conv2))
+        assert found == pytest.approx(SECONDS[i, j], rel=1e-5)
+    oracle = RegularGridInterpolator(SIZES, SECONDS)
+    rng = np.random.default_rng(0)
+    for point in rng.uniform([1, 1], [6, 4], (20, 2)):
+        found = jax.jit(functools.partial(cost, structure))(at(*point))
+        assert found == pytest.approx(oracle(point).item(), rel=1e-5)
+
+
+def test_seconds_have_the_slopes_of_the_table_up_to_the_whole_network():
+    structure, cost = network("small"), costs.interpolated([table(SECONDS)])
+    slopes_at = jax.grad(functools.partial(cost, structure))
+    # Halfway between 4 and 7 ms along one axis, and between 5 and 13 along the other.
+    for p, slopes in (
+        (at(4, 4), (8e-3 / 4, (1e-3 + 6e-3) / 2 / 3)),
+        # At the end of the grid, those of the last piece.
+        (everything(structure.groups), (8e-3 / 4, 6e-3 / 3)),
+    ):
+        found = slopes_at(p)
+        for name, slope in zip(("hidden", "conv2"), slopes, strict=True):
+            np.testing.assert_allclose(found[name], slope, rtol=1e-4)
+
+
+def test_beyond_the_grid_seconds_stay_what_they_are():
+    structure = network("small")
+    cost = costs.interpolated([table(SECONDS[1:, :], ((2, 5), (1, 4)))])
+    for outside, inside in (((0, 0), (2, 1)), ((6, 2), (5, 2)), ((1, 3), (2, 3))):
+        found = cost(structure, at(*outside))
+        assert found == pytest.approx(float(cost(structure, at(*inside))), rel=1e-5)
+    slopes = jax.grad(functools.partial(cost, structure))(at(0.5, 2.0))
+    assert (slopes["hidden"] == 0).all()
+    assert (slopes["conv2"] > 0).all()
+
+
+def test_seconds_of_no_probabilities_are_those_of_the_units_there_are():
+    structure = network("small")
+    cost = costs.interpolated([table(SECONDS)])
+    assert cost(structure) == pytest.approx(SECONDS[2, 1])
+    keep = {n: np.arange(g.size) % 2 == 0 for n, g in structure.groups.items()}
+    small = structure.shrink({n: keep[n] for n in ("hidden", "conv2")})
+    assert cost(small) == pytest.approx(float(cost(structure, at(3, 2))), rel=1e-5)
+
+
+def test_seconds_of_several_tables_add_up():
+    structure = network("small")
+    one, other = table(SECONDS), table([5e-3], ((3,),), ("conv1",))
+    cost = costs.interpolated([one, other], "delay")
+    assert cost.__name__ == "delay"
+    apart = costs.interpolated([one])(structure, at(3, 2)) + 5e-3
+    assert cost(structure, at(3, 2)) == pytest.approx(float(apart), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sizes": ((1, 2, 6),)}, r"given 1 times for 2 groups \(hidden, conv2\)"),
+        ({"sizes": ((1, 6, 2), (1, 4))}, r"'hidden' must ascend, got \(1, 6, 2\)"),
+        ({"sizes": ((1, 2, 6), (4, 4))}, r"'conv2' must ascend, got \(4, 4\)"),
+        ({"sizes": ((1, 2, 6), ())}, r"'conv2' must ascend, got \(\)"),
+        ({"seconds": SECONDS.T}, r"shape \(3, 2\),.*got \(2, 3\)"),
+        ({"seconds": 0 * SECONDS}, "positive and finite, got 0.0"),
+        ({"seconds": SECONDS * np.inf}, "positive and finite, got inf"),
+        ({"seconds": SECONDS * np.nan}, "positive and finite, got nan"),
+    ],
+)
+def test_tables_that_are_none_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        table(**{"seconds": SECONDS, **wrong})
+
+
+def test_a_table_of_another_network_is_refused():
+    cost = costs.interpolated([table(SECONDS, groups=("hidden", "heads"))])
+    with pytest.raises(ValueError, match=r"'heads'.*there is conv1, conv2, features"):
+        cost(network("small"))

@@ -22,8 +22,8 @@ LAYERS = (
     ("gating", "costs"),
     ("objectives", "models", "compaction", "estimators"),
     ("constraints",),
-    ("nnx", "linen", "train", "report"),
-    ("storage",),
+    ("nnx", "linen", "train"),
+    ("report", "storage"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}

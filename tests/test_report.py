@@ -1,6 +1,8 @@
 """What is measured before and after is what it says."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +75,90 @@ def test_functions_are_measured_like_modules():
 def test_sizes_must_be_positive(wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         l0jax.report(*before_and_after(), jnp.ones((5, 12)), **wrong)
+
+
+# ----------------------------------------------------------- networks of many sizes
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a call moves by the number of columns that its kernels still have,
+    and by 1000 in every third round, when the machine is busy."""
+    now, calls = [0.0], []
+
+    def compiled_call(params, *inputs):
+        width = sum(leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+        calls.append(width)
+        now[0] += width + (1000.0 if len(calls) // 4 % 3 == 0 else 0.0)
+        return inputs
+
+    class Lowered:
+        lower = staticmethod(lambda *_: Lowered)
+        compile = staticmethod(lambda: compiled_call)
+
+    # (`l0jax.report` is the function.)
+    module = sys.modules[l0jax.measure_latency.__module__]
+    fake = SimpleNamespace(
+        jit=lambda _: Lowered, tree=jax.tree, block_until_ready=lambda x: x
+    )
+    monkeypatch.setattr(module, "jax", fake)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_every_combination_of_sizes_is_measured_in_turns(clock, kind):
+    def apply(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    if kind == "module":
+        model, x = models.MLP((12, 9, 7, 3), rngs=nnx.Rngs(0)), jnp.ones((5, 12))
+        structure, names = models.structure(model), ("hidden1", "hidden2")
+    else:
+        params = {"a": jnp.ones((12, 9)), "b": jnp.ones((9, 7)), "c": jnp.ones((7, 3))}
+        model, x = (apply, params), jnp.ones((5, 12))
+        structure, names = l0jax.trace(*model, x), ("a", "b")
+    sizes = dict(zip(names, [(9, 2), (1, 7)], strict=True))
+    table = l0jax.measure_latency(model, structure, x, sizes=sizes, calls=9)
+    assert (table.groups, table.sizes) == (names, ((2, 9), (1, 7)))
+    # 2, 9 and 1, 7 columns, and the 3 of the outputs.
+    np.testing.assert_array_equal(table.seconds, [[6, 12], [13, 19]])
+    rounds = [clock[at : at + 4] for at in range(0, len(clock), 4)]
+    assert len(rounds) == 10
+    assert all(sorted(each) == [6, 12, 13, 19] for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1, "the order changes"
+
+
+def test_what_is_measured_is_a_cost():
+    model, _ = before_and_after()
+    structure = models.structure(model)
+    sizes = {"input": (3, 12), "hidden2": (2, 7)}
+    x = np.ones((4, 12), np.float32)
+    table = l0jax.measure_latency(model, structure, x, sizes=sizes, calls=2)
+    cost = l0jax.costs.interpolated([table])
+    assert cost(structure) == pytest.approx(table.seconds[1, 1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"heads": (1,)}, "unknown group 'heads'; there is input, hidden1, hidden2"),
+        ({"input": (0, 2)}, r"'input' must lie between 1 and 12, got \(0, 2\)"),
+        ({"input": (1, 13)}, r"'input' must lie between 1 and 12, got \(1, 13\)"),
+        ({"input": ()}, r"'input' must lie between 1 and 12, got \(\)"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(sizes, message):
+    model, _ = before_and_after()
+    with pytest.raises(ValueError, match=message):
+        l0jax.measure_latency(
+            model, models.structure(model), jnp.ones((5, 12)), sizes=sizes
+        )
+
+
+def test_latency_is_measured_at_least_once():
+    model, _ = before_and_after()
+    with pytest.raises(ValueError, match="calls must be at least 1, got 0"):
+        l0jax.measure_latency(
+            model, models.structure(model), jnp.ones((5, 12)), sizes={}, calls=0
+        )
