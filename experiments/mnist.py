@@ -38,6 +38,7 @@ from l0jax import (
     estimators,
     gates,
     gating,
+    measure_latency,
     models,
     objectives,
     storage,
@@ -82,6 +83,9 @@ class Config:
     """share of the multiply-accumulates that may be left"""
     target_bytes: float | None = None
     """share of the bytes of all arrays that may be left"""
+    target_latency: float | None = None
+    """share of the seconds of a call that may be left; measured before training, of
+    networks of a few sizes"""
     constraint: str = "lagrangian"
     """how a target is enforced: lagrangian, quadratic or exponential"""
     multiplier_rate: float = 2e-3
@@ -185,6 +189,13 @@ def main(config: Config) -> dict[str, Any]:
         "keep_prob", keep_probabilities(config, whole.gated), whole.gated
     )
     logits = gating.init(gating.key_for(root, "gates"), gate, whole.gated, keep_prob)
+    folder = config.out or run_folder.default(
+        f"{config.dataset}-{config.model}", scientific(config)
+    )
+    table = None
+    if config.target_latency is not None:
+        table = run_folder.latency(folder) or latency_table(whole, shape)
+        whole = whole._replace(latency=costs.interpolated([table]))
     params = nnx.to_pure_dict(nnx.state(whole.model, nnx.Param))
     theta: train.Theta = {"params": params, "gates": logits}
     if config.beta_range is not None:
@@ -198,10 +209,10 @@ def main(config: Config) -> dict[str, Any]:
     dense = to_floats(jax.device_get(count({})))
 
     # ---------------------------------------------------- run folder and resume
-    name = f"{config.dataset}-{config.model}"
-    folder = config.out or run_folder.default(name, scientific(config))
     checkpoints = storage.Checkpoints(folder / "checkpoints")
     run_folder.prepare(folder, scientific(config), as_json(config), config.resume)
+    if table is not None:
+        run_folder.keep_latency(folder, table)
     log = run_folder.Log(folder)
     first, best = 1, None
     # Of each group, which units the network still has, and since when each is closed.
@@ -388,12 +399,14 @@ class Network(NamedTuple):
         structure: its groups of units, and its single weights if those are gated.
         units: its groups of units.
         gated: the groups that have gates.
+        latency: seconds of a call, if they were measured.
     """
 
     model: models.Model
     structure: Structure
     units: units.Groups
     gated: units.Groups
+    latency: costs.Cost | None = None
 
 
 def network(config: Config, model: models.Model) -> Network:
@@ -419,6 +432,27 @@ def smaller(now: Network, keep: units.Keep) -> Network:
         {name: structure.groups[name] for name in now.units},
         {name: structure.groups[name] for name in now.gated},
     )
+
+
+LATENCY_BATCH = 256
+
+
+def latency_table(whole: Network, shape: tuple[int, ...]) -> costs.Table:
+    """Seconds of a call of networks with 1, half and all units of each of the three
+    groups without which most multiply-accumulates are saved.
+
+    27 networks at most. What other groups save is not seen: of LeNet-5's flattened
+    features, of which fewer are there with fewer maps, no more.
+    """
+    saved = costs.per_group(whole.structure, costs.macs)
+    largest = sorted(whole.units, key=lambda name: -float(saved[name]))[:3]
+    sizes = {
+        name: (1, math.ceil(group.size / 2), group.size)
+        for name, group in whole.units.items()
+        if name in largest
+    }
+    images = jnp.zeros((LATENCY_BATCH, *shape))
+    return measure_latency(whole.model, whole.structure, images, sizes=sizes)
 
 
 class Compiled(NamedTuple):
@@ -617,6 +651,11 @@ def check(config: Config) -> gates.Gate:
         raise ValueError(f"polyak must lie in [0, 1), got {config.polyak}")
     if config.beta_end is not None and not config.beta_end > 0:
         raise ValueError(f"beta_end must be > 0, got {config.beta_end}")
+    given = targets(config)
+    if len(given) > 1:
+        raise ValueError(f"give one target, not {' and '.join(given)}")
+    if given and config.gates == "none":
+        raise ValueError(f"{given[0]} is given, but nothing is gated")
     if config.constraint not in constraints.CONSTRAINTS:
         raise ValueError(
             f"unknown constraint {config.constraint!r}; there is "
@@ -676,17 +715,19 @@ TARGETS: dict[str, costs.Cost] = {
 }
 
 
+def targets(config: Config) -> list[str]:
+    """Which targets are given."""
+    names = ("target_density", *TARGETS, "target_latency")
+    return [name for name in names if getattr(config, name) is not None]
+
+
 def constraint_of(
     config: Config, now: Network, whole: Network, steps: int
 ) -> constraints.Constraint | None:
     """What may be left of the network, if there is a target."""
-    given = [n for n in ("target_density", *TARGETS) if getattr(config, n) is not None]
+    given = targets(config)
     if not given:
         return None
-    if len(given) > 1:
-        raise ValueError(f"give one target, not {' and '.join(given)}")
-    if not now.gated:
-        raise ValueError(f"{given[0]} is given, but nothing is gated")
     (name,) = given
     if config.target_density is not None:
         several = len(config.target_density) > 1
@@ -703,7 +744,8 @@ def constraint_of(
         if not several:
             target = config.target_density[0]
     else:
-        cost = TARGETS[name]
+        cost = whole.latency if name == "target_latency" else TARGETS[name]
+        assert cost is not None
         amounts = constraints.share(
             now.structure, cost, float(cost(whole.structure, {}))
         )

@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from l0jax import costs
+
 CONFIG = "config.json"
+LATENCY = "latency.json"
 
 
 class RunFolderError(ValueError):
@@ -63,6 +66,42 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
         "threefry_partitionable": jax.config.values["jax_threefry_partitionable"],
     }
     file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def latency(folder: Path) -> costs.Table | None:
+    """The table of seconds in the folder, if there is one.
+
+    Raises:
+        RunFolderError: if it is damaged.
+    """
+    file = folder / LATENCY
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text())
+        return costs.Table(
+            tuple(stored["groups"]),
+            tuple(map(tuple, stored["sizes"])),
+            np.asarray(stored["seconds"], float),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{file} is damaged ({error!r}); remove it to measure anew"
+        ) from error
+
+
+def keep_latency(folder: Path, table: costs.Table) -> None:
+    """Writes the table of seconds, unless there is one: a run that goes on has found
+    its own, or one that was put there."""
+    if (folder / LATENCY).exists():
+        return
+    stored = {
+        "groups": table.groups,
+        "sizes": table.sizes,
+        "seconds": table.seconds.tolist(),
+        "device": jax.devices()[0].device_kind,
+    }
+    (folder / LATENCY).write_text(json.dumps(stored, indent=2) + "\n")
 
 
 class Log:

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from scipy.interpolate import RegularGridInterpolator
 
 from experiments import data, mnist, mnist_rows, run_folder
 from l0jax import costs, gates, models, storage, train, units
@@ -1211,6 +1212,96 @@ def test_help_explains_every_field(monkeypatch, capsys):
         text = re.sub(r"\s", "", texts[field.name])
         assert len(text) > 10
         assert re.search(rf"{option}[^-].{{,80}}?{re.escape(text)}", squeezed), option
+
+
+# --------------------------------------------------------------- a target on seconds
+
+
+def seconds_left(found):
+    """The share of the seconds that is left in expectation, from the run's files."""
+    stored = json.loads((found.folder / "latency.json").read_text())
+    grid, seconds = stored["sizes"], np.array(stored["seconds"])
+    active = npz(found.folder / "gates.npz")
+    counts = [active[f"{name}/prob_active"].sum() for name in stored["groups"]]
+    # As many as there are at least, for a float32 may be a bit less than one unit.
+    inside = np.clip(counts, [g[0] for g in grid], [g[-1] for g in grid])
+    left = RegularGridInterpolator(grid, seconds, method="linear")(inside)
+    return left.item() / seconds[-1, -1, -1]
+
+
+LATENCY: dict[str, Any] = {"target_latency": 0.6, "epochs": 2, "target_warm_up": 0.5}
+
+
+def test_seconds_are_measured_once_and_a_resumed_run_has_the_same(
+    tmp_path, monkeypatch
+):
+    part = run(tmp_path / "run", stop_after=1, **LATENCY)
+    file = part.folder / "latency.json"
+    measured = file.read_text()
+    stored = json.loads(measured)
+    assert stored["groups"] == ["input", "hidden1", "hidden2"]
+    assert stored["sizes"] == [[1, 32, 64], [1, 150, 300], [1, 50, 100]]
+    assert stored["device"] == jax.devices()[0].device_kind
+
+    def never(*args, **settings):
+        raise AssertionError("it is measured again")
+
+    monkeypatch.setattr(mnist, "measure_latency", never)
+    found = run(tmp_path / "run", resume=True, **LATENCY)
+    assert file.read_text() == measured
+    excess = found.rows[-1]["excess"]
+    assert set(excess) == set(found.rows[-1]["multipliers"]) == {"latency"}
+    assert excess["latency"] == pytest.approx(seconds_left(found) - 0.6, abs=1e-4)
+
+
+def test_seconds_of_a_network_that_was_compacted_are_those_of_the_whole(tmp_path):
+    sizes = {"input": (1, 64), "hidden1": (1, 20, 300), "hidden2": (1, 100)}
+    widths = itertools.product(*sizes.values())
+    seconds = [1.0 + a * b + b * c for a, b, c in widths]
+    table = costs.Table(
+        tuple(sizes), tuple(sizes.values()), np.reshape(seconds, (2, 3, 2))
+    )
+    (tmp_path / "run").mkdir()
+    run_folder.keep_latency(tmp_path / "run", table)
+    changes = {**LATENCY, **COMPACT, "target_latency": 0.05, "multiplier_rate": 30.0}
+    found = run(tmp_path / "run", **changes)
+    assert found.rows[-2]["trained"] != WIDTHS
+    excess = found.rows[-1]["excess"]["latency"]
+    assert excess == pytest.approx(seconds_left(found) - 0.05, abs=1e-4)
+    assert seconds_left(found) < 0.7
+
+
+def test_of_lenet_the_groups_that_cost_most_are_measured(monkeypatch):
+    config = mnist.Config(model="lenet5")
+    widths = mnist.architecture("lenet5", (28, 28, 1), 10)
+    model = models.make("lenet5", widths, rngs=nnx.Rngs(0))
+    asked = {}
+
+    def measure_latency(model, structure, images, sizes):
+        asked.update(sizes)
+        assert images.shape == (256, 28, 28, 1)
+        return costs.Table((), (), np.ones(()))
+
+    monkeypatch.setattr(mnist, "measure_latency", measure_latency)
+    mnist.latency_table(mnist.network(config, model), (28, 28, 1))
+    assert asked == {
+        "conv1": (1, 10, 20),
+        "conv2": (1, 25, 50),
+        "hidden": (1, 250, 500),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_macs": 0.5}, "give one target, not target_macs and target_latency"),
+        ({"gates": "none"}, "target_latency is given, but nothing is gated"),
+    ],
+)
+def test_targets_that_nothing_can_meet_are_refused(changes, message):
+    config = dataclasses.replace(SHORT, target_latency=0.5, **changes)
+    with pytest.raises(ValueError, match=message):
+        mnist.check(config)
 
 
 # --------------------------------------------------------------------------- pieces

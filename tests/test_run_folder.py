@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments import run_folder
+from l0jax import costs
 
 SETTINGS = {"dataset": "digits", "lam": [0.1, 0.2], "beta_end": None, "seed": 0}
 CONFIG = SETTINGS | {"out": "somewhere", "progress": False}
@@ -234,3 +235,33 @@ def test_gates_and_summary_come_back(tmp_path):
     summary = {"dead": ["input"], "last": {"weights": 3}, "seconds": 0.5}
     log.summary(summary)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+# ------------------------------------------------------------------ measured seconds
+
+
+def table_of(seconds):
+    return costs.Table(("input", "hidden1"), ((1, 64), (1, 150, 300)), seconds)
+
+
+def test_a_table_of_seconds_is_read_back_and_not_overwritten(tmp_path):
+    assert run_folder.latency(tmp_path / "nowhere") is None
+    seconds = np.random.default_rng(0).random((2, 3))
+    run_folder.keep_latency(tmp_path, table_of(seconds))
+    run_folder.keep_latency(tmp_path, table_of(2 * seconds))
+    found = run_folder.latency(tmp_path)
+    assert found is not None
+    assert (found.groups, found.sizes) == (
+        ("input", "hidden1"),
+        ((1, 64), (1, 150, 300)),
+    )
+    np.testing.assert_array_equal(found.seconds, seconds)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"groups": [], "sizes": [[1]]}'])
+def test_a_damaged_table_of_seconds_is_named(text, tmp_path):
+    (tmp_path / "latency.json").write_text(text)
+    with pytest.raises(
+        run_folder.RunFolderError, match=r"latency.json is damaged.*rem"
+    ):
+        run_folder.latency(tmp_path)
