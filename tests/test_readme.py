@@ -38,6 +38,15 @@ def test_the_example_of_the_library_runs():
     np.testing.assert_allclose(names["macs"], expected, rtol=1e-6)
 
 
+def test_the_example_of_feature_selection_finds_the_features(capsys):
+    (example,) = (block for block in blocks("python") if "Stochastic" in block)
+    with jax.numpy_dtype_promotion("standard"):  # (For optax.)
+        exec(example, {})
+    printed = capsys.readouterr().out.strip()
+    assert printed == "[3 7]"
+    assert f"# {printed}" in example
+
+
 def test_every_file_that_is_shown_or_linked_exists():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets

@@ -1,0 +1,105 @@
+"""Features that say nothing are dropped, and those that tell are kept."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import feature_selection
+from experiments.feature_selection import Table
+
+QUICK = feature_selection.Config(
+    lam=(0.003, 0.03), seeds=2, epochs=150, noise=20, random=5
+)
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    config = dataclasses.replace(QUICK, out=tmp_path_factory.mktemp("run"))
+    found = feature_selection.main(config)
+    assert json.loads((config.out / "summary.json").read_text()) == found
+    assert (config.out / "features.png").stat().st_size > 10_000
+    return found
+
+
+def test_noise_is_dropped_and_what_tells_is_kept(summary):
+    noise = [name.startswith("noise ") for name in summary["features"]]
+    assert noise == [False] * 30 + [True] * 20
+    kept = np.array(summary["kept_in"])
+    assert kept[noise].sum() <= 1, "of 40 gates"
+    assert 2 * 2 <= kept.sum() <= 2 * 15
+    assert kept.sum() == sum(summary["count"])
+    # Open more often than those of noise are, and open if they are kept.
+    active = np.array(summary["prob_active"])
+    assert active[noise].max() < active[kept == 2].min()
+
+
+def test_kept_features_are_worth_more_than_random_ones(summary):
+    right = {which: np.mean(each) for which, each in summary["test_accuracy"].items()}
+    assert right["kept"] > right["random"] + 2
+    assert right["kept"] > right["all"] - 3
+    assert right["all"] > 92
+
+
+def test_the_largest_price_within_a_standard_error_is_chosen():
+    lam = np.array([0.0, 0.1, 0.2, 0.3])
+    # Of 100 examples, the standard error at 90 % is 3 %.
+    for accuracy, chosen in (
+        ([90.0, 88.0, 87.1, 86.9], 2),
+        ([90.0, 86.0, 88.0, 80.0], 2),
+        ([90.0, 86.9, 86.9, 86.9], 0),
+        ([90.0, 90.0, 90.0, 90.0], 3),
+    ):
+        assert feature_selection.sparsest(lam, np.array(accuracy), 100) == chosen
+    assert feature_selection.sparsest(lam[::-1], np.array([80.0, 90, 89, 70]), 100) == 1
+
+
+def test_splits_share_no_example_and_are_scaled_by_the_first():
+    _, everything = feature_selection.data(0)
+    # A column that tells which example it is.
+    rows = np.arange(len(everything.labels), dtype=float)
+    table = Table(np.stack([rows, everything.inputs[:, 0]], axis=1), everything.labels)
+    parts = feature_selection.split(table, 3)
+    sizes = [len(part.labels) for part in parts]
+    assert sizes == [341, 114, 114]
+    assert len(np.unique(np.concatenate([part.inputs[:, 0] for part in parts]))) == 569
+    np.testing.assert_allclose(parts[0].inputs.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(parts[0].inputs.std(axis=0), 1, rtol=1e-5)
+    for part in parts:
+        assert part.labels.mean() == pytest.approx(table.labels.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"random": 0}, "random must be at least 1, got 0"),
+        ({"noise": -1}, "noise must be at least 0, got -1"),
+        ({"lam": ()}, r"at least one, got \(\)"),
+        ({"lam": (0.1, -0.1)}, r"numbers >= 0.*got \(0.1, -0.1\)"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        feature_selection.main(dataclasses.replace(QUICK, **changes))
+
+
+def test_the_command_prints_a_table(summary, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["feature_selection", "--out", str(tmp_path)])
+    monkeypatch.setattr(feature_selection, "main", lambda config: summary)
+    feature_selection.cli()
+    said = capsys.readouterr().out
+    assert f"random ({np.mean(summary['count']):.1f})" in said
+    assert f"{np.mean(summary['test_accuracy']['all']):.1f} ±" in said
+    both = [
+        n
+        for n, k in zip(summary["features"], summary["kept_in"], strict=True)
+        if k == 2
+    ]
+    assert both
+    assert all(f"  {name} (2)" in said for name in both)
+    assert str(tmp_path / "features.png") in said
