@@ -5,15 +5,16 @@
 
 The gates of Yamada et al. (ICML 2020) on the 30 features of scikit-learn's breast
 cancer data (569 tumours, benign or malignant), with a penalty on the expected number of
-open ones. For each seed the data are split anew; λ is the largest one whose accuracy on
-the validation split is within a standard error of the best (Breiman et al. 1984). A
+open ones. For each seed the data are split anew; λ is the largest one whose loss on the
+validation split is within a standard error of the best (Breiman et al. 1984). A
 network is then trained anew on the kept features alone, on all, and on as many at
 random.
 
-On one core it takes a quarter of a minute: 5.4 features of 30 are kept, with which
-96.1 % of the test examples are right; with all 97.0 %, with as many at random 92.9 %.
+On one core it takes a quarter of a minute: 3.6 features of 30 are kept, with which
+94.7 % of the test examples are right; with all 97.0 %, with as many at random 91.8 %.
 Which are kept differs between seeds, for many measure the same; one wrong example of
-the 114 is 0.9 %.
+the 114 is 0.9 %. (Accuracy would choose λ badly: on so few examples it is often 100 %,
+whose standard error is 0.)
 """
 
 import dataclasses
@@ -79,8 +80,11 @@ def main(config: Config) -> dict[str, Any]:
 
         found = select(seed, training, np.repeat(every, len(config.lam), axis=0))
         probabilities, reads = jax.vmap(decide)(found["gates"])
-        right = accuracy(apply, found, reads, validation)
-        chosen = sparsest(np.asarray(config.lam), right, len(validation.labels))
+        losses = cross_entropy(
+            logits_of(apply, found, reads, validation),
+            np.stack([validation.labels] * len(config.lam)),
+        )
+        chosen = sparsest(np.asarray(config.lam), np.asarray(losses))
         active.append(probabilities[chosen])
         kept.append(np.asarray(reads[chosen] > 0))
         lams.append(config.lam[chosen])
@@ -89,7 +93,9 @@ def main(config: Config) -> dict[str, Any]:
         columns = [kept[-1], *every]
         columns += [rng.permutation(kept[-1]) for _ in range(config.random)]
         columns = np.stack(columns)
-        right = accuracy(apply, train_on(seed, training, columns), columns, test)
+        outputs = logits_of(apply, train_on(seed, training, columns), columns, test)
+        classes = np.asarray(outputs.argmax(axis=2))
+        right = 100 * (classes == test.labels).mean(axis=1)
         accuracies.append([right[0], right[1], right[2:].mean()])
     summary = {
         "features": names,
@@ -141,7 +147,7 @@ def fit_all(config: Config, features: int, *, gated: bool):
         lam, columns = setting
         return train.make_step(
             lambda params, x: apply(params, x, columns),
-            lambda outputs, labels: (cross_entropy(outputs, labels), {}),
+            lambda outputs, labels: (cross_entropy(outputs, labels).mean(), {}),
             lambda _, active: lam * sum(p.sum() for p in active.values()),
             GATE,
             groups,
@@ -188,22 +194,23 @@ def decide(logits):
 
 
 def cross_entropy(outputs, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
-def accuracy(apply, theta, reads, table: Table) -> Float[np.ndarray, " runs"]:
-    """Per cent that are right of networks that read their inputs times `reads`."""
-    found = jax.vmap(lambda params, reads: apply(params, table.inputs, reads))(
+def logits_of(apply, theta, reads, table: Table) -> jax.Array:
+    """The outputs, of shape (runs, examples, 2), of networks that read their inputs
+    times `reads`."""
+    return jax.vmap(lambda params, reads: apply(params, table.inputs, reads))(
         theta["params"], jnp.asarray(reads, jnp.float32)
     )
-    return 100 * (np.asarray(found.argmax(axis=2)) == table.labels).mean(axis=1)
 
 
-def sparsest(lam: np.ndarray, accuracy: np.ndarray, examples: int) -> int:
-    """Where the largest λ is that is within a standard error of the best accuracy."""
-    best = accuracy.max()
-    error = np.sqrt(best * (100 - best) / examples)
-    return int(np.where(accuracy >= best - error, lam, -1).argmax())
+def sparsest(lam: np.ndarray, losses: Float[np.ndarray, "runs examples"]) -> int:
+    """Where the largest λ is whose mean loss is within a standard error of the best."""
+    means = losses.mean(axis=1)
+    best = means.argmin()
+    error = losses[best].std() / np.sqrt(losses.shape[1])
+    return int(np.where(means <= means[best] + error, lam, -1).argmax())
 
 
 # ------------------------------------------------------------------------ the data
@@ -277,9 +284,9 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"{'features':16} test accuracy, mean and deviation of {seeds} seeds"]
     for which, right in summary["test_accuracy"].items():
         lines.append(f"{names[which]:16} {np.mean(right):.1f} ± {np.std(right):.1f} %")
-    lines += ["", f"kept in more than half of {seeds} seeds:"]
+    lines += ["", f"what is kept, and in how many of {seeds} seeds:"]
     for i in np.argsort(summary["kept_in"], stable=True)[::-1]:
-        if 2 * summary["kept_in"][i] > seeds:
+        if summary["kept_in"][i]:
             lines.append(f"  {summary['features'][i]} ({summary['kept_in'][i]})")
     return "\n".join(lines)
 
