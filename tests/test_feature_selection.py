@@ -43,6 +43,18 @@ def test_kept_features_are_worth_more_than_random_ones(summary):
     assert right["all"] > 92
 
 
+def test_at_too_high_a_price_nothing_is_kept(tmp_path):
+    config = feature_selection.Config(
+        lam=(10.0,), seeds=1, epochs=60, random=2, out=tmp_path
+    )
+    found = feature_selection.main(config)
+    assert (found["lam"], found["count"]) == ([10.0], [0])
+    (kept,), (every,), (random,) = found["test_accuracy"].values()
+    # The larger class is 72 of 114 examples.
+    assert kept == random == pytest.approx(100 * 72 / 114)
+    assert every > 92
+
+
 def test_the_largest_price_within_a_standard_error_is_chosen():
     lam = np.array([0.0, 0.1, 0.2, 0.3])
     # Losses that deviate by 1 from their mean: of 100 examples, 0.1 is the error.
