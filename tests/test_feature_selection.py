@@ -55,6 +55,21 @@ def test_at_too_high_a_price_nothing_is_kept(tmp_path):
     assert every > 92
 
 
+def test_a_network_is_trained_on_its_columns_alone():
+    config = dataclasses.replace(QUICK, epochs=1, hidden=4)
+    training, _, _ = feature_selection.split(feature_selection.data(0)[1], 0)
+    inputs = training.inputs.copy()
+    inputs[:, 4] = 7.0
+    train_on = feature_selection.fit_all(config, 30, gated=False)
+    columns = np.stack([np.arange(30) != 4, np.arange(30) != 5])
+    one, other = (
+        train_on(0, Table(each, training.labels), columns)["params"]["layers"][0]
+        for each in (training.inputs, inputs)
+    )
+    np.testing.assert_array_equal(one["kernel"][0], other["kernel"][0])
+    assert (one["kernel"][1] != other["kernel"][1]).any()
+
+
 def test_the_largest_price_within_a_standard_error_is_chosen():
     lam = np.array([0.0, 0.1, 0.2, 0.3])
     # Losses that deviate by 1 from their mean: of 100 examples, 0.1 is the error.
