@@ -91,13 +91,13 @@ DRAWS = 20_000
 points = np.linspace(0.005, 0.995, 50)
 
 
-def draw(gate, logits, draws=DRAWS):
+def draw(gate, logits):
     """Draws of one gate for each logit, one row each."""
-    return np.asarray(gate.sample(key, jnp.tile(logits[:, None], draws)))
+    return np.asarray(gate.sample(key, jnp.tile(logits[:, None], DRAWS)))
 
 
 figure, panels = plt.subplots(
-    *(2, 5), figsize=(13, 5), sharex="row", sharey="row", layout="constrained"
+    2, 5, figsize=(13, 5), sharex="row", sharey="row", layout="constrained"
 )
 for (name, gate), (above, below) in zip(families.items(), panels.T, strict=True):
     draws = draw(gate, three)
@@ -306,10 +306,10 @@ plt.show()
 # ## 4. Gates that are only 0 or 1
 #
 # Bernoulli gates have nothing in between, so no path leads from a draw to its logit.
-# `l0jax.estimators` has estimates of the gradient that only evaluate the loss. To see
-# their bias and their variance we take a loss of eight gates: the mean square error of
-# a linear model. There are $2^8$ states, so that the gradient of the expected loss is
-# known.
+# `l0jax.estimators` has estimates of the gradient that, but for straight-through, only
+# evaluate the loss. To see their bias and their variance we take a loss of eight gates:
+# the mean square error of a linear model. There are $2^8$ states, so that the gradient
+# of the expected loss is known.
 
 # %%
 rng = np.random.default_rng(0)
@@ -367,9 +367,7 @@ for at, (each, colour) in enumerate(zip(found.values(), seven, strict=True)):
     )
     right.barh(at, each.var(0).mean(), color=colour)
 left.axhline(0, color="black", lw=1)
-left.set_title(
-    "Bias: mean of the estimates - exact gradient, ± 2 standard errors (colours →)"
-)
+left.set_title("Bias: mean estimate - exact, ± 2 standard errors (colours →)")
 left.set(xlabel="gate", ylabel="bias of the derivative")
 right.set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
 right.invert_yaxis()
@@ -384,11 +382,13 @@ for name, each in found.items():
     assert (errors.max() < 5) == (name != "straight_through")
 
 # %% [markdown]
-# Straight-through is the only one that is biased, and the only one that has to
-# differentiate the loss. Of the others, REINFORCE and AR evaluate the loss once and the
-# rest twice. What helps most is a difference of two values: a baseline, a second
-# draw, or two draws from the same noise and its mirror image (ARM). DisARM is ARM with
-# the rest of the noise integrated out, so that its variance is never larger.
+# Straight-through varies least, but it is biased: a square is not linear in a gate. Of
+# the others, REINFORCE and AR (augment reinforce) evaluate the loss once and the rest
+# twice. What helps most is a difference of two values: a baseline, which here is the
+# mean that training would not know, a second draw, or two draws from the same noise and
+# its mirror image (ARM). DisARM is ARM with the rest of the noise integrated out, so
+# that its variance is never larger. In training, `make_step` takes one of these as
+# `estimator=`.
 #
 # ## 5. Error against size
 #
@@ -405,10 +405,10 @@ def arrays(split):
 
 
 training, validation = arrays(digits.train), arrays(digits.validation)
-EXAMPLES, BATCH = len(digits.train.labels), 64
+EXAMPLES, BATCH, WIDTHS = len(digits.train.labels), 64, (64, 100, 50, 10)
 
-model = models.MLP((64, 100, 50, 10), rngs=nnx.Rngs(0))
-graph, params, rest = nnx.split(model, nnx.Param, ...)
+model = models.MLP(WIDTHS, rngs=nnx.Rngs(0))
+graph, _, rest = nnx.split(model, nnx.Param, ...)
 structure = models.structure(model)
 groups = structure.groups
 optimizer = train.gates_apart(optax.adam(3e-3), optax.adam(3e-2))
@@ -424,11 +424,10 @@ def loss(outputs, labels):
 
 
 def start(key, gate, constraint=None):
-    weights = nnx.split(
-        models.MLP((64, 100, 50, 10), rngs=nnx.Rngs(key)), nnx.Param, ...
-    )
+    """The state before the first step, with weights and logits drawn from the key."""
+    weights = nnx.state(models.MLP(WIDTHS, rngs=nnx.Rngs(key)), nnx.Param)
     logits = gating.init(gating.key_for(key, "gates"), gate, groups, keep_prob=0.8)
-    return train.init({"params": weights[1], "gates": logits}, optimizer, constraint)
+    return train.init({"params": weights, "gates": logits}, optimizer, constraint)
 
 
 def order(key, epochs):
@@ -455,7 +454,11 @@ def member(setting):
         train.make_step(apply, loss, price, gate, groups, optimizer)
         for gate in two.values()
     ]
-    return lambda *state: jax.lax.switch(family, steps, *state)
+
+    def step(state, batch, key):
+        return jax.lax.switch(family, steps, state, batch, key)
+
+    return step
 
 
 runs = list(itertools.product(two, prices, seeds))
