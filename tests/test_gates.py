@@ -41,13 +41,26 @@ DRAWS = 200_000
 CURVES = ("prob_active", "prob_one", "mean", "l0_term")
 
 
+@dataclasses.dataclass(frozen=True)
+class Student(Pair):
+    """A pair as a user states it, by cdf and density: Student's t with two degrees of
+    freedom, whose tails are heavy."""
+
+    def cdf(self, s):
+        t = s / self.scale
+        return 0.5 + t / (2 * jnp.sqrt(2 + t**2))
+
+    def density(self, s):
+        return (2 + (s / self.scale) ** 2) ** -1.5 / self.scale
+
+
 def variants():
-    """Each family at its defaults, mixtures of each pair, and those that are counted by
-    their mixing weight."""
+    """Each family at its defaults, mixtures of each pair and of one that is a user's,
+    and those that are counted by their mixing weight."""
     for name, family in GATES.items():
         yield name, family()
     yield "mixture-latent", Mixture(l0="latent")
-    for name, pair in PAIRS.items():
+    for name, pair in {**PAIRS, "student": Student}.items():
         if (gate := Mixture(pair())) != Mixture():
             yield f"mixture-{name}", gate
 

@@ -366,6 +366,32 @@ NO_PAIRS = {
 }
 
 
+def test_heavy_tails_and_other_settings_are_a_users_to_choose():
+    """Cauchy's distribution, around a point left of 0."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Cauchy(Pair):
+        scale: Any = 0.02
+        shift: float = -0.05
+
+        def cdf(self, s):
+            return 0.5 + jnp.arctan((s - self.shift) / self.scale) / jnp.pi
+
+        def density(self, s):
+            t = (s - self.shift) / self.scale
+            return 1 / (jnp.pi * self.scale * (1 + t**2))
+
+    p = Mixture(Cauchy()).prob_active(jnp.float32([30.0]))
+    np.testing.assert_allclose(p, stats.cauchy.cdf((1 - T + 0.05) / 0.02), rtol=1e-4)
+
+
+def test_a_pair_is_given_and_not_its_name(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    wrong: Any = "power"
+    with pytest.raises(TypeError, match=r"make_pair\('power'\), got 'power'"):
+        Mixture(wrong)
+
+
 @pytest.mark.parametrize("what", NO_PAIRS)
 def test_what_is_no_pair_is_refused(what):
     pair, message = NO_PAIRS[what]

@@ -33,8 +33,7 @@ class Pair(abc.ABC):
     scale: float | Float[Array, ""] = 0.1
 
     def __post_init__(self):
-        names = (field.name for field in dataclasses.fields(self))
-        positive(**{name: getattr(self, name) for name in names})
+        positive(scale=self.scale)
 
     @abc.abstractmethod
     def cdf(self, s: Numbers) -> Numbers:
@@ -78,6 +77,7 @@ class ExponentialUniform(Exponential):
 
     def __post_init__(self):
         super().__post_init__()
+        positive(share=self.share)
         if not self.share < 1:
             raise ValueError(f"share must be < 1, got {self.share}")
 
@@ -117,6 +117,10 @@ class Kumaraswamy(Pair):
     scale: float | Float[Array, ""] = 0.25
     q: float = 2.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        positive(q=self.q)
+
     def cdf(self, s):
         """R0(s)."""
         return 1 - jnp.power(1 - jnp.power(_inside(s), self.scale), self.q)
@@ -135,6 +139,10 @@ class Beta(Pair):
 
     scale: float | Float[Array, ""] = 0.25
     q: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(q=self.q)
 
     def cdf(self, s):
         """R0(s)."""
