@@ -27,6 +27,7 @@ from l0jax.gates import (
     HardSigmoid,
     InformationBottleneck,
     Mixture,
+    Pair,
     SmoothStep,
     Stochastic,
     VariationalDropout,

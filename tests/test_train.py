@@ -106,7 +106,7 @@ PROBE = {"all": Group("all", 5, (Slot("w", 0),))}
 PROBE_LOGITS = jnp.float32([-1.5, -0.5, 0.0, 0.8, 2.0])
 
 
-def probe(per_example, gate=GATE, **how):
+def probe(per_example, gate=GATE, rate=1.0, **how):
     """A step whose metric `z` holds the gates as the network met them."""
 
     def gates_of(params, x):
@@ -121,7 +121,7 @@ def probe(per_example, gate=GATE, **how):
         lambda params, prob_active: jnp.zeros(()),
         gate,
         PROBE,
-        optax.sgd(1.0),
+        optax.sgd(rate),
         per_example=per_example,
         **how,
     )
@@ -166,31 +166,33 @@ def test_steps_of_every_family_draw_their_own_gates(gate):
 def test_a_step_follows_its_estimator(name):
     """The gradients in logits and in weights are those of the surrogate, the metrics
     those of its draws."""
-    gate = gates.Bernoulli(temperature=0.5)
-    step = probe(False, gate, estimator=ESTIMATORS[name])
-    state = train.init(
-        {"params": {"w": jnp.ones(5)}, "gates": {"all": PROBE_LOGITS}}, optax.sgd(1.0)
-    )
-    state = state._replace(step=jnp.int32(4))
+    gate, ones = gates.Bernoulli(temperature=0.5), jnp.ones(5)
+    step = jax.jit(probe(False, gate, 0.1, estimator=ESTIMATORS[name]))
+    theta = {"params": {"w": ones}, "gates": {"all": PROBE_LOGITS}}
     batch = (jnp.zeros((3, 1)), jnp.float32([1, 2.3, 3.7, -1.1, -2.9]))
-    after, metrics = jax.jit(step)(state, batch, ROOT)
 
-    def surrogate(logits, w):
+    def surrogate(logits, w, at):
         def loss(z):
             return (z["all"] * w) @ batch[1]
 
-        key = jax.random.fold_in(ROOT, 4)
+        key = jax.random.fold_in(ROOT, at)
         return ESTIMATORS[name](key, {"all": logits / 0.5}, loss)
 
-    value = surrogate(PROBE_LOGITS, jnp.ones(5))
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
-    slopes = jax.grad(surrogate, (0, 1))(PROBE_LOGITS, jnp.ones(5))
-    for found, start, slope in (
-        (after.theta["gates"]["all"], PROBE_LOGITS, slopes[0]),
-        (after.theta["params"]["w"], jnp.ones(5), slopes[1]),
-    ):
-        np.testing.assert_allclose(start - found, slope, rtol=1e-4, atol=1e-5)
-    assert np.abs(slopes[0]).max() > 0
+    total = np.zeros(5)
+    for at in range(6):
+        state = train.init(theta, optax.sgd(0.1))._replace(step=jnp.int32(at))
+        after, metrics = step(state, batch, ROOT)
+        value, slopes = jax.value_and_grad(surrogate, (0, 1))(PROBE_LOGITS, ones, at)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, atol=1e-6)
+        for found, start, slope in (
+            (after.theta["gates"]["all"], PROBE_LOGITS, slopes[0]),
+            (after.theta["params"]["w"], ones, slopes[1]),
+        ):
+            moved = (start - found) / 0.1  # (Further, logits would be clipped.)
+            np.testing.assert_allclose(moved, slope, rtol=1e-4, atol=1e-4)
+        total += np.abs(slopes[0])
+    # (Two draws that are the same say nothing; of six pairs some differ.)
+    assert (total > 0).sum() >= 3
 
 
 def test_estimators_are_for_bernoulli_gates_drawn_once_for_a_batch():
