@@ -152,9 +152,9 @@ class Setting(NamedTuple):
     dataset: data.Dataset
     steps: int
 
-    def total(self, lam) -> dict[str, Any]:
+    def minimised(self, lam) -> dict[str, Any]:
         """The arguments of `train.make_total` at a λ."""
-        return mnist.trained_on(
+        return mnist.minimised(
             self.config, self.gate, self.network, self.network, self.dataset, (lam,)
         )
 
@@ -173,7 +173,7 @@ def run(
 
     def member(lam):
         return train.make_step(
-            **setting.total(lam), optimizer=once, polyak=setting.config.polyak
+            **setting.minimised(lam), optimizer=once, polyak=setting.config.polyak
         )
 
     batch_size = setting.config.batch_size
@@ -286,7 +286,7 @@ def gradient_variances(
 
     @jax.jit
     def variance(state, lam, keys):
-        total = train.make_total(**setting.total(lam))
+        total = train.make_total(**setting.minimised(lam))
 
         def slopes(key):
             return jax.grad(total, has_aux=True)(state.theta, state, batch, key)[0]

@@ -475,14 +475,13 @@ def compile_for(
     optimizer: optax.GradientTransformation,
 ) -> Compiled:
     """Training and evaluation of a network of this size."""
-    steps = len(dataset.train.labels) // config.batch_size * config.epochs
     groups, charges = now.gated, charges_of(config, now)
-    constraint = constraint_of(config, now, whole, steps)
-    temperature = temperature_schedule(config, gate, steps)
     root = jax.random.key(config.seed)
-    apply = function_of(now, dataset.scale)
-    settings = trained_on(config, gate, now, whole, dataset)
-    step = train.make_step(**settings, optimizer=optimizer, polyak=config.polyak)
+    objective = minimised(config, gate, now, whole, dataset)
+    step = train.make_step(**objective, optimizer=optimizer, polyak=config.polyak)
+    apply, temperature, constraint = (
+        objective[name] for name in ("apply", "temperature", "constraint")
+    )
 
     @jax.jit
     def errors(params, z, images, labels):
@@ -546,7 +545,7 @@ def function_of(now: Network, scale: float) -> train.Apply:
     return apply
 
 
-def trained_on(
+def minimised(
     config: Config,
     gate: gates.Gate,
     now: Network,
@@ -554,7 +553,8 @@ def trained_on(
     dataset: data.Dataset,
     lam: tuple[Any, ...] | None = None,
 ) -> dict[str, Any]:
-    """What `train.make_total` takes: the loss, the cost of the units, and their gates.
+    """What is descended on, as `train.make_total` takes it: the loss, the cost of the
+    units, and their gates.
 
     `lam` stands in for that of the configuration, and may be traced.
     """

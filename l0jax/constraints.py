@@ -125,14 +125,15 @@ def lagrangian(
     warm_up: int = 0,
 ) -> Constraint:
     r"""$\sum_i \lambda_i e_i$ with $\lambda_i \ge 0$ that grows while there is too much
-    left (Gallego-Posada et al. 2022, eq. 8 and section 4.1).
+    left (Gallego-Posada et al. 2022).
 
     Args:
         amounts: as made by `density` or `share`.
         target: t in (0, 1], one number or one for each of the amounts.
         optimizer: of the multipliers; gradient ascent with a rate of 1e-3 if None.
-        restart: set a multiplier to 0 once its constraint holds. Without it, a
-            multiplier that has grown for long goes on closing gates below the target.
+        restart: set a multiplier to 0 once its constraint holds, as in the paper.
+            Without it, one that has grown for long goes on closing gates below the
+            target.
         warm_up: steps over which the target falls from 1.
 
     Raises:
