@@ -119,7 +119,8 @@ def make_step(
     polyak: float = 0.0,
     temperature: Temperature | None = None,
     constraint: Constraint | None = None,
-    **draws: Any,
+    per_example: bool = False,
+    estimator: Estimator | None = None,
 ) -> Step:
     """A training step `(state, (inputs, targets), key) -> (state, metrics)`.
 
@@ -138,7 +139,7 @@ def make_step(
         polyak: decay of the average over steps, 0 for none.
         temperature: of the gate, if it is annealed or trained.
         constraint: what may be left, as made by `l0jax.constraints`.
-        draws: `per_example` and `estimator`, as for `make_total`.
+        per_example, estimator: how gates are drawn, as for `make_total`.
 
     Raises:
         ValueError: as `make_total`.
@@ -151,7 +152,8 @@ def make_step(
         groups,
         temperature=temperature,
         constraint=constraint,
-        **draws,
+        per_example=per_example,
+        estimator=estimator,
     )
 
     def step(state: State, batch: tuple[PyTree, PyTree], key: PRNGKeyArray):
@@ -369,7 +371,11 @@ def make_run(step: Step) -> Callable[..., tuple[State, Totals]]:
     of arrays with the examples along the first axis, passed as an argument; row t of
     `order` holds the examples of step t. State and totals are donated.
     """
-    return jax.jit(functools.partial(_many, step), donate_argnums=(0, 1))
+
+    def run(state, totals, data, order, key):
+        return _many(step, state, totals, data, order, key)
+
+    return jax.jit(run, donate_argnums=(0, 1))
 
 
 def _many(step: Step, state, totals, data, order, key) -> tuple[State, Totals]:
