@@ -37,6 +37,9 @@ QUICK: dict[str, Any] = {
     **{"epochs": 30, "gate_learning_rate": 6e-2},
 }
 GRADIENT_DRAWS = 32
+# What a closed gate of a mixture leaks at the end of the run: its pair is annealed to
+# that, so that all pairs end equally sharp, as hard concrete gates that are clamped.
+LEAK = 0.047
 SAMPLED_NETWORKS = 5
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,14 +74,15 @@ class Config:
     """mlp or lenet5"""
     families: tuple[str, ...] = tuple(VARIANTS)
     """which families"""
-    lam: tuple[float, ...] = (0.05, 0.15, 0.5, 1.5)
+    lam: tuple[float, ...] = (0.03, 0.07, 0.15, 0.35)
     """the grid of c in λ = c/N"""
     seeds: int = 3
     """runs for each family and λ, with seeds 0, 1, …"""
     epochs: int = 30
     """passes over the training set; 200 are the papers' and for a GPU"""
-    gate_learning_rate: float = 5e-3
-    """of Adam, for the gates"""
+    gate_learning_rate: float = 2e-2
+    """of Adam, for the gates; of 5e-3 noisy families have most gates undecided after 30
+    epochs"""
     quick: bool = False
     """all families in three minutes: digits, one seed, two λ, 30 epochs in which gates
     are trained fast"""
@@ -192,11 +196,11 @@ def run(
     )
 
     checkpoints = storage.Checkpoints(folder / "checkpoints" / f"{name}-{len(wanted)}")
-    first, seconds, variance = 1, 0.0, []
+    first, fastest, variance = 1, math.inf, []
     found = checkpoints.restore(lambda _: states, tqdm.write)
     if found is not None:
         first, states = found[0] + 1, found[1]
-        seconds, variance = found[2]["seconds"], found[2]["variance"]
+        fastest, variance = found[2]["fastest"], found[2]["variance"]
         bar.update(first - 1)
     keys = jnp.stack(roots)
     for epoch in range(first, config.epochs + 1):
@@ -207,17 +211,16 @@ def run(
         totals = train.stack([empty] * len(wanted))
         states, totals = sweep(lams, states, totals, training, orders, keys)
         loss = np.asarray(totals.sums["loss"] / totals.steps)
-        if epoch > 1:  # (The first one compiles.)
-            seconds += time.perf_counter() - begun
+        # (The first one compiles, and whatever else runs on the machine slows some.)
+        fastest = min(fastest, time.perf_counter() - begun)
         if epoch == max(config.epochs // 4, 1):
             variance = gradient_variances(setting, states, lams, batch)
         bar.set_postfix_str(f"loss {np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}")
         bar.update()
         if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-            notes = {"seconds": seconds, "variance": variance}
+            notes = {"fastest": fastest, "variance": variance}
             checkpoints.save(epoch, states, notes)
-    trained = max((config.epochs - 1) * setting.steps / config.epochs, 1)
-    milliseconds = 1e3 * seconds / trained / len(wanted)
+    milliseconds = 1e3 * fastest / (setting.steps // config.epochs) / len(wanted)
     evaluate = evaluation(setting)
     lines = []
     for at, (lam, seed) in enumerate(wanted):
@@ -248,6 +251,8 @@ def setting_of(config: Config, name: str, dataset: data.Dataset) -> Setting:
         **VARIANTS[name],
     )
     gate = mnist.check(its)
+    if isinstance(gate, gates.Mixture):
+        its = dataclasses.replace(its, beta_end=gate.scale_at_leak(LEAK))
     shape = dataset.train.images.shape[1:]
     widths = mnist.architecture(its.model, shape, dataset.classes)
     network = mnist.network(its, models.make(its.model, widths, rngs=nnx.Rngs(0)))

@@ -299,7 +299,7 @@ def gates(run: Run) -> Figure:
     for group, (left, right) in zip(groups, grid, strict=True):
         prob_active = run.gates[f"{group}/prob_active"]
         value = run.gates[f"{group}/value"]
-        undecided = _share((prob_active > 0.05) & (prob_active < 0.95))
+        undecided = _share((prob_active > 0.1) & (prob_active < 0.9))
         _histogram(left, prob_active, SKY)
         _histogram(right, value, BLUE)
         left.set_ylabel("gates, log scale")
@@ -309,7 +309,7 @@ def gates(run: Run) -> Figure:
             f"exactly 0: {at_0.sum():,} ({_share(at_0)}), "
             f"exactly 1: {at_1.sum():,} ({_share(at_1)})"
         )
-    grid[-1, 0].set_xlabel("P(z ≠ 0); undecided: between 0.05 and 0.95")
+    grid[-1, 0].set_xlabel("P(z ≠ 0); undecided: between 0.1 and 0.9")
     grid[-1, 1].set_xlabel(f"gate value {_by_rule(run)}")
     return figure
 

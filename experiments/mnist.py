@@ -86,9 +86,10 @@ class Config:
     target_latency: float | None = None
     """share of the seconds of a call that may be left; measured before training, of
     networks of a few sizes"""
-    constraint: str = "lagrangian"
-    """how a target is enforced: lagrangian, quadratic or exponential"""
-    multiplier_rate: float = 2e-3
+    constraint: str = "quadratic"
+    """how a target is enforced: quadratic ends at it, lagrangian and exponential end
+    below"""
+    multiplier_rate: float = 5e-3
     """of gradient ascent, for the constraint's multipliers"""
     target_warm_up: float = 0.5
     """share of the run over which the target falls from 1"""
@@ -321,6 +322,7 @@ def main(config: Config) -> dict[str, Any]:
             closed = compiled.closed(evaluated, z, active)
             counts = compaction.count(counts, jax.device_get(closed))
             keep = compaction.alive(counts, config.compact_after)
+            keep = compiled.spare(keep)
             to_come = (config.epochs - epoch) * steps_per_epoch * config.batch_size
             if worth_it(config, compiled, keep, to_come):
                 keep = units.left(nnx.state(now.model), keep, now.units)
@@ -464,6 +466,7 @@ class Compiled(NamedTuple):
     decide: Callable
     closed: Callable
     count: Callable
+    spare: Callable
 
 
 def compile_for(
@@ -530,7 +533,29 @@ def compile_for(
         every = now.structure.groups
         return compaction.closed(params, z, active, every, config.compact_below)
 
-    return Compiled(step, train.make_run(step), error, decide, closed, count)
+    def spare(keep):
+        """Of the units that may be taken out, those without which what is left can
+        still be as much as the target, with some room to choose: group by group.
+
+        What is taken out never comes back. A network that falls below its target in
+        the course of training could not rise to it again.
+        """
+        if constraint is None:
+            return keep
+        spared = {}
+        params = nnx.to_pure_dict(nnx.state(now.model, nnx.Param))
+        end = jnp.asarray(steps_of(config, dataset))
+        for name, flags in keep.items():
+            without = {**spared, name: flags}
+            left = units.left(now.structure.arrays, without, now.structure.groups)
+            most = {name: jnp.asarray(left[name], jnp.float32) for name in groups}
+            excess = constraint.excess(params, most, end)
+            if all(float(each) >= ROOM for each in excess.values()):
+                spared = without
+        return spared
+
+    run = train.make_run(step)
+    return Compiled(step, run, error, decide, closed, count, spare)
 
 
 def function_of(now: Network, scale: float) -> train.Apply:
@@ -559,7 +584,7 @@ def minimised(
     `lam` stands in for that of the configuration, and may be traced.
     """
     examples = len(dataset.train.labels)
-    steps = examples // config.batch_size * config.epochs
+    steps = steps_of(config, dataset)
     constraint = constraint_of(config, now, whole, steps)
     lam = config.lam if lam is None else lam
     return {
@@ -581,6 +606,11 @@ def minimised(
     }
 
 
+def steps_of(config: Config, dataset: data.Dataset) -> int:
+    """Of the whole run."""
+    return len(dataset.train.labels) // config.batch_size * config.epochs
+
+
 def worth_it(config: Config, compiled: Compiled, keep: units.Keep, examples) -> bool:
     """Whether compiling the smaller network pays for the examples still to come.
 
@@ -598,6 +628,8 @@ def worth_it(config: Config, compiled: Compiled, keep: units.Keep, examples) -> 
 
 # It is not looked at before multiply-accumulates have fallen to this share.
 COMPACT_AT = 0.65
+# By how much of its target a network that was made smaller must be able to exceed it.
+ROOM = 0.1
 
 
 def at_full_size(values: dict, alive: dict, whole: Network) -> dict:
@@ -878,7 +910,7 @@ def unit_activity(now: Network, params, active) -> dict:
 
 def undecided(active, gated: units.Groups) -> float:
     """Share of all gates that are neither clearly open nor clearly closed."""
-    between = sum(int(((p > 0.05) & (p < 0.95)).sum()) for p in active.values())
+    between = sum(int(((p > 0.1) & (p < 0.9)).sum()) for p in active.values())
     return between / max(sum(group.size for group in gated.values()), 1)
 
 

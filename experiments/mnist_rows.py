@@ -50,8 +50,7 @@ MLP = mnist.Config(
 )
 LENET5 = mnist.Config(dataset="mnist", model="lenet5", epochs=40, compact=False)
 CURVE = (0.03, 0.1, 0.3, 1.0)
-# Targets are met exactly rather than not exceeded: the published runs end at theirs.
-TARGET: dict[str, Any] = {"constraint": "quadratic", "compact": True}
+TARGET: dict[str, Any] = {"gate_learning_rate": 5e-3, "compact": True}
 WEIGHTS: dict[str, Any] = {"gates": "weight", "gate_learning_rate": 1e-2}
 
 ROWS = {
@@ -85,15 +84,17 @@ ROWS = {
     # Targets in place of λ, as in Gallego-Posada et al. (2022): the share of the gated
     # weights, in all or of each layer.
     "mlp-target": Row(
-        dataclasses.replace(
-            MLP, target_density=(0.33,), gate_learning_rate=5e-3, **TARGET
-        ),
+        dataclasses.replace(MLP, target_density=(0.33,), **TARGET),
         published="26.6 % of the parameters, 1.77 ± 0.08 %",
     ),
     "mlp-target-per-layer": Row(
-        dataclasses.replace(
-            MLP, target_density=(0.3,) * 3, gate_learning_rate=5e-3, **TARGET
-        ),
+        dataclasses.replace(MLP, target_density=(0.3,) * 3, **TARGET),
+        published="7.59 % of the parameters, 2.19 ± 0.12 %",
+    ),
+    # At as many parameters as the published runs end with, whose test-time rule closes
+    # more gates than their target asks for.
+    "mlp-target-per-layer-0.27": Row(
+        dataclasses.replace(MLP, target_density=(0.27,) * 3, **TARGET),
         published="7.59 % of the parameters, 2.19 ± 0.12 %",
     ),
     "lenet5-target": Row(

@@ -134,7 +134,9 @@ def lagrangian(
         restart: set a multiplier to 0 once its constraint holds, as in the paper.
             Without it, one that has grown for long goes on closing gates below the
             target.
-        warm_up: steps over which the target falls from 1.
+        warm_up: steps over which the target falls from 1, by the same factor in each:
+            a small target is then approached no faster than a large one, and is not
+            overrun.
 
     Raises:
         ValueError: if a target is outside (0, 1], is less than what is left with no
@@ -166,6 +168,7 @@ def quadratic(
     target: float | Mapping[str, float],
     *,
     optimizer: optax.GradientTransformation | None = None,
+    initial: float = 5.0,
     warm_up: int = 0,
 ) -> Constraint:
     r"""$\sum_i \lambda_i e_i + \mu_i e_i^2$, both multipliers of either sign and
@@ -175,16 +178,27 @@ def quadratic(
 
     Args:
         amounts, target, optimizer, warm_up: as for `lagrangian`.
+        initial: the $\mu_i$ at the start, >= 0. From 0, as in the papers, it takes so
+            long to grow that the amount swings about its target: $\lambda_i$ alone
+            pushes by what the excess was, $\mu_i$ by what it is.
 
     Raises:
-        ValueError: as `lagrangian`.
+        ValueError: as `lagrangian`; if `initial` is negative.
     """
+    if not initial >= 0:
+        raise ValueError(f"initial must be >= 0, got {initial}")
     optimizer = optax.sgd(1e-3) if optimizer is None else optimizer
     excess, names = _excess(amounts, target, warm_up)
 
     def init():
-        zeros = dict.fromkeys(names, jnp.zeros(()))
-        return _dual(optimizer, {"linear": zeros, "square": dict(zeros)})
+        multipliers = {"linear": 0.0, "square": initial}
+        return _dual(
+            optimizer,
+            {
+                name: {each: jnp.asarray(value, jnp.float32) for each in names}
+                for name, value in multipliers.items()
+            },
+        )
 
     def term(dual, excess):
         squares = {name: value**2 for name, value in excess.items()}
@@ -281,7 +295,7 @@ def _excess(amounts: Amounts, target: float | Mapping[str, float], warm_up: int)
         for name in names:
             goal = target[name]
             if warm_up:
-                goal = 1 + (goal - 1) * jnp.minimum(step / warm_up, 1.0)
+                goal = goal ** jnp.minimum(step / warm_up, 1.0)
             found[name] = left[name] / goal - 1
         return found
 

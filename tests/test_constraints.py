@@ -1,6 +1,8 @@
 """Constraints against problems whose solution is known, and against the costs that they
 are shares of."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,14 @@ def test_restarts_keep_the_multiplier_from_closing_too_much():
     assert below(held) < below(free) / 2
 
 
+def test_an_equality_that_pushes_by_what_the_excess_is_does_not_swing():
+    how = {"optimizer": optax.sgd(0.5)}
+    still, _ = solve(constraints.quadratic(FOUR, TARGET, **how))
+    swinging, _ = solve(constraints.quadratic(FOUR, TARGET, initial=0.0, **how))
+    assert still.min() > TARGET - 1e-3
+    assert swinging.min() < TARGET - 0.03
+
+
 def test_an_inequality_that_holds_does_nothing():
     means, strengths = solve(constraints.lagrangian(FOUR, 1.0))
     assert means[-1] == pytest.approx(1.0, abs=1e-3)
@@ -146,7 +156,7 @@ def test_an_inequality_that_holds_does_nothing():
 def test_a_target_warms_up(make):
     constraint = make(constraints.density(SIZES), 0.2, warm_up=100)
     full = {name: jnp.ones_like(p) for name, p in P.items()}
-    for step, goal in ((0, 1.0), (50, 0.6), (100, 0.2), (500, 0.2)):
+    for step, goal in ((0, 1.0), (50, 0.2**0.5), (100, 0.2), (500, 0.2)):
         excess = constraint.excess(PARAMS, full, jnp.int32(step))["density"]
         assert float(excess) == pytest.approx(1 / goal - 1, abs=1e-5)
 
@@ -165,6 +175,12 @@ def test_each_group_has_a_multiplier_of_its_own():
 
 
 # --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("initial", [-1.0, math.nan])
+def test_a_square_does_not_push_away(initial):
+    with pytest.raises(ValueError, match=f"initial must be >= 0, got {initial}"):
+        constraints.quadratic(FOUR, TARGET, initial=initial)
 
 
 @every

@@ -268,6 +268,21 @@ def test_a_relaxed_indicator_biases_what_is_counted(pair):
     assert gaps[0][0] < 0 < gaps[0][1]
 
 
+@every_pair
+def test_pairs_can_be_made_equally_sharp(pair):
+    gate = Mixture(pair=pair())
+    for leak in (0.047, 0.2):
+        sharp = gate.at_temperature(gate.scale_at_leak(leak))
+        closed = sharp.prob_active(jnp.float32([-30.0]))
+        assert float(closed[0]) == pytest.approx(leak, rel=2e-3)
+
+
+@pytest.mark.parametrize("leak", [-0.1, 0.0, 0.97, 1.0, math.nan])
+def test_no_scale_leaks_so_much(leak):
+    with pytest.raises(ValueError, match=r"Gaussian leak .* and 0\.5, got leak="):
+        Mixture(pair=gates.make_pair("gaussian")).scale_at_leak(leak)
+
+
 def test_the_rule_of_the_paper_closes_at_a_twelfth():
     edge, gate = math.log(T / (1 - T)), Mixture()
     below, above = gate.deterministic(jnp.float32([edge - 1e-3, edge + 1e-3]), "paper")

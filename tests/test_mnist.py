@@ -453,7 +453,7 @@ def test_costs_are_those_of_the_formulas(runs, kind):
     l0 = sum(n * p.sum() for n, p in zip(pays, found.active, strict=True))
     assert row["expected_l0"] == pytest.approx(l0, rel=1e-4)
     every = np.concatenate([*found.active, np.zeros(int(not found.active))])
-    between = ((every > 0.05) & (every < 0.95)).mean()
+    between = ((every > 0.1) & (every < 0.9)).mean()
     assert row["undecided"] == pytest.approx(between)
 
 
@@ -1400,7 +1400,7 @@ TARGETS = {
     "bytes": {"target_bytes": 0.3},
     "density": {"target_density": (0.3,)},
     "density of layers": {"target_density": (0.6, 0.3, 0.8)},
-    "quadratic": {"target_params": 0.3, "constraint": "quadratic"},
+    "lagrangian": {"target_params": 0.3, "constraint": "lagrangian"},
 }
 
 
@@ -1409,19 +1409,23 @@ def test_a_target_is_met(tmp_path, kind):
     """Across compactions too, after which shares are still those of the whole."""
     its = run(
         tmp_path / "run",
-        epochs=30,
+        epochs=40,
         gate_learning_rate=0.02,
         compact_gain=0.0,
-        multiplier_rate=0.03,
+        multiplier_rate=0.1,
         **TARGETS[kind],
     )
     last = its.rows[-1]
     assert last["trained"] != WIDTHS, "it compacted"
     targets = its.config.target_density or (0.3,)
     assert len(last["excess"]) == len(last["multipliers"]) == len(targets)
-    slack = 0.1 if its.config.constraint == "lagrangian" else 0.2
+    lowest = -0.3 if its.config.constraint == "lagrangian" else -0.15
     for excess in last["excess"].values():
-        assert -3 * slack < excess < slack
+        assert lowest < excess < 0.05
+    # Compaction has left room for the target.
+    if kind == "density of layers":
+        for name, target in zip(("input", "hidden1", "hidden2"), targets, strict=True):
+            assert last["trained"][name] >= 1.1 * target * WIDTHS[name]
     if kind in ("params", "macs"):
         dense = DENSE + 410 if kind == "params" else DENSE
         found = last["expected"]["macs"] / dense
@@ -1513,7 +1517,7 @@ def test_one_value_serves_all_layers_and_several_their_own():
 
 
 def test_undecided_gates_are_those_between_the_two_ends():
-    active = {"a": jnp.float32([0.0, 0.04, 0.06, 0.5]), "b": jnp.float32([0.94, 0.96])}
+    active = {"a": jnp.float32([0.0, 0.09, 0.11, 0.5]), "b": jnp.float32([0.89, 0.91])}
     gated = {"a": units.Group("a", 4, ()), "b": units.Group("b", 2, ())}
     assert mnist.undecided(active, gated) == pytest.approx(0.5)
     # Of units that were taken out there is nothing to decide.
