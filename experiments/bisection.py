@@ -5,7 +5,8 @@ met, a run of `experiments.mnist` for every λ.
 
 Prints every λ that was tried and what was left, and how many epochs it took in all. An
 interrupted one goes on where it was. (`experiments.mnist --target-density 0.33` takes
-one run.)
+one run.) With `--record` the outcome becomes a line of
+`experiments/results/bisection.jsonl`, which `RESULTS.md` quotes.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ import tyro
 
 from experiments import mnist, run_folder
 
+RESULTS = Path(__file__).parent / "results" / "bisection.jsonl"
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Find the λ at which a share of the gated weights is left in expectation."""
 
-    mnist: Annotated[mnist.Config, tyro.conf.arg(name="")] = dataclasses.field(
+    training: Annotated[mnist.Config, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=mnist.Config
     )
     target: float = 0.33
@@ -36,25 +39,34 @@ class Config:
     """c that leaves too little"""
     most: int = 12
     """runs after which it is given up"""
+    record: bool = False
+    """put the outcome into the results, in the place of an older one of this target"""
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs until the target is met; returns the runs, and the λ that met it or None."""
+    found = search(config)
+    if config.record:
+        record(config, found)
+    return found
+
+
+def search(config: Config) -> dict[str, Any]:
     if not 0 < config.target < 1:
         raise ValueError(f"target must lie in (0, 1), got {config.target}")
     if not 0 < config.low < config.high:
         raise ValueError(
             f"low and high must rise from above 0, got {config.low} and {config.high}"
         )
-    parent = config.mnist.out or run_folder.default(
-        f"bisection-{config.mnist.dataset}-{config.mnist.model}",
-        {"target": config.target, **mnist.scientific(config.mnist)},
+    parent = config.training.out or run_folder.default(
+        f"bisection-{config.training.dataset}-{config.training.model}",
+        {"target": config.target, **mnist.scientific(config.training)},
     )
     low, high, runs = math.log(config.low), math.log(config.high), []
     while len(runs) < config.most:
         lam = math.exp((low + high) / 2)
-        left = density(config.mnist, lam, parent / f"lam-{lam:.6g}")
-        runs.append({"lam": lam, "density": left})
+        runs.append(run(config.training, lam, parent / f"lam-{lam:.6g}"))
+        left = runs[-1]["density"]
         print(f"λ = {lam:.4g}/N leaves {100 * left:.2f} %", flush=True)
         if abs(left / config.target - 1) <= config.tolerance:
             return {"lam": lam, "runs": runs}
@@ -64,14 +76,44 @@ def main(config: Config) -> dict[str, Any]:
     return {"lam": None, "runs": runs}
 
 
-def density(config: mnist.Config, lam: float, folder: Path) -> float:
-    """The expected share of gated weights at the end of a run."""
+def run(config: mnist.Config, lam: float, folder: Path) -> dict[str, float]:
+    """One λ, and the expected share of gated weights at the end of its run."""
     done = folder / "summary.json"
     if not done.exists():
         resume = (folder / "config.json").exists()
         mnist.main(dataclasses.replace(config, lam=(lam,), out=folder, resume=resume))
     row = run_folder.Log(folder).rows()[-1]
-    return row["expected_l0"] / json.loads(done.read_text())["gated_weights"]
+    summary = json.loads(done.read_text())
+    return {
+        "lam": lam,
+        "density": row["expected_l0"] / summary["gated_weights"],
+        "test_error": summary["last"]["test_error"],
+        "seconds": summary["seconds"],
+    }
+
+
+def results() -> list[dict[str, Any]]:
+    """What was recorded."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def record(config: Config, found: dict[str, Any]) -> None:
+    """Puts an outcome into the results."""
+    result = {
+        "target": config.target,
+        "tolerance": config.tolerance,
+        "config": mnist.scientific(config.training),
+        **found,
+    }
+
+    def identity(each):
+        return (each["target"], each["config"])
+
+    kept = [each for each in results() if identity(each) != identity(result)]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("".join(json.dumps(each) + "\n" for each in [*kept, result]))
 
 
 def cli() -> None:
@@ -81,7 +123,7 @@ def cli() -> None:
     except (ValueError, mnist.Diverged, OSError) as error:
         raise SystemExit(f"experiments.bisection: {error}") from None
     runs = len(found["runs"])
-    epochs = runs * config.mnist.epochs
+    epochs = runs * config.training.epochs
     if found["lam"] is None:
         print(f"not met after {runs} runs, {epochs} epochs")
     else:

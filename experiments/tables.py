@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import family_report, mnist_rows
+from experiments import bisection, family_report, mnist_rows
 from experiments.printing import interval, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +128,6 @@ def constrained() -> str:
         if "excess" not in results[0]:
             continue
         config = results[0]["config"]
-        targets = config["target_density"]
         dense = DENSE_PARAMETERS[config["model"]]
         left = [100 * r["shrunk"]["parameters"] / dense for r in results]
         misses = [100 * e for r in results for e in r["excess"].values()]
@@ -136,7 +135,7 @@ def constrained() -> str:
         lines.append(
             [
                 f"`{name}`",
-                ", ".join(f"{target:g}" for target in targets),
+                target_of(config),
                 mnist_rows.ROWS[name].published,
                 f"{interval(left)} %",
                 f"{interval(r['last']['test_error'] for r in results)} %",
@@ -148,7 +147,7 @@ def constrained() -> str:
         )
     header = [
         "row",
-        "target: share of the gated weights",
+        "target: share of",
         "published (Gallego-Posada et al. 2022)",
         "parameters left after removal",
         "test error, last epoch",
@@ -158,6 +157,46 @@ def constrained() -> str:
         "epochs",
     ]
     return markdown(header, lines)
+
+
+def bisected() -> str:
+    """What it took to meet a target by bisection over λ."""
+    lines = []
+    for result in bisection.results():
+        config, runs = result["config"], result["runs"]
+        met = f"{result['lam']:.3g}" if result["lam"] else "not met"
+        lines.append(
+            [
+                f"{config['model']} on {config['dataset']}, {result['target']:g} of "
+                "the gated weights",
+                met,
+                str(len(runs)),
+                str(len(runs) * config["epochs"]),
+                f"{100 * (runs[-1]['density'] / result['target'] - 1):+.2f} %",
+                f"{runs[-1]['test_error']:.2f} %",
+                str(config["seed"]),
+            ]
+        )
+    header = ["target", "c in λ = c/N", "runs", "epochs in all"]
+    header += ["share off the target", "test error", "seed"]
+    return markdown(header, lines) if lines else ""
+
+
+def target_of(config: dict) -> str:
+    """A configuration's target in words."""
+    what = {
+        "target_density": "the gated weights",
+        "target_params": "the parameters",
+        "target_macs": "the multiply-accumulates",
+        "target_bytes": "the bytes",
+        "target_latency": "the seconds of a call",
+    }
+    for field, words in what.items():
+        target = config.get(field)
+        if target is not None:
+            numbers = target if isinstance(target, list) else [target]
+            return f"{words}: " + ", ".join(f"{number:g}" for number in numbers)
+    raise ValueError("no target is given")
 
 
 # With biases, of the networks as they are built.
@@ -242,6 +281,11 @@ that are trained with the gates, in one run. A unit counts with all its weights,
 or not what they lead to is left; removal leaves fewer.
 
 {constrained()}
+
+Bisection over λ, the baseline, takes several runs of as many epochs each
+(`python -m experiments.bisection`):
+
+{bisected()}
 
 ### Gates on single weights
 
