@@ -36,6 +36,8 @@ ONLY_IN = {
     "tracing": {"pathlib", "traceback"},
     # To measure, and to draw.
     "report": {"time", "statistics", "matplotlib"},
+    # To find the sharpness at which a pair leaves as much as it is told.
+    "gates.mixture": {"scipy"},
 }
 # What the standard library offers a pure function.
 PURE = {
