@@ -223,8 +223,11 @@ def run(
     milliseconds = 1e3 * fastest / (setting.steps // config.epochs) / len(wanted)
     evaluate = evaluation(setting)
     lines = []
+    # A member taken out on the devices makes them meet, and they wait for one that is
+    # still busy with the member before for 40 seconds at most.
+    states = jax.device_get(states)
     for at, (lam, seed) in enumerate(wanted):
-        state = jax.device_get(train.member_of(states, at))
+        state = train.member_of(states, at)
         for line in evaluate(state, jax.random.key(seed)):
             line |= {
                 "dataset": config.dataset,
