@@ -140,7 +140,7 @@ def constrained() -> str:
                 f"{interval(left)} %",
                 f"{interval(r['last']['test_error'] for r in results)} %",
                 architectures(results),
-                f"{min(misses):+.2f} to {max(misses):+.2f} %, {met} of {len(misses)}",
+                f"{max(map(abs, misses)):.2f} %, {met} of {len(misses)}",
                 str(len(results)),
                 str(config["epochs"]),
             ]
@@ -152,7 +152,7 @@ def constrained() -> str:
         "parameters left after removal",
         "test error, last epoch",
         "architectures by seed",
-        "expected share off the target, and how often within 1 %",
+        "expected share off its target at most, and how often within 1 %",
         "seeds",
         "epochs",
     ]
