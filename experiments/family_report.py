@@ -12,6 +12,7 @@ writes into the folder, in a few seconds:
 
 import argparse
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,6 +44,11 @@ class Point(NamedTuple):
     error: float
     source: str
 
+    @property
+    def widths(self) -> list[int]:
+        """What is left of each layer."""
+        return [int(width) for width in self.architecture.split("-")]
+
 
 PUBLISHED = {
     "mlp": (
@@ -63,6 +69,7 @@ PUBLISHED = {
     ),
 }
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 PANELS = {
     "mixtures": ("mixture-", "relaxed_mixture"),
     "Bernoulli gates, by estimator": ("bernoulli-",),
@@ -157,13 +164,24 @@ def table(rows: list[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> str:
-    """What is said of several seeds: each verdict once, with how many it is of."""
-    counts = defaultdict(int)
+    """What is said of several seeds: what differs in its numbers only is said once,
+    with the lowest and the highest, and of how many seeds it is said."""
+    said: dict[str, list[list[float]]] = defaultdict(list)
     for row in rows:
-        counts[row["verdict"]] += 1
-    if len(counts) == 1:
-        return next(iter(counts))
-    return "; ".join(f"{n} of {len(rows)}: {said}" for said, n in counts.items())
+        for each in row["verdict"].split("; "):
+            found = NUMBER.findall(each)
+            said[NUMBER.sub("{}", each)].append([float(number) for number in found])
+    lines = []
+    for text, found in said.items():
+        ranges = [
+            sorted({f"{n:g}" for n in column}, key=float)
+            for column in zip(*found, strict=True)
+        ]
+        spans = [f"{r[0]} to {r[-1]}" if len(r) > 1 else r[0] for r in ranges]
+        line = text.format(*spans)
+        of = "" if len(found) == len(rows) else f"{len(found)} of {len(rows)}: "
+        lines.append(of + line)
+    return "; ".join(lines)
 
 
 # ------------------------------------------------------------------------ the frontier
@@ -195,11 +213,16 @@ def frontier(rows: list[Row], column: str) -> Figure:
     error = numbers(rows, "test_error")
     lowest, highest = np.nanmin(error), min(np.nanmax(error), 4 * np.nanmin(error))
     whole = float(rows[0][f"dense_{column}"])
+    kept = numbers(rows, column)[error <= highest]
+    fewest = kept.min(initial=whole)
+    if rows[0]["dataset"] == "mnist":
+        costs = [cost(model, point.widths, column) for point in PUBLISHED[model]]
+        fewest = min(fewest, *costs)
     for axes in panels:
         axes.set_xscale("log")
         axes.set_yscale("log")
         # (What has collapsed lies outside.)
-        axes.set_xlim(0.005 * whole, 1.2 * whole)
+        axes.set_xlim(0.6 * fewest, 1.2 * whole)
         axes.set_ylim(0.9 * lowest, 1.1 * highest)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -207,6 +230,14 @@ def frontier(rows: list[Row], column: str) -> Figure:
     what = {"weights": "weights left", "macs": "multiply-accumulates left"}[column]
     for axes in panels[2:]:
         axes.set_xlabel(what)
+    if rows[0]["dataset"] == "mnist":
+        listed = [
+            f"{number}: {point.name} ({point.source})"
+            for number, point in enumerate(PUBLISHED[model], 1)
+        ]
+        half = (len(listed) + 1) // 2
+        lines = [";  ".join(listed[:half]), ";  ".join(listed[half:])]
+        figure.supxlabel("published, grey: " + "\n".join(lines), fontsize=8)
     for axes in panels[::2]:
         axes.set_ylabel("test error, %")
     seeds = len({row["seed"] for row in rows})
@@ -214,7 +245,6 @@ def frontier(rows: list[Row], column: str) -> Figure:
         f"{model} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs: "
         + (f"means of {seeds} seeds with 95 % intervals" if seeds > 1 else "one seed")
         + ", a point for each λ"
-        + ("; grey: published" if rows[0]["dataset"] == "mnist" else "")
     )
     return figure
 
@@ -252,17 +282,17 @@ def curve(
 
 def published(axes: Axes, model: str, column: str) -> None:
     """What papers report, as grey squares with their names."""
-    for point in PUBLISHED[model]:
-        widths = [int(width) for width in point.architecture.split("-")]
-        x = cost(model, widths, column)
-        axes.plot(x, point.error, "s", color="#888888", markersize=5, zorder=1)
+    for number, point in enumerate(PUBLISHED[model], 1):
+        x = cost(model, point.widths, column)
+        axes.plot(x, point.error, "o", color="#777777", markersize=9, zorder=3)
         axes.annotate(
-            f"{point.name}\n({point.source})",
+            str(number),
             (x, point.error),
-            (4, 3),
-            textcoords="offset points",
-            fontsize=5.5,
-            color="#666666",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white",
+            zorder=4,
         )
 
 
@@ -330,7 +360,7 @@ def density(axes: Axes, gate: gates.Gate, draws: int) -> None:
     axes.axhline(0, color=REMOVED, linewidth=0.5)
     if gate.random and gate.bounded:
         axes.set_ylim(0, 4)
-    axes.legend(fontsize=6, loc="upper center")
+    axes.legend(fontsize=6, loc="best")
 
 
 def main() -> None:

@@ -365,7 +365,9 @@ def best_of_families(rows: list[dict[str, str]]) -> str:
                 f"{interval(of['test_error'])} %",
                 interval(of["weights"], 0),
                 ", ".join(row["architecture"] for row in found),
-                f"{interval(100 * of['undecided'], 1)} %",
+                ""
+                if np.isnan(of["undecided"]).all()
+                else f"{interval(100 * of['undecided'], 1)} %",
                 f"{of['gradient_variance'].mean():.1e}",
                 family_report.verdicts(found),
             ]

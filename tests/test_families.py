@@ -178,13 +178,25 @@ def test_verdicts_say_what_went_wrong(changed, said):
     assert re.search(said, families.verdict({**LINE, **changed}))
 
 
+@pytest.mark.parametrize(
+    ("each", "together"),
+    [
+        (["fine", "fine", "fine"], "fine"),
+        (["fine", "L0 is 2.5 % off", "fine"], "2 of 3: fine; 1 of 3: L0 is 2.5 % off"),
+        (["7 % a; b", "71 % a; b", "9 % a; b"], "7 to 71 % a; b"),
+        (["a is 1; b", "b", "b"], "1 of 3: a is 1; b"),
+    ],
+)
+def test_verdicts_that_differ_in_numbers_are_one(each, together):
+    rows = [{"verdict": said} for said in each]
+    assert family_report.verdicts(rows) == together
+
+
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_published_networks_cost_what_is_published(model):
     """Weights that the papers, or those who quote them, print."""
     weights = {
-        p.architecture: family_report.cost(
-            model, [int(n) for n in p.architecture.split("-")], "weights"
-        )
+        p.architecture: family_report.cost(model, p.widths, "weights")
         for p in family_report.PUBLISHED[model]
     }
     printed = {
