@@ -18,7 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist")
+DATASETS = (
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "cifar10",
+    "cifar100",
+    "cifar10_jpeg",
+)
+# Not of TFDS' catalogue: CIFAR-10 stored as JPEG, where somebody has prepared it so.
+# That loses a little of the images: its errors are not those of CIFAR-10.
+_NOT_IN_CATALOGUE = ("cifar10_jpeg",)
 
 # TFDS asks for importlib_resources when it prepares, without depending on it.
 _NEEDED_TO_PREPARE = ("tensorflow", "importlib_resources")
@@ -132,9 +143,18 @@ def _prepared(name: str) -> tuple[Split, Split, int, float]:
 
     data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     data_dir = data_dir.expanduser().absolute()
-    folder = data_dir / name / str(tfds.builder_cls(name).VERSION)
-    if not folder.is_dir():
-        _prepare(name, data_dir, folder)
+    if name in _NOT_IN_CATALOGUE:
+        versions = sorted((data_dir / name).glob("*.*.*"))
+        if not versions:
+            raise DataError(
+                f"{name} is not in {data_dir}, and not in the catalogue of TFDS to be "
+                "made from: point TFDS_DATA_DIR at a folder that holds it"
+            )
+        folder = versions[-1]
+    else:
+        folder = data_dir / name / str(tfds.builder_cls(name).VERSION)
+        if not folder.is_dir():
+            _prepare(name, data_dir, folder)
     try:
         builder: Any = tfds.builder_from_directory(folder)
         train, test = (_read(builder, split) for split in ("train", "test"))
@@ -165,8 +185,8 @@ def _read(builder: Any, split: str) -> Split:
     height, width, channels = builder.info.features["image"].shape
     images = np.empty((len(examples), height, width, channels), np.uint8)
     for image, example in zip(images, examples, strict=True):
-        png = Image.open(io.BytesIO(example["image"]), formats=("PNG",))
-        image[...] = np.frombuffer(png.tobytes(), np.uint8).reshape(image.shape)
+        stored = Image.open(io.BytesIO(example["image"]), formats=("PNG", "JPEG"))
+        image[...] = np.frombuffer(stored.tobytes(), np.uint8).reshape(image.shape)
     labels = np.array([example["label"] for example in examples], np.int32)
     return Split(images, labels)
 

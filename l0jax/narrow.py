@@ -17,7 +17,7 @@ from jaxtyping import Bool, PyTree
 
 from l0jax import units
 from l0jax.axes import Type, Variable, positions, resolve, size, variables
-from l0jax.program import Line, Program, constants_and_carries, line_of
+from l0jax.program import Line, Program, bind, constants_and_carries, line_of
 from l0jax.rules import Value
 from l0jax.structure import Structure
 from l0jax.units import Keep, arrays
@@ -309,14 +309,14 @@ def _constant(left: _Left, value: Value, constant: Any) -> Any:
 def _line(line: Line, given: Sequence[Any], left: _Left) -> Sequence[Any]:
     eqn = line.eqn
     if not _differs(line, left):
-        return _bind(eqn, given, {})
+        return bind(eqn, given)
     name = eqn.primitive.name
     if name in RUN:
         return RUN[name](line, given, left)
     if line.inner:
         return _run(line.inner[0], given, left)
     changes = SIZES[name](line, given, left) if name in SIZES else {}
-    return _bind(eqn, given, changes)
+    return bind(eqn, given, changes)
 
 
 def _differs(line: Line, left: _Left) -> bool:
@@ -324,13 +324,6 @@ def _differs(line: Line, left: _Left) -> bool:
     return any(left.changed(value.axes) for value in (*line.ins, *line.outs)) or any(
         _differs(inner, left) for program in line.inner for inner in program.lines
     )
-
-
-def _bind(eqn: Any, given: Sequence[Any], changes: dict[str, Any]) -> Sequence[Any]:
-    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*given, **params)
-    return results if eqn.primitive.multiple_results else [results]
 
 
 # Parameters of primitives that hold sizes, at the sizes of this call.

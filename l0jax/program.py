@@ -6,7 +6,7 @@ Primitives have their rules in `l0jax.rules`. Here are those that run other jaxp
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,16 @@ def line_of(eqn: Any) -> str:
     for folder in ("site-packages/", f"{Path.cwd()}/"):
         line = line.rpartition(folder)[2]
     return line.strip(" :")
+
+
+def bind(
+    eqn: Any, given: Sequence[Any], changes: Mapping[str, Any] | None = None
+) -> Sequence[Any]:
+    """What an equation gives for other arguments, with some parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **(changes or {})})
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*given, **params)
+    return results if eqn.primitive.multiple_results else [results]
 
 
 Runs = Callable[

@@ -7,7 +7,6 @@ proved removable is frozen, and says why.
 """
 
 import dataclasses
-import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -322,10 +321,11 @@ def _slot(stored: Mapping[str, Value], place: Place, variable: Variable) -> Slot
 
 
 def _name(slots: Sequence[Slot], leaves: Mapping[str, Any], taken: Counter) -> str:
-    """The module that makes the units: of several the one with the largest array."""
+    """The module that makes the units: of several the first of those whose array has
+    most axes, so that names stay when some become smaller than others."""
     base = "input"
     if slots:
-        path = max(slots, key=lambda slot: math.prod(leaves[slot.path].shape)).path
+        path = max(slots, key=lambda slot: len(leaves[slot.path].shape)).path
         path = path.removeprefix("params.")
         base = path.rpartition(".")[0] or path
     name = base

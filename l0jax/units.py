@@ -88,6 +88,22 @@ def arrays(tree: PyTree) -> dict[str, Any]:
     return found
 
 
+def replace(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
+    """`tree` with other leaves at some of its paths.
+
+    Raises:
+        ValueError: for a path that isn't there.
+    """
+    missing = values.keys() - arrays(tree).keys()
+    if missing:
+        raise ValueError(
+            f"no array at {min(missing)!r}; there is {', '.join(arrays(tree))}"
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: values.get(path_of(key_path), leaf), tree
+    )
+
+
 def check(tree: PyTree, groups: Groups) -> None:
     """Raises ValueError unless every slot of `groups` fits an array of `tree`."""
     shapes = {path: jnp.shape(leaf) for path, leaf in arrays(tree).items()}

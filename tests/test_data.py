@@ -513,3 +513,28 @@ def test_mnist_truncated(data_dir: Path):
     with pytest.raises(data.DataError) as info:
         data.load("mnist", 0.1)
     check_error(info.value, f"{folder} can't be read", "delete it and prepare")
+
+
+CIFAR = MNIST.parent.parent / "cifar10_jpeg"
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="no CIFAR-10 in TFDS_DATA_DIR")
+def test_cifar10_jpeg():
+    """The mean and the deviation of the colours that everyone normalises with."""
+    found = data.load("cifar10_jpeg", 0.1)
+    assert found.train.images.shape == (45_000, 32, 32, 3)
+    assert found.validation.images.shape == (5_000, 32, 32, 3)
+    assert found.test.images.shape == (10_000, 32, 32, 3)
+    labels = np.concatenate([found.train.labels, found.validation.labels])
+    assert (np.bincount(labels) == 5_000).all()
+    assert (np.bincount(found.test.labels) == 1_000).all()
+    pixels = found.train.images.reshape(-1, 3)
+    mean, deviation = pixels.mean(0) / found.scale, pixels.std(0) / found.scale
+    np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=2e-3)
+    np.testing.assert_allclose(deviation, [0.2470, 0.2435, 0.2616], atol=3e-3)
+
+
+def test_what_is_not_in_the_catalogue_must_be_there(data_dir: Path):
+    with pytest.raises(data.DataError) as info:
+        data.load("cifar10_jpeg", 0.1)
+    check_error(info.value, "cifar10_jpeg is not in", str(data_dir), "TFDS_DATA_DIR")

@@ -18,7 +18,7 @@ LAYERS = (
     ("rules", "polynomials"),
     ("program",),
     ("structure", "poles"),
-    ("tracing", "narrow"),
+    ("tracing", "narrow", "dataflow"),
     ("gating", "costs"),
     ("objectives", "models", "compaction", "estimators"),
     ("constraints",),

@@ -888,7 +888,7 @@ def test_a_row_goes_on_where_it_stopped_and_is_recorded(
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "dataset": ({"dataset": "emnist"}, ["dataset 'emnist'", *data.DATASETS]),
-    "model": ({"model": "vgg"}, ["model 'vgg'", *models.MODELS]),
+    "model": ({"model": "vgg"}, ["model 'vgg'", *mnist.NETWORKS]),
     "gate": ({"gate": "soft"}, ["gate 'soft'", *gates.GATES]),
     "rule": (
         {"test_rule": "best"},

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES
 from flax import nnx
 
 from l0jax import gates, gating, models, objectives
@@ -155,8 +156,7 @@ def test_positions_of_no_unit_decay_in_full():
 
 def test_every_model_is_charged_for_all_its_kernels():
     for name in models.MODELS:
-        architecture = {"mlp": {"features": (6, 5, 4)}}.get(name, {})
-        model = models.make(name, architecture, rngs=nnx.Rngs(0))
+        model = models.make(name, ARCHITECTURES[name]["small"], rngs=nnx.Rngs(0))
         params = nnx.state(model, nnx.Param)
         groups = models.structure(model).groups
         charges = model.charges(groups)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -19,15 +20,11 @@ import l0jax.nnx
 from l0jax import models, storage, units
 from l0jax.models import MODELS
 
-ARCHITECTURES = {
-    "mlp": {"features": (12, 7, 5, 3)},
-    "lenet5": {"shape": (18, 16, 2), "maps": (3, 4), "hidden": 6, "classes": 3},
-}
 WARN = "damaged"
 
 
 def dense(name):
-    return models.make(name, ARCHITECTURES[name], rngs=nnx.Rngs(0))
+    return models.make(name, ARCHITECTURES[name]["small"], rngs=nnx.Rngs(0))
 
 
 def shrunk(name):

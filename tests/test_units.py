@@ -685,3 +685,14 @@ def test_an_empty_tree_is_reported_as_such():
 def test_paths_must_tell_arrays_apart():
     with pytest.raises(ValueError, match=r"two arrays have the same path 'a\.b'"):
         units.arrays({"a": {"b": 1.0}, "a.b": 2.0})
+
+
+def test_replaced_leaves_are_new_and_all_others_the_same():
+    tree = {"a": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "c": jnp.ones(1)}
+    new = units.replace(tree, {"a.w": jnp.full((4, 3), 2.0)})
+    assert new["a"]["w"].shape == (4, 3)
+    assert new["a"]["b"] is tree["a"]["b"]
+    assert new["c"] is tree["c"]
+    assert tree["a"]["w"].shape == (2, 3)
+    with pytest.raises(ValueError, match=r"no array at 'a\.v'; there is a\.b, a\.w, c"):
+        units.replace(tree, {"a.v": jnp.ones(1)})

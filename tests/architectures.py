@@ -1,0 +1,75 @@
+"""Small networks of every kind in `MODELS`, and the papers' of MNIST."""
+
+# Of each model: a small shape, one with odd sizes and colours, and the paper's.
+ARCHITECTURES = {
+    "mlp": {
+        "small": {"features": (12, 7, 5, 3)},
+        "odd": {"features": (9, 4)},
+        "paper": {"features": (784, 300, 100, 10)},
+    },
+    "lenet5": {
+        "small": {"shape": (16, 16, 1), "maps": (3, 4), "hidden": 6, "classes": 3},
+        "odd": {"shape": (21, 18, 3), "maps": (4, 5), "hidden": 7, "classes": 4},
+        "paper": {},
+    },
+    "vgg": {
+        "small": {"stages": ((3,), (4, 5)), "classes": 3, "shape": (5, 4, 2)},
+    },
+    "pre_activation_resnet": {
+        "small": {
+            "stem": 3,
+            "stages": (3, 5),
+            "inner": ((2, 4), (3,)),
+            "project": (False, True),
+            "classes": 3,
+            "shape": (6, 5, 2),
+        },
+        "odd": {
+            "stem": 2,
+            "stages": (3,),
+            "inner": ((4,),),
+            "project": (True,),
+            "classes": 4,
+            "shape": (3, 3, 1),
+        },
+    },
+    "resnet": {
+        "small": {
+            "stem": 3,
+            "stages": (3, 4),
+            "inner": (((2,), (5,)), ((3,),)),
+            "project": (False, True),
+            "classes": 3,
+            "shape": (11, 12, 2),
+        },
+        "odd": {
+            "stem": 2,
+            "stages": (4, 6),
+            "inner": (((2, 3),), ((3, 2),)),
+            "project": (True, True),
+            "classes": 3,
+            "shape": (9, 9, 3),
+        },
+    },
+    "mobilenet": {
+        "small": {
+            "stem": 3,
+            "widths": (4, 5),
+            "strides": (1, 2),
+            "classes": 3,
+            "shape": (7, 6, 2),
+        },
+    },
+    "mobilenet_v2": {
+        "small": {
+            "stem": 3,
+            "stages": (3, 4),
+            "inner": ((3,), (6, 5)),
+            "widen": (False, True),
+            "strides": (1, 2),
+            "last": 6,
+            "classes": 3,
+            "shape": (9, 8, 2),
+        },
+    },
+}
