@@ -6,6 +6,7 @@ from l0jax import estimators as estimators
 from l0jax import gates as gates
 from l0jax import gating as gating
 from l0jax import linen as linen
+from l0jax import methods as methods
 from l0jax import models as models
 from l0jax import nnx as nnx
 from l0jax import objectives as objectives

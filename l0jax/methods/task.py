@@ -1,0 +1,189 @@
+"""What a pruning method may look at: a network, its units, examples and a loss."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from l0jax import units
+from l0jax.dataflow import Dataflow, dataflow
+from l0jax.structure import Structure
+from l0jax.units import Slot
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Shaped[Array | np.ndarray, " batch"]
+) -> Float[Array, " batch"]:
+    """The loss of each example of a classification."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A value in which the units of a group are read.
+
+    Attributes:
+        kernel: path of the array that it is multiplied by.
+        value: its number in the dataflow.
+        axis: the axis along which the units lie.
+        unit_of: the unit of each position of that axis, or -1.
+    """
+
+    kernel: str
+    value: int
+    axis: int
+    unit_of: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A network in evaluation mode, the units that may go, and what they are judged by.
+
+    Args:
+        apply: `apply(params, images)` gives the outputs, one row for each example.
+        params: all arrays of the network.
+        structure: of the network; units of its groups may be removed.
+        images: examples in batches.
+        labels: what the loss compares the outputs with, in the same batches.
+        loss: `loss(outputs, labels)` gives a number for each example, any that can be
+            differentiated.
+
+    Raises:
+        ValueError: if images and labels are not in the same batches.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    params: PyTree
+    structure: Structure
+    images: Shaped[Array | np.ndarray, "batches batch *shape"]
+    labels: Shaped[Array | np.ndarray, "batches batch *target"]
+    loss: Callable[[Any, Any], Any] = cross_entropy
+
+    def __post_init__(self):
+        if self.images.shape[:2] != self.labels.shape[:2] or 0 in self.images.shape[:2]:
+            raise ValueError(
+                "images and labels must be in the same batches, and not empty: got "
+                f"{self.images.shape[:2]} and {self.labels.shape[:2]}"
+            )
+
+    @functools.cached_property
+    def flow(self) -> Dataflow:
+        """The values within the network, for one batch."""
+        return dataflow(self.apply, self.params, self.images[0])
+
+    @functools.cached_property
+    def gated_loss(self) -> Callable[..., Float[Array, " batch"]]:
+        """`gated_loss(z, params, images, labels)`: the loss of each example when gates
+        of the values `z`, `{group: values}`, multiply what reads the units."""
+        groups = self.structure.groups
+
+        def gated_loss(z, params, images, labels):
+            outputs = self.apply(units.apply_gates(params, z, groups), images)
+            return self.loss(outputs, labels)
+
+        return gated_loss
+
+    @property
+    def open_gates(self) -> dict[str, Float[Array, " units"]]:
+        """A gate of 1 for every unit."""
+        return {n: jnp.ones(g.size) for n, g in self.structure.groups.items()}
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """One batch of images and labels after the other."""
+        yield from zip(self.images, self.labels, strict=True)
+
+    def known(self, params: PyTree, images: Any) -> dict[int, Any]:
+        """Values of `flow` that the arguments determine: `flow.evaluate(known, …)`."""
+        arrays = units.arrays(params).values()
+        known = dict(zip(self.flow.params.values(), arrays, strict=True))
+        return known | {self.flow.inputs[0]: images}
+
+    def reads(self, group: str) -> list[Read]:
+        """The values in which the units of `group` are read, each of them once.
+
+        Raises:
+            ValueError: if it can't be told along which axis they lie there.
+        """
+        found: dict[tuple, Read] = {}
+        for slot in self.structure.groups[group].used_by:
+            read = self.read(group, slot)
+            # One value may hold some of the units at one place, others at another.
+            found.setdefault((read.value, read.axis, tuple(read.unit_of)), read)
+        return list(found.values())
+
+    def read(self, group: str, slot: Slot) -> Read:
+        """The value in which one of the arrays that use `group` reads its units.
+
+        Raises:
+            ValueError: as `reads`.
+        """
+        size = self.structure.groups[group].size
+        unit_of = np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
+        value = self.flow.reads(slot.path)
+        axis = self._axis(slot.path, slot.axis, value, len(unit_of))
+        return Read(slot.path, value, axis, unit_of)
+
+    def _axis(self, path: str, kernel_axis: int | None, value: int, length: int) -> int:
+        """The axis of `value` that the axis of the kernel is multiplied along."""
+        step, shape = self.flow.reader(path), self.flow.shapes[value].shape
+        axis = len(shape) - 1
+        if self.flow.params[path] in step.ins:
+            side = step.ins.index(self.flow.params[path])
+            if step.eqn.primitive.name == "dot_general":
+                contracted, _ = step.eqn.params["dimension_numbers"]
+                if kernel_axis in contracted[side]:
+                    at = list(contracted[side]).index(kernel_axis)
+                    axis = contracted[1 - side][at]
+            elif step.eqn.primitive.name == "conv_general_dilated":
+                axis = step.eqn.params["dimension_numbers"].lhs_spec[1]
+        if shape[axis] != length:
+            raise ValueError(
+                f"{step} reads {path!r}, whose units lie along an axis of {length}, "
+                f"and a value of the shape {shape}: it can't be told along which axis "
+                "they lie there"
+            )
+        return axis
+
+
+def task(
+    model: nnx.Module,
+    structure: Structure,
+    images: Shaped[Array | np.ndarray, "examples *shape"],
+    labels: Shaped[Array | np.ndarray, "examples *target"],
+    batch_size: int = 128,
+    loss: Callable[[Any, Any], Any] = cross_entropy,
+) -> Task:
+    """A `Task` of a Flax NNX module; examples beyond the last whole batch are left out.
+
+    Raises:
+        ValueError: if there are fewer examples than fill a batch, or not as many labels
+            as images.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    batches = len(images) // batch_size
+    if not batches:
+        raise ValueError(
+            f"{len(images)} examples don't fill a batch of {batch_size}: give more, or "
+            "a smaller batch_size"
+        )
+    graph, state = nnx.split(model)
+    cut = batches * batch_size
+
+    def in_batches(a):
+        return a[:cut].reshape(batches, batch_size, *a.shape[1:])
+
+    return Task(
+        lambda state, images: nnx.merge(graph, state)(images),
+        state,
+        structure,
+        in_batches(images),
+        in_batches(labels),
+        loss,
+    )

@@ -1,0 +1,219 @@
+"""The comparison of channel pruning, on 8x8 digits and a tiny network."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import channel_pruning
+from experiments.channel_pruning import METHODS, Config
+from experiments.image_training import Recipe
+from l0jax import models, storage
+
+RECIPE = Recipe(epochs=1, batch_size=64)
+CONFIG = Config(
+    dataset="digits",
+    model="tiny",
+    losses=1,
+    epsilon=0.2,
+    examples=256,
+    chosen_by=128,
+    base=RECIPE,
+    heads=dataclasses.replace(RECIPE, learning_rate=0.01),
+    tune=dataclasses.replace(RECIPE, learning_rate=0.01),
+    progress=False,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    network = ("vgg", {"stages": ((4,), (6, 6))})
+    monkeypatch.setitem(models.PRESETS, "tiny", network)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled(tmp_path_factory):
+    """Runs of one configuration compile the same programs: once is enough."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all methods: they share the base network."""
+    return tmp_path_factory.mktemp("channel_pruning") / "run"
+
+
+def run(folder, **changes):
+    return channel_pruning.main(dataclasses.replace(CONFIG, out=folder, **changes))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_in_a_smaller_network(folder, method):
+    found = run(folder, method=(method,))
+    (line,) = [r for r in found["results"] if r["method"] == method]
+    # The last layer's channels are read by the classifier, and stay.
+    assert line["sizes"] == {"convs.0": 4, "convs.1": 6}
+    if method not in ("slimming", "dcp_adapt"):
+        assert line["kept"] == {"convs.0": 2, "convs.1": 3}
+    for what in ("params", "macs"):
+        before, after = line[what]
+        assert after < before
+    small = storage.load(folder / f"{method}-0")
+    widths = [width for stage in small.architecture["stages"] for width in stage]
+    assert widths == [*line["kept"].values(), 6]
+    for when in ("base", "pruned", "trained"):
+        assert set(line[when]) == {"validation", "test"}
+        assert 0 <= line[when]["test"] <= 100
+
+
+def test_methods_share_their_base_network(folder):
+    found = run(folder, method=("filter_l1", "thinet"))
+    lines = {r["method"]: r for r in found["results"]}
+    assert lines["filter_l1"]["base"] == lines["thinet"]["base"]
+
+
+def test_what_is_done_is_not_done_again(folder, monkeypatch):
+    before = run(folder, method=("filter_l1",))["results"]
+
+    def never(*args):
+        raise AssertionError("it is run again")
+
+    monkeypatch.setattr(channel_pruning, "Run", never)
+    assert run(folder, method=("filter_l1",))["results"] == before
+
+
+@pytest.mark.parametrize(
+    ("method", "kills"), [("dcp", (1, 4)), ("dcp_adapt", (1,)), ("random_dcp", (2,))]
+)
+def test_a_choice_that_was_killed_goes_on(tmp_path, monkeypatch, method, kills):
+    """Killed within each stage; the same channels are kept."""
+    whole = run(tmp_path / "whole", method=(method,))["results"][0]
+    save = storage.Checkpoints.save
+    for killed_at in kills:
+        saved = []
+
+        def dies(self, step, state, notes, saved=saved, killed_at=killed_at):
+            save(self, step, state, notes)
+            if "choice" in self.folder.name:
+                saved.append(step)
+                if len(saved) == killed_at:
+                    raise KeyboardInterrupt
+
+        folder = tmp_path / f"killed-{killed_at}"
+        with monkeypatch.context() as patched:
+            patched.setattr(storage.Checkpoints, "save", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, method=(method,))
+        again = run(folder, method=(method,))["results"][0]
+        for name in ("kept", "pruned", "trained", "base"):
+            assert again[name] == whole[name]
+        one, other = (
+            storage.load(f / f"{method}-0") for f in (folder, tmp_path / "whole")
+        )
+        np.testing.assert_array_equal(one.convs[1].kernel, other.convs[1].kernel)
+
+
+def test_training_goes_on_after_an_epoch(tmp_path, monkeypatch):
+    longer = dataclasses.replace(RECIPE, epochs=3)
+    whole = run(tmp_path / "whole", method=("filter_l1",), base=longer)["results"][0]
+    save = storage.Checkpoints.save
+
+    def dies(self, step, state, notes):
+        save(self, step, state, notes)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.Checkpoints, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", method=("filter_l1",), base=longer)
+    again = run(tmp_path / "killed", method=("filter_l1",), base=longer)["results"][0]
+    for name in ("kept", "pruned", "trained", "base"):
+        assert again[name] == whole[name]
+
+
+def test_slimming_keeps_as_many_multiply_adds_as_others(folder):
+    found = run(folder, method=("filter_l1", "slimming"))["results"]
+    lines = {r["method"]: r for r in found}
+    assert lines["slimming"]["macs"][1] <= lines["filter_l1"]["macs"][1]
+
+
+def test_seeds_have_base_networks_of_their_own(folder):
+    found = run(folder, method=("random",), seeds=(0, 1))["results"]
+    lines = {r["seed"]: r for r in found if r["method"] == "random"}
+    assert lines[0]["base"] != lines[1]["base"]
+
+
+def test_another_configuration_is_refused(folder):
+    run(folder, method=("random",))
+    with pytest.raises(ValueError, match=r"ratio is 0\.5 there and 0\.3 here"):
+        run(folder, method=("random",), ratio=0.3)
+
+
+def test_the_authors_way_is_an_option(tmp_path):
+    line = run(tmp_path / "run", method=("dcp",), auxiliary="once")["results"][0]
+    assert line["kept"] == {"convs.0": 2, "convs.1": 3}
+    heads = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "dcp-heads-0" in heads
+    assert not any(re.match(r"dcp-heads-\d-0", name) for name in heads)
+
+
+BAD = {
+    "method": ({"method": ("magic",)}, ["unknown method 'magic'", "dcp", "thinet"]),
+    "no method": ({"method": ()}, ["at least one method"]),
+    "model": ({"model": "alexnet"}, ["unknown model 'alexnet'", "resnet56"]),
+    "ratio": ({"ratio": 1.0}, ["[0, 1)", "1.0"]),
+    "epsilon": ({"epsilon": 0.0}, ["epsilon must be above 0", "0.0"]),
+    "width": ({"width": 0.0}, ["width must be above 0"]),
+    "weights of losses": (
+        {"discrimination": 0.0, "reconstruction": 0.0},
+        ["nothing to choose by"],
+    ),
+    "epochs": ({"tune": Recipe(epochs=0)}, ["tune.epochs must be at least 1"]),
+    "losses": ({"losses": 5}, ["5 additional losses"]),
+    "examples": ({"examples": 10}, ["10 training images don't fill a batch of 64"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_run_is_named(tmp_path, case):
+    changes, words = BAD[case]
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        run(tmp_path / "run", **changes)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path):
+    wild = dataclasses.replace(RECIPE, learning_rate=1e30)
+    with pytest.raises(
+        ValueError, match=r"base: the loss is .* lower the learning rate"
+    ):
+        run(tmp_path / "run", base=wild)
+
+
+def test_widths_are_scaled():
+    config = dataclasses.replace(CONFIG, model="resnet20", width=0.25)
+    shape = (8, 8, 1)
+    images = np.zeros((2, *shape), np.uint8)
+    split = channel_pruning.data.Split(images, np.zeros(2, np.int32))
+    of = channel_pruning.data.Dataset("x", split, split, split, 7, 255.0)
+    found = channel_pruning.network(config, of, jax.random.key(0)).architecture
+    assert found["stem"] == 4
+    assert list(found["stages"]) == [4, 8, 16]
+    assert found["classes"] == 7
+    assert tuple(found["shape"]) == shape
+
+
+def test_results_are_lines_of_json(folder):
+    run(folder, method=("random",))
+    for line in (folder / "results.jsonl").read_text().splitlines():
+        assert json.loads(line)["ratio"] == 0.5

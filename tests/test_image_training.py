@@ -1,0 +1,222 @@
+"""Training of networks with batch normalisation, against the same done by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from architectures import ARCHITECTURES
+from flax import nnx
+
+from experiments import data, image_training
+from experiments.image_training import Images, Recipe, Trainer
+from l0jax import models, units
+from l0jax.methods.discrimination import Head
+
+KEY = jax.random.key(0)
+RECIPE = Recipe(epochs=2, batch_size=8, augment=False, drops=())
+
+
+@functools.cache
+def images():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (24, 5, 4, 2), np.uint8)
+    labels = rng.integers(0, 3, 24).astype(np.int32)
+    mean, deviation = np.float32([100, 120]), np.float32([60, 70])
+    return Images(pixels, labels, mean, deviation)
+
+
+def network():
+    return models.make("vgg", ARCHITECTURES["vgg"]["small"], rngs=nnx.Rngs(0))
+
+
+def batches(epoch):
+    """The numbers of the images of each step."""
+    key = jax.random.fold_in(KEY, epoch)
+    return jax.random.permutation(key, 24).reshape(3, 8)
+
+
+def by_hand(model, epochs=2, heads=None, penalty=None):
+    """The same training in the way of Flax, without any of ours."""
+    model = nnx.clone(model)
+    model.train()
+    sgd = image_training.optimizer_of(RECIPE, 6)
+    own = nnx.Optimizer(model, sgd, wrt=nnx.Param)
+
+    def loss(model, x, labels):
+        found = optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+        return found + (0 if penalty is None else penalty(nnx.state(model)))
+
+    for epoch in range(epochs):
+        for batch in batches(epoch):
+            x = images().images[np.asarray(batch)].astype(np.float32)
+            x = jnp.asarray((x - images().mean) / images().deviation)
+            slopes = nnx.grad(loss)(model, x, images().labels[np.asarray(batch)])
+            own.update(model, slopes)
+    model.eval()
+    return model
+
+
+def same(found, expected, **tolerance):
+    expected = units.arrays(nnx.state(expected))
+    for path, array in units.arrays(nnx.state(found)).items():
+        np.testing.assert_allclose(
+            array,
+            expected[path],
+            err_msg=path,
+            **{"rtol": 2e-4, "atol": 1e-5} | tolerance,
+        )
+
+
+def trained(trainer, epochs=2):
+    for epoch in range(epochs):
+        trainer.epoch(epoch, KEY)
+    return trainer.trained()
+
+
+def test_training_is_that_of_flax():
+    model = network()
+    before = units.arrays(nnx.state(model))
+    same(trained(Trainer(model, images(), RECIPE)), by_hand(model))
+    for path, array in units.arrays(nnx.state(model)).items():
+        np.testing.assert_array_equal(array, before[path], err_msg="written to")
+
+
+def test_a_penalty_is_part_of_the_loss():
+    def penalty(params):
+        return 0.1 * jnp.square(units.arrays(params)["head.kernel"]).sum()
+
+    found = trained(Trainer(network(), images(), RECIPE, penalty=penalty))
+    same(found, by_hand(network(), penalty=penalty))
+    plain = trained(Trainer(network(), images(), RECIPE))
+    assert np.abs(found.head.kernel[...] - plain.head.kernel[...]).max() > 1e-3
+
+
+def test_additional_losses_move_the_weights_first():
+    """Algorithm S1 with plain SGD: one gradient for all losses, in two steps that are
+    their sum; with the heads' own statistics."""
+    recipe = dataclasses.replace(RECIPE, momentum=0.0, weight_decay=0.0)
+    model, head = network(), Head(4, 3, rngs=nnx.Rngs(1))
+    trainer = Trainer(model, images(), recipe, heads={"convs.1.kernel": head})
+    trainer.epoch(0, KEY)
+
+    both = nnx.List([nnx.clone(model), nnx.clone(head)])
+    both[0].train()
+    both[1].train()
+
+    def loss(both, x, labels):
+        net, head = both
+        y = net.convs[0](x)
+        y = jax.nn.relu(net.norms[0](y))
+        from l0jax.models.convolution import max_pool_2x2
+
+        at = net.convs[1](max_pool_2x2(y))
+        y = jax.nn.relu(net.norms[1](at))
+        y = jax.nn.relu(net.norms[2](net.convs[2](y)))
+        logits = net.head(y.mean((1, 2)))
+        each = optax.softmax_cross_entropy_with_integer_labels
+        return each(logits, labels).mean() + each(head(at), labels).mean()
+
+    sgd = nnx.Optimizer(both, optax.sgd(recipe.learning_rate), wrt=nnx.Param)
+    for batch in batches(0):
+        x = images().images[np.asarray(batch)].astype(np.float32)
+        x = jnp.asarray((x - images().mean) / images().deviation)
+        sgd.update(both, nnx.grad(loss)(both, x, images().labels[np.asarray(batch)]))
+    same(trainer.trained(), both[0])
+    same(trainer.trained_heads()["convs.1.kernel"], both[1])
+
+
+def test_closed_units_stay_closed():
+    model = network()
+    groups = models.structure(model).groups
+    keep = {"convs.0": np.array([True, False, True])}
+    trainer = Trainer(model, images(), RECIPE, groups=groups, keep=keep)
+    recipe = dataclasses.replace(RECIPE, weight_decay=0.0)
+    trainer = Trainer(model, images(), recipe, groups=groups, keep=keep)
+    found = trained(trainer)
+    old, new = model.convs[1].kernel[...], found.convs[1].kernel[...]
+    np.testing.assert_array_equal(new[:, :, 1], old[:, :, 1])
+    assert np.abs(new[:, :, 0] - old[:, :, 0]).max() > 0
+
+
+def test_training_goes_on_from_its_state():
+    whole = Trainer(network(), images(), RECIPE)
+    trained(whole)
+    first, second = (Trainer(network(), images(), RECIPE) for _ in range(2))
+    first.epoch(0, KEY)
+    second.state = jax.tree.map(jnp.array, first.state)
+    second.epoch(1, KEY)
+    for one, other in zip(
+        jax.tree.leaves(second.state), jax.tree.leaves(whole.state), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_step_is_compiled_once():
+    traced = []
+
+    def penalty(params):
+        traced.append(1)
+        return jnp.zeros(())
+
+    trained(Trainer(network(), images(), RECIPE, penalty=penalty))
+    assert len(traced) == 1
+
+
+def test_augmentation_shifts_and_mirrors():
+    """Every result is one of the 9 x 9 x 2 that there are, and there are many."""
+    image = np.float32(np.random.default_rng(0).normal(size=(6, 5, 3)))
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    known = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[top : top + 6, left : left + 5]
+            known[crop.tobytes()] = (top, left, False)
+            known[crop[:, ::-1].tobytes()] = (top, left, True)
+    found = image_training.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
+    seen = {known[np.asarray(one).tobytes()] for one in found}
+    assert {top for top, *_ in seen} == {left for _, left, _ in seen} == set(range(9))
+    assert len(seen) > 120
+    flips = np.mean([known[np.asarray(one).tobytes()][2] for one in found])
+    assert 0.4 < flips < 0.6
+    again = image_training.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
+    np.testing.assert_array_equal(found, again)
+
+
+def test_the_learning_rate_drops_at_shares_of_the_steps():
+    recipe = Recipe(learning_rate=1.0, momentum=0.0, weight_decay=0.0)
+    sgd = image_training.optimizer_of(recipe, 10)
+    state, moved = sgd.init(jnp.zeros(())), []
+    for _ in range(10):
+        update, state = sgd.update(jnp.ones(()), state, jnp.zeros(()))
+        moved.append(-float(update))
+    np.testing.assert_allclose(moved, [1.0] * 4 + [0.1] * 2 + [0.01] * 4, rtol=1e-5)
+
+
+def test_errors_are_counted():
+    model, of = network(), images()
+    x = jnp.asarray((of.images.astype(np.float32) - of.mean) / of.deviation)
+    wrong = np.asarray(model(x)).argmax(-1) != of.labels
+    split = data.Split(of.images, of.labels)
+    for batch in (500, 7):
+        found = image_training.error(model, split, of, batch)
+        assert found == pytest.approx(100 * wrong.mean(), rel=1e-6)
+
+
+def test_colours_are_normalised_over_the_training_images():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (50, 4, 4, 3), np.uint8)
+    split = data.Split(pixels, np.zeros(50, np.int32))
+    of = image_training.images_of(data.Dataset("x", split, split, split, 3, 255.0), 20)
+    assert of.images.shape == (20, 4, 4, 3)
+    found = image_training.normalised(jnp.asarray(pixels), of)
+    np.testing.assert_allclose(found.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(found.std((0, 1, 2)), 1, atol=1e-4)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="24 training images don't fill a batch of 25"):
+        Trainer(network(), images(), dataclasses.replace(RECIPE, batch_size=25))
