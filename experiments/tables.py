@@ -311,7 +311,9 @@ absolute times can't.
 def compared() -> str:
     """The comparisons of gate families, a line for each family."""
     parts = []
-    for file in sorted(FAMILIES.glob("families-*/results.csv")):
+    for file in sorted(
+        (ROOT / "experiments" / "results").glob("families-*/results.csv")
+    ):
         folder = file.parent.relative_to(ROOT)
         rows = family_report.read(file)
         seeds = {row["seed"] for row in rows}
@@ -330,7 +332,6 @@ def compared() -> str:
     return "\n\n".join(parts)
 
 
-FAMILIES = ROOT / "experiments" / "results"
 MOST_LEFT = 0.26  # 74 % pruned, as by the paper's hard concrete gates with one λ
 
 

@@ -14,6 +14,7 @@ from experiments import mnist, mnist_rows, tables
 from l0jax import models
 
 COMMITTED = mnist_rows.results()
+RESULTS = mnist_rows.RESULTS.parent
 # How a running training is made smaller, if it is.
 COMPACTION = ("compact_below", "compact_after", "compact_gain")
 BEFORE, AFTER = tables.MARKERS
@@ -441,3 +442,27 @@ def test_a_readme_without_its_markers_is_an_error_that_names_them(place, kind):
     assert all(word in str(stop.value.code) for word in ("README.md", BEFORE, AFTER))
     assert (place / "README.md").read_text() == readme
     assert not (place / "RESULTS.md").exists()
+
+
+def test_each_comparison_of_families_is_printed(place):
+    """Of each family the λ that validation prefers among those that prune enough."""
+    assert tables.compared() == ""
+    folder = place / "experiments" / "results" / "families-mnist-mlp"
+    folder.mkdir(parents=True)
+    whole = (RESULTS / folder.name / "results.csv").read_text()
+    header, *lines = whole.splitlines()
+    names = ("hard_concrete", "smooth_step", "information_bottleneck")
+    chosen = [line for line in lines if line.split(",")[2] in names]
+    (folder / "results.csv").write_text("\n".join([header, *chosen]) + "\n")
+    text = tables.compared()
+    assert "experiments/results/families-mnist-mlp/figures/frontier-weights.png" in text
+    table = parsed("\n".join(x for x in text.splitlines() if x.startswith("|")))
+    found = {line["family"]: line for line in table}
+    assert set(found) == set(names)
+    # It removes too little at every λ.
+    assert found["smooth_step"]["c in λ = c/N"] == "none"
+    # Its gates are above 1, too: none is undecided in the sense of the others.
+    assert found["information_bottleneck"]["gates undecided"] == ""
+    assert found["hard_concrete"]["c in λ = c/N"] == "0.15"
+    left = float(found["hard_concrete"]["weights"].split(" ")[0].replace(",", ""))
+    assert left <= 0.26 * 266_200
