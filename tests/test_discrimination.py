@@ -87,7 +87,12 @@ def test_channels_are_those_of_the_steepest_whole_loss(name, norm, with_head):
     stage = stage_of(of, with_head)
     head = head_of(of, stage) if with_head else None
     selection = no_training(norm=norm)
-    keep, after = discrimination.prune(of, base, stage, head, selection, KEY, ratio=0.4)
+    found = {}
+    keep, after = discrimination.prune(
+        *(of, base, stage, head, selection, KEY),
+        ratio=0.4,
+        on_channel=found.__setitem__,
+    )
     params = of.params
     for group in stage.groups:
         (slot,) = of.structure.groups[group].used_by
@@ -101,13 +106,13 @@ def test_channels_are_those_of_the_steepest_whole_loss(name, norm, with_head):
             rows = rows.reshape(len(owner), -1, rows.shape[-1])
             return [np.concatenate(rows[owner == unit]) for unit in range(size)]
 
-        chosen = []
+        chosen, losses = [], []
         for _ in range(keep[group].sum()):
             on = np.float32(np.isin(owner, chosen))
             shape = np.ones(warm.ndim, int)
             shape[slot.axis] = -1
             kernel = warm * on.reshape(shape)
-            slope = jax.grad(
+            loss, slope = jax.value_and_grad(
                 lambda k, params=params, group=group, path=slot.path: whole_loss(
                     of, base, group, head, selection, units.replace(params, {path: k})
                 )
@@ -120,7 +125,10 @@ def test_channels_are_those_of_the_steepest_whole_loss(name, norm, with_head):
             ]
             norms = [-1 if u in chosen else n for u, n in enumerate(norms)]
             chosen.append(int(np.argmax(norms)))
-        assert set(np.flatnonzero(keep[group])) == set(chosen)
+            losses.append(loss)
+        assert list(found[group].order) == chosen
+        assert list(np.flatnonzero(keep[group])) == sorted(chosen)
+        np.testing.assert_allclose(found[group].losses, losses, rtol=1e-5)
         on = np.float32(np.isin(owner, chosen)).reshape(shape)
         params = units.replace(params, {slot.path: warm * on})
     for path, array in units.arrays(after).items():
