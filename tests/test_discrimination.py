@@ -300,6 +300,23 @@ def test_adaptive_pruning_stops_where_a_channel_makes_no_difference():
     assert left[0] > left[-1]
 
 
+@pytest.mark.parametrize(
+    ("losses", "full"),
+    [
+        ((4.0,), False),
+        # Against the loss of the empty layer, not the one before.
+        ((4.0, 2.0, 1.9), True),
+        ((4.0, 2.0, 1.8), False),
+        # A loss that grows has changed, too.
+        ((4.0, 2.0, 2.1), True),
+        ((4.0, 2.0, 2.2), False),
+    ],
+)
+def test_a_layer_is_full_by_equation_10(losses, full):
+    assert discrimination._is_full(losses, 0.03) == full
+    assert not discrimination._is_full(losses, None)
+
+
 def test_a_choice_goes_on_where_it_was_stopped():
     states = []
     _, of, base = build()

@@ -323,8 +323,8 @@ class _Layer:
                 )
 
             loss, slopes = jax.value_and_grad(total)(kernels)
+            # What isn't chosen is zero: without a gradient it stays so.
             updates, state = optimizer.update(self.gated(slopes, on), state, kernels)
-            updates = self.gated(updates, on)
             return loss, slopes, optax.apply_updates(kernels, updates), state
 
         self.turn = turn
