@@ -300,6 +300,30 @@ def test_adaptive_pruning_stops_where_a_channel_makes_no_difference():
     assert left[0] > left[-1]
 
 
+@pytest.mark.parametrize("name", ["pre_activation_resnet", "lenet5"])
+@pytest.mark.parametrize("norm", ["overall", "per_output"])
+def test_norms_are_over_all_weights_of_a_channel_or_for_each_output(name, norm):
+    _, of, _ = build(name)
+    of = inner(of)
+    stage, rng = stage_of(of, head=False), np.random.default_rng(0)
+    for group in stage.groups:
+        layer = discrimination._Layer(of, stage, None, Selection(norm=norm), group)
+        (slot,) = of.structure.groups[group].used_by
+        kernel = units.arrays(of.params)[slot.path]
+        slope = rng.normal(size=kernel.shape)
+        found = layer.norms({slot.path: jnp.float32(slope)})
+        size = of.structure.groups[group].size
+        owner = np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
+        rows = np.moveaxis(slope, slot.axis, 0)
+        rows = rows.reshape(len(owner), -1, rows.shape[-1])
+        for unit in range(size):
+            its = np.concatenate(rows[owner == unit])
+            each = np.sqrt(np.square(its).sum(0))
+            whole = np.sqrt(np.square(its).sum())
+            expected = whole if norm == "overall" else each.sum()
+            np.testing.assert_allclose(found[unit], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("losses", "full"),
     [
@@ -338,7 +362,12 @@ def test_a_choice_goes_on_where_it_was_stopped():
 
     keep, after = go(on_channel=lambda *state: states.append(state))
     for stop in range(1, len(states)):
-        again, resumed = go(chosen=dict(states[:stop]))
+        more = []
+        again, resumed = go(
+            dict(states[:stop]), lambda *state, to=more: to.append(state)
+        )
+        # What was chosen before is not chosen again.
+        assert len(more) == len(states) - stop
         jax.tree.map(np.testing.assert_array_equal, (again, resumed), (keep, after))
 
 
@@ -422,16 +451,17 @@ def test_there_are_as_many_stages_as_losses(losses):
 
 
 def test_a_head_sees_maps_and_features():
+    rng = np.random.default_rng(0)
     head = Head(5, 3, rngs=nnx.Rngs(0))
-    maps = jnp.float32(np.random.default_rng(0).normal(size=(4, 2, 3, 5)))
-    by_hand = jax.nn.relu(maps / jnp.sqrt(1 + 1e-5)).reshape(4, 6, 5).mean(1)
-    np.testing.assert_allclose(
-        head(maps),
-        by_hand @ head.dense.kernel[...] + head.dense.bias[...][None],
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    assert head(maps[:, 0, 0]).shape == (4, 3)
+    mean, var, scale, bias = np.float32(rng.uniform(0.5, 2, size=(4, 5)))
+    for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
+        getattr(head.norm, name)[...] = jnp.asarray(value)
+    maps = np.float32(rng.normal(size=(4, 2, 3, 5)))
+    normal = (maps - mean) / np.sqrt(var + 1e-5) * scale + bias
+    by_hand = np.maximum(normal, 0).reshape(4, 6, 5).mean(1)
+    expected = by_hand @ head.dense.kernel[...] + np.asarray(head.dense.bias[...])
+    np.testing.assert_allclose(head(jnp.asarray(maps)), expected, rtol=1e-5, atol=1e-5)
+    assert head(jnp.asarray(maps[:, 0, 0])).shape == (4, 3)
 
 
 def with_nan(a):
