@@ -459,7 +459,8 @@ def test_a_head_sees_maps_and_features():
     maps = np.float32(rng.normal(size=(4, 2, 3, 5)))
     normal = (maps - mean) / np.sqrt(var + 1e-5) * scale + bias
     by_hand = np.maximum(normal, 0).reshape(4, 6, 5).mean(1)
-    expected = by_hand @ head.dense.kernel[...] + np.asarray(head.dense.bias[...])
+    kernel, shift = (np.asarray(a[...]) for a in (head.dense.kernel, head.dense.bias))
+    expected = by_hand @ kernel + shift
     np.testing.assert_allclose(head(jnp.asarray(maps)), expected, rtol=1e-5, atol=1e-5)
     assert head(jnp.asarray(maps[:, 0, 0])).shape == (4, 3)
 
