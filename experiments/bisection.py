@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import mnist, run_folder
+from experiments import json_lines, mnist, run_folder
 
 RESULTS = Path(__file__).parent / "results" / "bisection.jsonl"
 
@@ -94,9 +94,7 @@ def run(config: mnist.Config, lam: float, folder: Path) -> dict[str, float]:
 
 def results() -> list[dict[str, Any]]:
     """What was recorded."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return json_lines.read(RESULTS)
 
 
 def record(config: Config, found: dict[str, Any]) -> None:
@@ -112,8 +110,7 @@ def record(config: Config, found: dict[str, Any]) -> None:
         return (each["target"], each["config"])
 
     kept = [each for each in results() if identity(each) != identity(result)]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("".join(json.dumps(each) + "\n" for each in [*kept, result]))
+    json_lines.write(RESULTS, [*kept, result])
 
 
 def cli() -> None:

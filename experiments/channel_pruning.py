@@ -3,17 +3,18 @@
     python -m experiments.channel_pruning --model resnet20 --method dcp --ratio 0.5
     python -m experiments.channel_pruning --method all --seeds 0 1 2
 
-A base network is trained, or read from the run folder; each method removes the same
-share of the channels of each layer (network slimming and DCP-Adapt: of all layers
-together), the smaller network is trained again and tested once. All is stored as it
-comes, and a run that was killed goes on where it was, within the choice of a layer too.
+A base network is trained, or read from the run folder. Each method removes the same
+share of the channels of each layer, but for network slimming, which ranks those of all
+layers together, and DCP-Adapt, which stops at each layer where one more channel is of
+no use. The smaller network is trained again and tested once. All is stored as it comes,
+and a run that was killed goes on where it was, within the choice of a layer too.
 """
 
+import bisect
 import dataclasses
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import data, run_folder
+from experiments import data, json_lines, progress, run_folder
 from experiments.image_training import (
     Images,
     Recipe,
@@ -97,6 +98,8 @@ class Config:
     """share of the training images that is held out"""
     base: Recipe = BASE
     """how the base network is trained"""
+    base_from: Path | None = None
+    """run folder whose base networks are pruned, instead of training some"""
     heads: Recipe = HEADS
     """how the network and the additional classifiers are trained before channels are
     chosen"""
@@ -118,15 +121,7 @@ def main(config: Config) -> dict[str, Any]:
         config = dataclasses.replace(config, method=tuple(METHODS))
     check(config)
     dataset = data.load(config.dataset, config.validation)
-    settings = json.loads(
-        json.dumps(
-            {
-                name: value
-                for name, value in dataclasses.asdict(config).items()
-                if name not in UNTOLD
-            }
-        )
-    )
+    settings = run_folder.settings_of(config, UNTOLD)
     name = f"{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     run_folder.prepare(folder, settings, settings, resume=True)
@@ -161,10 +156,12 @@ def check(config: Config) -> None:
     selection_of(config)
     for name in ("base", "heads", "tune"):
         recipe = getattr(config, name)
-        for field in ("epochs", "batch_size"):
-            if getattr(recipe, field) < 1:
+        # Without any tuning the errors right after pruning are what is asked for.
+        for field, least in (("epochs", name != "tune"), ("batch_size", 1)):
+            if getattr(recipe, field) < least:
                 raise ValueError(
-                    f"{name}.{field} must be at least 1, got {getattr(recipe, field)}"
+                    f"{name}.{field} must be at least {int(least)}, got "
+                    f"{getattr(recipe, field)}"
                 )
 
 
@@ -188,6 +185,31 @@ def network(config: Config, dataset: data.Dataset, key: PRNGKeyArray) -> models.
     shape = dataset.train.images.shape[1:]
     wider |= {"classes": dataset.classes, "shape": shape}
     return models.make(kind, wider, rngs=nnx.Rngs(key))
+
+
+def stored(folder: Path, like: models.Model) -> models.Model:
+    """The network of a folder, which must be of the shape of another.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is another network.
+    """
+    model = storage.load(folder)
+    kind, wanted = models.name_of(like), json_of(like.architecture)
+    if not isinstance(model, models.ImageModel) or models.name_of(model) != kind:
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a {kind}")
+    for name, there in json_of(model.architecture).items():
+        if there != wanted[name]:
+            raise ValueError(
+                f"{folder} holds a {kind} with {name} = {there}; these settings and "
+                f"this data set ask for {wanted[name]}"
+            )
+    return model
+
+
+def json_of(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture with lists for tuples."""
+    return json.loads(json.dumps(architecture))
 
 
 def _scaled(widths: Any, factor: float) -> Any:
@@ -270,14 +292,22 @@ class Run:
     def base(self) -> models.Model:
         """The trained network that all methods of this seed prune."""
         model = network(self.config, self.dataset, self.named("weights"))
-        if self.method != "slimming":
-            return self.train("base", model, self.config.base)
+        name = "slimming-base" if self.method == "slimming" else "base"
+        if self.config.base_from is not None:
+            return stored(self.config.base_from / f"{name}-{self.seed}", model)
+        trained = self.trained_base(name, model)
+        storage.save(trained, self.folder / f"{name}-{self.seed}")
+        return trained
+
+    def trained_base(self, name: str, model: models.Model) -> models.Model:
+        if name == "base":
+            return self.train(name, model, self.config.base)
         # Its scales have a price from the start.
         groups = prunable(model).groups
         graph, state = nnx.split(model)
         model = nnx.merge(graph, slimming.start_scales(state, groups))
         return self.train(
-            "slimming-base",
+            name,
             model,
             self.config.base,
             penalty=lambda p: self.config.sparsity * slimming.penalty(p, groups),
@@ -331,15 +361,8 @@ class Run:
         return trainer
 
     def bar(self, name: str, total: int, done: int, unit: str) -> tqdm:
-        return tqdm(
-            total=total,
-            initial=done,
-            unit=unit,
-            desc=name,
-            disable=not self.config.progress,
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,
-            dynamic_ncols=True,
-        )
+        show = self.config.progress
+        return progress.bar(total, unit, done=done, name=name, show=show)
 
 
 # -------------------------------------------------------------------------- the methods
@@ -357,17 +380,18 @@ def slimmed(run: Run, base: models.Model, structure: Structure):
     """One threshold for the scales of all layers; each keeps one channel at least."""
     scales = slimming.scale(run.task(base, structure))
     # At a global threshold other layers lose more: the same multiply-adds decide.
-    size = {name: group.size for name, group in structure.groups.items()}
-    uniform = {
-        n: np.arange(k) < count_left(k, run.config.ratio) for n, k in size.items()
-    }
-    wanted = costs.exact(structure, uniform)
-    total = sum(size.values())
-    for gone in range(total):
-        keep = keep_above(scales, gone / total, at_least=1)
-        if costs.exact(structure, keep) <= wanted:
-            break
-    return shrunk(base, keep, structure)
+    wanted = costs.exact(structure, narrowed(structure, run.config.ratio))
+    total = sum(group.size for group in structure.groups.values())
+
+    def keep(gone: int) -> Keep:
+        return keep_above(scales, gone / total, at_least=1)
+
+    fewest = bisect.bisect_left(
+        range(total),
+        True,
+        key=lambda gone: costs.exact(structure, keep(gone)) <= wanted,
+    )
+    return shrunk(base, keep(min(fewest, total - 1)), structure)
 
 
 def reconstructed(run: Run, base: models.Model, structure: Structure, *, method):
@@ -504,11 +528,16 @@ def choose(
 def from_scratch(run: Run, base: models.Model, structure: Structure):
     """New weights in the shape of a uniformly pruned network: a width multiplier, and
     the control of all pruning at this ratio (Liu et al. 2019)."""
-    size = {name: group.size for name, group in structure.groups.items()}
-    keep = {n: np.arange(k) < count_left(k, run.config.ratio) for n, k in size.items()}
+    keep = narrowed(structure, run.config.ratio)
     _, small = shrunk(base, keep, structure)
     rngs = nnx.Rngs(run.named("scratch"))
     return keep, models.make(models.name_of(small), small.architecture, rngs=rngs)
+
+
+def narrowed(structure: Structure, ratio: float) -> Keep:
+    """The first channels of each layer, as many as are left when a share goes."""
+    alike = {name: np.zeros(group.size) for name, group in structure.groups.items()}
+    return keep_top(alike, ratio)
 
 
 def closed(model: models.Model, keep: Keep, structure: Structure) -> models.Model:
@@ -545,16 +574,13 @@ class Results:
         self.file = file
 
     def lines(self) -> list[dict[str, Any]]:
-        if not self.file.exists():
-            return []
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        return json_lines.read(self.file)
 
     def has(self, method: str, seed: int) -> bool:
         return any((r["method"], r["seed"]) == (method, seed) for r in self.lines())
 
     def add(self, result: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        json_lines.add(self.file, result)
 
 
 def cli() -> None:

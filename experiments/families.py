@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import data, mnist, run_folder
+from experiments import data, mnist, progress, run_folder
 from l0jax import gates, gating, models, objectives, storage, train, units
 from l0jax.estimators import ESTIMATORS
 
@@ -110,13 +109,8 @@ def main(config: Config) -> dict[str, Any]:
     results = Results(folder / "results.csv")
     wanted = [(lam, seed) for lam in config.lam for seed in range(config.seeds)]
     missing = [name for name in config.families if not results.has(name, wanted)]
-    bar = tqdm(
-        total=len(missing) * config.epochs,
-        unit="epoch",
-        disable=not config.progress,
-        mininterval=0.1 if sys.stderr.isatty() else 30.0,
-        dynamic_ncols=True,
-    )
+    epochs = len(missing) * config.epochs
+    bar = progress.bar(epochs, "epoch", show=config.progress)
     for name in missing:
         bar.set_description(name)
         results.add(run(config, name, wanted, dataset, folder, bar))

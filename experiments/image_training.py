@@ -22,9 +22,9 @@ from experiments import data
 from l0jax import units
 from l0jax.dataflow import dataflow
 from l0jax.methods.discrimination import Head
+from l0jax.methods.task import cross_entropy
 from l0jax.units import Groups
 
-Graph = Any
 PADDING = 4
 """Pixels of zero around an image before it is cropped at random."""
 
@@ -149,7 +149,7 @@ class Trainer(Generic[Model]):
                 f"{len(images.images)} training images don't fill a batch of "
                 f"{recipe.batch_size}"
             )
-        self.recipe, self.model = recipe, model
+        self.recipe = recipe
         self.images = Images(*jax.tree.map(jnp.asarray, images))
         self.per_epoch = len(images.images) // recipe.batch_size
         steps = self.per_epoch * recipe.epochs
@@ -232,15 +232,8 @@ class Trainer(Generic[Model]):
             else:
                 flow = dataflow(run, params, x)
                 at = {name: flow.after(name) for name in self.heads}
-                known = dict(
-                    zip(
-                        flow.params.values(),
-                        units.arrays(params).values(),
-                        strict=True,
-                    )
-                )
-                known[flow.inputs[0]] = x
-                values = flow.evaluate(known, [*flow.outs, *at.values()])
+                wanted = [*flow.outs, *at.values()]
+                values = flow.evaluate(flow.known(params, x), wanted)
                 shapes = jax.eval_shape(run, params, x)
                 found = values[: len(flow.outs)]
                 logits, statistics = jax.tree.unflatten(
@@ -250,12 +243,11 @@ class Trainer(Generic[Model]):
                     graph, (_, rest) = self.heads[name], state.heads[name]
                     head = nnx.merge(graph, moved["heads"][name], rest, copy=True)
                     extra[name] = (head(value), nnx.split(head, nnx.Param, ...)[2])
-            own = mean_loss(logits, labels)
+            own = cross_entropy(logits, labels).mean()
             if penalty is not None:
                 own = own + penalty(params)
-            beside = sum(
-                (mean_loss(y, labels) for y, _ in extra.values()), jnp.zeros(())
-            )
+            others = [cross_entropy(y, labels).mean() for y, _ in extra.values()]
+            beside = sum(others, jnp.zeros(()))
             rest = {name: written for name, (_, written) in extra.items()}
             return (own, beside), (statistics, rest)
 
@@ -278,24 +270,66 @@ class Trainer(Generic[Model]):
         return after, own + beside
 
 
-def mean_loss(logits: Array, labels: Array) -> Array:
-    """Cross-entropy over a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def error(model: nnx.Module, split: data.Split, of: Images, batch: int = 500) -> float:
     """The share of images of a split that the network gets wrong, in percent."""
     graph, state = nnx.split(model)
-
-    @jax.jit
-    def wrong(state, images, labels):
-        logits = nnx.merge(graph, state)(normalised(images, of))
-        return (logits.argmax(-1) != labels).sum()
-
+    colours = of.mean, of.deviation
     count = len(split.labels)
     batch = max(n for n in range(1, min(batch, count) + 1) if count % n == 0)
     found = [
-        wrong(state, split.images[at : at + batch], split.labels[at : at + batch])
+        _wrong(
+            graph,
+            state,
+            colours,
+            split.images[at : at + batch],
+            split.labels[at : at + batch],
+        )
         for at in range(0, count, batch)
     ]
     return 100 * float(jnp.stack(found).sum()) / count
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _wrong(graph, state, colours, images, labels):
+    """How many of a batch the network gets wrong."""
+    of = Images(images, labels, *colours)
+    logits = nnx.merge(graph, state)(normalised(images, of))
+    return (logits.argmax(-1) != labels).sum()
+
+
+def recalibrated(model: Model, of: Images, batch_size: int = 128) -> Model:
+    """The network in evaluation mode with the statistics of the training images: the
+    means over batches of the mean and of the variance within each. With the gates of
+    test time they are other ones than with drawn ones.
+
+    Raises:
+        ValueError: if the images don't fill a batch.
+    """
+    count = len(of.labels) // batch_size
+    if not count:
+        raise ValueError(f"{len(of.labels)} images don't fill a batch of {batch_size}")
+    fitting = nnx.clone(model)
+    fitting.train()
+    for _, module in nnx.iter_modules(fitting):
+        if isinstance(module, nnx.BatchNorm):
+            # So that what is written is the statistics of the batch alone.
+            module.momentum = 0.0
+    graph, params, before = nnx.split(fitting, nnx.Param, ...)
+    colours = of.mean, of.deviation
+    total = jax.tree.map(jnp.zeros_like, before)
+    for images in np.split(np.asarray(of.images[: count * batch_size]), count):
+        found = _statistics(graph, params, before, colours, images)
+        total = jax.tree.map(lambda a, b: a + b / count, total, found)
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    graph, params, _ = nnx.split(evaluated, nnx.Param, ...)
+    return nnx.merge(graph, params, total, copy=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(graph, params, before, colours, images):
+    """The statistics that a batch leaves."""
+    of = Images(images, jnp.zeros(len(images), jnp.int32), *colours)
+    model = nnx.merge(graph, params, before, copy=True)
+    model(normalised(images, of))
+    return nnx.split(model, nnx.Param, ...)[2]

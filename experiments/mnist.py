@@ -13,9 +13,7 @@ MLP and 13 with LeNet-5. The settings behind RESULTS.md: experiments/mnist_rows.
 
 import dataclasses
 import functools
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +28,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import data, run_folder
+from experiments import data, progress, run_folder
 from l0jax import (
     compaction,
     constraints,
@@ -211,7 +209,9 @@ def main(config: Config) -> dict[str, Any]:
 
     # ---------------------------------------------------- run folder and resume
     checkpoints = storage.Checkpoints(folder / "checkpoints")
-    run_folder.prepare(folder, scientific(config), as_json(config), config.resume)
+    run_folder.prepare(
+        folder, scientific(config), run_folder.settings_of(config), config.resume
+    )
     if table is not None:
         run_folder.keep_latency(folder, table)
     log = run_folder.Log(folder)
@@ -241,15 +241,8 @@ def main(config: Config) -> dict[str, Any]:
     # ------------------------------------------------------------- the training
     training = jax.tree.map(jnp.asarray, (dataset.train.images, dataset.train.labels))
     batch = jax.tree.map(lambda a: a[: config.batch_size], training)
-    bar = tqdm(
-        total=steps,
-        initial=(first - 1) * steps_per_epoch,
-        disable=not config.progress,
-        # In a log file, a line now and then.
-        mininterval=0.1 if sys.stderr.isatty() else 30.0,
-        unit="step",
-        dynamic_ncols=True,
-    )
+    done = (first - 1) * steps_per_epoch
+    bar = progress.bar(steps, "step", done=done, show=config.progress)
     first_step_at = None
     last_epoch = min(config.epochs, config.stop_after or config.epochs)
     for epoch in range(first, last_epoch + 1):
@@ -954,13 +947,9 @@ def progress_line(row: dict) -> str:
     )
 
 
-def as_json(config: Config) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def scientific(config: Config) -> dict:
     """The fields that decide the result."""
-    return {k: v for k, v in as_json(config).items() if k not in HOUSEKEEPING}
+    return run_folder.settings_of(config, HOUSEKEEPING)
 
 
 def table(summary: dict) -> str:

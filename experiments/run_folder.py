@@ -1,7 +1,9 @@
 """The folder of one run: what was asked for, and what was seen on the way."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ def default(name: str, settings: dict) -> Path:
     """A folder of its own for each set of settings: `runs/<name>-<digest>`."""
     text = json.dumps(settings, sort_keys=True)
     return Path("runs") / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def settings_of(config: Any, leave_out: Container[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them, but for those that are left out."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {name: value for name, value in fields.items() if name not in leave_out}
 
 
 def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:

@@ -6,14 +6,13 @@
 The README quotes the table between its two markers, and the same command fills it in.
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from experiments import bisection, family_report, mnist_rows
+from experiments import bisection, family_report, json_lines, mnist_rows
 from experiments.printing import interval, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +178,12 @@ def bisected() -> str:
         )
     header = ["target", "c in λ = c/N", "runs", "epochs in all"]
     header += ["share off the target", "test error", "seed"]
-    return markdown(header, lines) if lines else ""
+    if not lines:
+        return ""
+    return (
+        "Bisection over λ, the baseline, takes several runs of as many epochs each\n"
+        "(`python -m experiments.bisection`):\n\n" + markdown(header, lines)
+    )
 
 
 def target_of(config: dict) -> str:
@@ -246,9 +250,8 @@ def benchmarks() -> str:
     header = ["what", "measured", "limit", "", "detail"]
     parts = []
     for name, title in BENCHMARKED.items():
-        file = BENCHMARKS / f"{name}.jsonl"
-        if file.exists():
-            entries = [json.loads(text) for text in file.read_text().splitlines()]
+        entries = json_lines.read(BENCHMARKS / f"{name}.jsonl")
+        if entries:
             lines = [[e[k] for k in KEYS] for e in entries]
             parts += [f"### {title}: `python -m benchmarks.{name}`"]
             parts += [markdown(header, lines)]
@@ -281,9 +284,6 @@ that are trained with the gates, in one run. A unit counts with all its weights,
 or not what they lead to is left; removal leaves fewer.
 
 {constrained()}
-
-Bisection over λ, the baseline, takes several runs of as many epochs each
-(`python -m experiments.bisection`):
 
 {bisected()}
 

@@ -6,6 +6,7 @@ classifier attached halfway, at one layer trained alone while all before it stay
 values from any others, so that no model has to be written for it.
 """
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,18 +17,10 @@ import jax
 import jax.extend
 from jaxtyping import Array, PyTree
 
-from l0jax.program import bind, line_of
+from l0jax.program import CALLS, bind, line_of
 from l0jax.units import arrays
 
-INLINED = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-)
+INLINED = tuple(name for name in CALLS if not name.startswith("custom_"))
 """Calls that are written out. Functions with derivatives of their own stay whole."""
 
 
@@ -51,7 +44,7 @@ class Step:
         return f"{self.eqn.primitive.name} at {line_of(self.eqn) or 'an unknown line'}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataflow:
     """A function as steps between numbered values.
 
@@ -85,6 +78,18 @@ class Dataflow:
             values.update(zip(step.outs, bind(step.eqn, given), strict=True))
         return [values[value] for value in wanted]
 
+    def known(self, params: PyTree, *inputs: PyTree) -> dict[int, Any]:
+        """What the function's arguments say, for `evaluate`: the parameters, and the
+        inputs unless they are left out.
+
+        Raises:
+            ValueError: if they are not as many arrays as were traced.
+        """
+        known = dict(zip(self.params.values(), arrays(params).values(), strict=True))
+        if inputs:
+            known |= dict(zip(self.inputs, jax.tree.leaves(inputs), strict=True))
+        return known
+
     def dependents(self, of: Iterable[int]) -> frozenset[int]:
         """These values, and all that are computed from any of them."""
         found = set(of)
@@ -99,7 +104,7 @@ class Dataflow:
         """What has to be stored of each example so that `wanted` can be evaluated again
         and again while only `changed` changes: values that depend on the inputs and not
         on `changed`, as few as there are."""
-        moving, data = self.dependents(changed), self.dependents(self.inputs)
+        moving, data = self.dependents(changed), self._data
         read = [value for value in wanted if value not in moving]
         for step in self._needed(self.constants.keys(), wanted, strict=False):
             if not moving.isdisjoint(step.ins):
@@ -114,7 +119,7 @@ class Dataflow:
         """
         if path not in self.params:
             raise ValueError(f"no array at {path!r}; there is {', '.join(self.params)}")
-        data, carried = self.dependents(self.inputs), {self.params[path]}
+        data, carried = self._data, {self.params[path]}
         found = []
         for step in self.steps:
             if carried.isdisjoint(step.ins):
@@ -137,7 +142,7 @@ class Dataflow:
         Raises:
             ValueError: as `reader`; if that step reads several values of the data.
         """
-        step, data = self.reader(path), self.dependents(self.inputs)
+        step, data = self.reader(path), self._data
         found = dict.fromkeys(value for value in step.ins if value in data)
         if len(found) != 1:
             raise ValueError(
@@ -166,14 +171,25 @@ class Dataflow:
             ValueError: as `reader`; if that step is beside every such value.
         """
         start = self.reader(path).at
-        for at, value in self._passes(self.outs[:1]):
+        for at, value in self._passes:
             if at >= start:
                 return value
         raise ValueError(f"nothing that {path!r} makes reaches the output")
 
-    def _passes(self, wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
+    @functools.cached_property
+    def _data(self) -> frozenset[int]:
+        """The values that depend on the inputs."""
+        return self.dependents(self.inputs)
+
+    @functools.cached_property
+    def _passes(self) -> tuple[tuple[int, int], ...]:
+        """Values through which all must pass that reaches the first output, each with
+        the place of the step that makes it."""
+        return tuple(self._alone(self.outs[:1]))
+
+    def _alone(self, wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Values that alone are alive after a step: (place of the step, value)."""
-        data = self.dependents(self.inputs)
+        data = self._data
         steps = self._needed(self.constants.keys(), wanted, strict=False)
         waits = Counter(
             value for step in steps for value in set(step.ins) if value in data

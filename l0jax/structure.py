@@ -29,6 +29,7 @@ from l0jax.units import (
     check,
     expected_size,
     left,
+    owners,
     shrink,
     shrink_groups,
 )
@@ -349,8 +350,7 @@ def _part(slot: Slot, units: Sequence[int], size: int) -> Slot:
     """A slot of some of a group's units, numbered anew."""
     new_unit = np.full(size + 1, -1)
     new_unit[np.asarray(units, int)] = np.arange(len(units))
-    old = np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
-    return Slot(slot.path, slot.axis, tuple(new_unit[old].tolist()))
+    return Slot(slot.path, slot.axis, tuple(new_unit[owners(slot, size)].tolist()))
 
 
 def _renamed(member, renamed, parts):

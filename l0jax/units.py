@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ def _on_both(probabilities, one: Slot, other: Slot, shape, size: int) -> Array:
     """P(both gates are open) for the positions of two axes with units of one group."""
     p = _along(probabilities, one, shape, outside=1)
     q = _along(probabilities, other, shape, outside=1)
-    unit = _placed(_units(one, size), one.axis, shape)
-    same = unit == _placed(_units(other, size), other.axis, shape)
+    unit = _placed(owners(one, size), one.axis, shape)
+    same = unit == _placed(owners(other, size), other.axis, shape)
     return jnp.where(same & (unit >= 0), p, p * q)
 
 
@@ -248,7 +248,7 @@ def in_use(params: PyTree, groups: Groups) -> dict[str, Bool[np.ndarray, " units
         alive = np.zeros(group.size, bool)
         for slot in group.used_by:
             reached = _by_position(np.asarray(leaves[slot.path]) != 0, slot, np.any)
-            units = _units(slot, group.size)
+            units = owners(slot, group.size)
             alive[units[reached & (units >= 0)]] = True
         keep[name] = alive
     return keep
@@ -267,7 +267,7 @@ def largest_use(values: PyTree, groups: Groups) -> dict[str, Float[Array, " unit
         for slot in group.used_by:
             along = _by_position(leaves[slot.path], slot, jnp.max)
             # Positions of no unit go to the last entry, which is dropped.
-            most = most.at[_units(slot, group.size)].max(along)
+            most = most.at[owners(slot, group.size)].max(along)
         largest[name] = most[:-1]
     return largest
 
@@ -325,7 +325,7 @@ def left(
         reached = np.zeros(group.size + 1, bool)
         for slot in group.used_by:
             there = _left_along(slot, shapes[slot.path], masks)
-            reached[_units(slot, group.size)[there]] = True
+            reached[owners(slot, group.size)[there]] = True
         kept = np.asarray(keep.get(name, True), bool)
         flags[name] = kept & reached[:-1]
     return flags
@@ -374,7 +374,7 @@ def shrink_groups(tree: PyTree, keep: Keep, groups: Groups) -> dict[str, Group]:
     def after(slot: Slot, flags: np.ndarray) -> Slot:
         number = np.append(np.where(flags, np.cumsum(flags) - 1, -1), -1)
         there = _left_along(slot, shapes[slot.path], masks)
-        units = number[_units(slot, len(flags))[there]]
+        units = number[owners(slot, len(flags))[there]]
         if np.array_equal(units, np.arange(flags.sum())):
             return Slot(slot.path, slot.axis)
         return Slot(slot.path, slot.axis, tuple(units.tolist()))
@@ -433,7 +433,7 @@ def _positions(
     for name, flags in keep.items():
         flags = np.asarray(flags, bool)
         for slot in groups[name].slots:
-            along = np.append(flags, True)[_units(slot, len(flags))]
+            along = np.append(flags, True)[owners(slot, len(flags))]
             if slot.axis is None:
                 elements[slot.path] = elements.get(slot.path, True) & along
             else:
@@ -469,7 +469,7 @@ def charge(
         if slot.unit_of is None:
             total = total + amounts
         else:
-            units = _units(slot, size)
+            units = owners(slot, size)
             # Positions of no unit go to an extra last entry, which is dropped.
             total = total + jnp.zeros(size + 1).at[units].add(amounts)[:-1]
     return total
@@ -491,7 +491,9 @@ def _used(group: Group) -> Group:
     return Group(group.name, group.size, group.used_by)
 
 
-def _units(slot: Slot, size: int) -> np.ndarray:
+def owners(slot: Slot, size: int) -> Int[np.ndarray, " positions"]:
+    """The unit of each position of a slot's axis, of a group of `size` units; -1 where
+    it is of none."""
     return np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
 
 
@@ -527,9 +529,9 @@ def _stated_once(slots: list[Slot], size: int) -> list[Slot]:
     """`slots` of one axis, without positions whose unit an earlier one states."""
     once: list[Slot] = []
     for slot in slots:
-        left = _units(slot, size)
+        left = owners(slot, size)
         for earlier in once:
-            left = np.where(left == _units(earlier, size), -1, left)
+            left = np.where(left == owners(earlier, size), -1, left)
         once.append(Slot(slot.path, slot.axis, tuple(left.tolist())))
     return once
 

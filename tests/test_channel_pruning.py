@@ -178,7 +178,8 @@ BAD = {
         {"discrimination": 0.0, "reconstruction": 0.0},
         ["nothing to choose by"],
     ),
-    "epochs": ({"tune": Recipe(epochs=0)}, ["tune.epochs must be at least 1"]),
+    "epochs": ({"base": Recipe(epochs=0)}, ["base.epochs must be at least 1"]),
+    "no tuning": ({"tune": Recipe(epochs=-1)}, ["tune.epochs must be at least 0"]),
     "losses": ({"losses": 5}, ["5 additional losses"]),
     "examples": ({"examples": 10}, ["10 training images don't fill a batch of 64"]),
 }
@@ -217,3 +218,47 @@ def test_results_are_lines_of_json(folder):
     run(folder, method=("random",))
     for line in (folder / "results.jsonl").read_text().splitlines():
         assert json.loads(line)["ratio"] == 0.5
+
+
+def test_base_networks_come_from_another_run(folder, tmp_path):
+    """The same network is pruned, before any tuning."""
+    there = run(folder, method=("filter_l1",))["results"]
+    (first,) = [r for r in there if r["method"] == "filter_l1"]
+    untuned = dataclasses.replace(CONFIG.tune, epochs=0)
+    again = run(tmp_path / "run", method=("filter_l1",), base_from=folder, tune=untuned)
+    (line,) = again["results"]
+    assert line["base"] == first["base"]
+    assert line["trained"] == line["pruned"] == first["pruned"]
+    assert not (tmp_path / "run" / "checkpoints" / "base-0").exists()
+
+
+OTHERS = {
+    "widths": ({"width": 2.0}, ["with stages", "ask for [[8], [12, 12]]"]),
+    "a class": ({"model": "resnet20"}, ["holds a VGG", "not a pre_activation_resnet"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_base_network_of_another_shape_is_refused(folder, tmp_path, case):
+    changes, words = OTHERS[case]
+    run(folder, method=("filter_l1",))
+    with pytest.raises(ValueError, match="base-0") as error:
+        run(tmp_path / "run", method=("filter_l1",), base_from=folder, **changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_base_network_of_other_classes_is_refused(folder, tmp_path, monkeypatch):
+    run(folder, method=("filter_l1",))
+    load = channel_pruning.data.load
+    monkeypatch.setattr(
+        channel_pruning.data,
+        "load",
+        lambda *args: dataclasses.replace(load(*args), classes=12),
+    )
+    with pytest.raises(ValueError, match=r"classes = 10; .* ask for 12"):
+        run(tmp_path / "run", method=("filter_l1",), base_from=folder)
+
+
+def test_a_base_network_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.base-0"):
+        run(tmp_path / "run", method=("filter_l1",), base_from=tmp_path / "nowhere")

@@ -65,8 +65,8 @@ def whole_loss(of, base, group, head, selection, params):
     path = of.structure.groups[group].used_by[0].path
     for images, labels in of.batches():
         wanted = [flow.makes(path), point]
-        made, at = flow.evaluate(of.known(params, images), wanted)
-        target, _ = flow.evaluate(of.known(base, images), wanted)
+        made, at = flow.evaluate(flow.known(params, images), wanted)
+        target, _ = flow.evaluate(flow.known(base, images), wanted)
         logits = at if head is None else head(at)
         total += selection.reconstruction * jnp.mean((made - target) ** 2) / 2
         total += selection.discrimination * of.loss(logits, labels).mean()

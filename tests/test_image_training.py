@@ -133,7 +133,6 @@ def test_closed_units_stay_closed():
     model = network()
     groups = models.structure(model).groups
     keep = {"convs.0": np.array([True, False, True])}
-    trainer = Trainer(model, images(), RECIPE, groups=groups, keep=keep)
     recipe = dataclasses.replace(RECIPE, weight_decay=0.0)
     trainer = Trainer(model, images(), recipe, groups=groups, keep=keep)
     found = trained(trainer)
@@ -204,6 +203,27 @@ def test_errors_are_counted():
     for batch in (500, 7):
         found = image_training.error(model, split, of, batch)
         assert found == pytest.approx(100 * wrong.mean(), rel=1e-6)
+
+
+def test_statistics_are_the_means_over_batches():
+    """Of the first normalisation by hand; the model that was given keeps its own."""
+    model, of = network(), images()
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    found = image_training.recalibrated(model, of, batch_size=8)
+    x = jnp.asarray((of.images.astype(np.float32) - of.mean) / of.deviation)
+    maps = np.asarray(model.convs[0](x), np.float64).reshape(3, 8, -1, 3)
+    of_batches = maps.reshape(3, -1, 3)
+    np.testing.assert_allclose(
+        found.norms[0].mean[...], of_batches.mean(1).mean(0), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found.norms[0].var[...], of_batches.var(1).mean(0), rtol=1e-4
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+    assert found.norms[0].use_running_average
+    assert found.norms[0].momentum == model.norms[0].momentum
+    with pytest.raises(ValueError, match="24 images don't fill a batch of 25"):
+        image_training.recalibrated(model, of, batch_size=25)
 
 
 def test_colours_are_normalised_over_the_training_images():

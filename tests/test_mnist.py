@@ -301,7 +301,7 @@ def test_a_run_leaves_its_record(runs, kind):
     run = runs(kind)
     epochs = list(range(1, run.config.epochs + 1))
     stored = json.loads((run.folder / "config.json").read_text())
-    assert stored.items() >= mnist.as_json(run.config).items()
+    assert stored.items() >= run_folder.settings_of(run.config).items()
     assert json.loads((run.folder / "summary.json").read_text()) == run.summary
     assert [row["epoch"] for row in run.rows] == epochs
     assert [row["step"] for row in run.rows] == [run.steps * e for e in epochs]
@@ -1326,7 +1326,7 @@ def test_where_and_how_far_is_no_setting():
     assert set(settings) == every - set(changes)
     # As they are read back from a file.
     assert settings == json.loads(json.dumps(settings))
-    assert set(mnist.as_json(SHORT)) == every
+    assert set(run_folder.settings_of(SHORT)) == every
 
 
 @pytest.mark.parametrize("steps", [1, 26, 119, 120, 131, 144, 550, 600])

@@ -212,7 +212,7 @@ def _columns(
 ) -> dict[str, list[Float[Array, "samples positions"]]]:
     """Of each group the values in each of its places."""
     wanted = list(dict.fromkeys(r.value for there in reads.values() for r in there))
-    found = task.flow.evaluate(task.known(params, images), wanted)
+    found = task.flow.evaluate(task.flow.known(params, images), wanted)
     values = dict(zip(wanted, found, strict=True))
 
     def column(read: Read):

@@ -236,13 +236,9 @@ def prune(
             f"this one ends {'with' if stage.kernel is None else 'before'} the network"
         )
     params, keep = task.params, {}
-    now: list[dict[int, Array]] | None = None
-    before: list[dict[int, Array]] = []
+    now = before = [{task.flow.inputs[0]: batch} for batch, _ in task.batches()]
     for name in stage.groups:
         layer = _Layer(task, stage, head, selection, name)
-        if now is None:
-            images = [{task.flow.inputs[0]: batch} for batch, _ in task.batches()]
-            now, before = images, images
         now = _evaluate(task.flow, params, now, layer.stored)
         before = _evaluate(task.flow, base, before, layer.stored)
         size = task.structure.groups[name].size
@@ -271,14 +267,9 @@ def _evaluate(
 
     @jax.jit
     def values(params, stored):
-        return flow.evaluate({**_numbered(flow, params), **stored}, wanted)
+        return flow.evaluate({**flow.known(params), **stored}, wanted)
 
     return [dict(zip(wanted, values(params, batch), strict=True)) for batch in stored]
-
-
-def _numbered(flow: Dataflow, params: PyTree) -> dict[int, Any]:
-    arrays = units.arrays(params)
-    return {number: arrays[path] for path, number in flow.params.items()}
 
 
 class _Layer:
@@ -309,7 +300,7 @@ class _Layer:
 
             def total(kernels):
                 arrays = units.replace(params, kernels)
-                known = {**_numbered(flow, arrays), **stored}
+                known = {**flow.known(arrays), **stored}
                 *made, at = flow.evaluate(known, [*self.made, point])
                 apart = [
                     jnp.square(y - targets[value]).mean() / 2

@@ -183,14 +183,13 @@ def _batches(
 
 
 def _network(task: Task, of: Layer, params, images):
-    return task.flow.evaluate(task.known(params, images), [of.value, of.makes])
+    return task.flow.evaluate(task.flow.known(params, images), [of.value, of.makes])
 
 
 def _sample(task: Task, of: Layer, positions: int, key, params, value, now, target):
     flow, kernel = task.flow, task.flow.params[of.path]
     outputs, entries = of.shape[of.outputs_axis], len(of.unit_of)
-    arrays = units.arrays(params).values()
-    known = dict(zip(flow.params.values(), arrays, strict=True)) | {of.value: value}
+    known = {**flow.known(params), of.value: value}
 
     def by_position(made):
         made = jnp.moveaxis(made, of.channels_axis, -1)

@@ -165,7 +165,7 @@ def _gated_outputs(
         for read in there:
             at = task.flow.reader(read.kernel).at
             gates.setdefault((at, read.value), []).append((name, read))
-    values = {**task.flow.constants, **task.known(params, images)}
+    values = {**task.flow.constants, **task.flow.known(params, images)}
     for step in task.flow.steps:
         given = []
         for number in step.ins:

@@ -98,12 +98,6 @@ class Task:
         """One batch of images and labels after the other."""
         yield from zip(self.images, self.labels, strict=True)
 
-    def known(self, params: PyTree, images: Any) -> dict[int, Any]:
-        """Values of `flow` that the arguments determine: `flow.evaluate(known, …)`."""
-        arrays = units.arrays(params).values()
-        known = dict(zip(self.flow.params.values(), arrays, strict=True))
-        return known | {self.flow.inputs[0]: images}
-
     def reads(self, group: str) -> list[Read]:
         """The values in which the units of `group` are read, each of them once.
 
@@ -123,8 +117,7 @@ class Task:
         Raises:
             ValueError: as `reads`.
         """
-        size = self.structure.groups[group].size
-        unit_of = np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
+        unit_of = units.owners(slot, self.structure.groups[group].size)
         value = self.flow.reads(slot.path)
         axis = self._axis(slot.path, slot.axis, value, len(unit_of))
         return Read(slot.path, value, axis, unit_of)

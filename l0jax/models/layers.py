@@ -1,5 +1,7 @@
 """Layers that the convolutional networks share."""
 
+import abc
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,9 +76,9 @@ class ImageModel(nnx.Module):
     shape: tuple[int, ...]
 
     @property
+    @abc.abstractmethod
     def architecture(self) -> dict:
         """Arguments of the constructor that rebuild the present shape, for files."""
-        raise NotImplementedError
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.models.layers import ImageModel, conv, global_average, norm
+from l0jax.models.layers import conv, global_average, norm
+from l0jax.models.residual import ResidualModel, blocks_of
 
 
 class Block(nnx.Module):
@@ -36,6 +37,16 @@ class Block(nnx.Module):
         self.conv2 = conv(inner, outputs, rngs=rngs)
         self.shortcut = conv(inputs, outputs, 1, stride, rngs=rngs) if project else None
 
+    @property
+    def inner(self) -> int:
+        """Channels between the convolutions."""
+        return self.conv1.kernel.shape[3]
+
+    @property
+    def outputs(self) -> int:
+        """Channels that leave the block."""
+        return self.conv2.kernel.shape[3]
+
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch ho wo o"]:
         """What leaves the block."""
         active = jax.nn.relu(self.norm1(x))
@@ -45,7 +56,7 @@ class Block(nnx.Module):
         return beside + self.conv2(active)
 
 
-class PreActivationResNet(ImageModel):
+class PreActivationResNet(ResidualModel):
     """A convolution, stages of blocks of which all but the first begin with stride 2,
     batch normalisation, ReLU, the mean over all positions, one dense layer.
 
@@ -75,20 +86,14 @@ class PreActivationResNet(ImageModel):
         *,
         rngs: nnx.Rngs,
     ):
-        check_stages(stem, stages, inner, project)
         self.shape = tuple(shape)
         self.stem = conv(shape[2], stem, rngs=rngs)
         self.depths = tuple(map(len, inner))
-        channels, blocks = stem, []
-        for stage, (width, within) in enumerate(zip(stages, inner, strict=True)):
-            for at, each in enumerate(within):
-                stride = 2 if stage and not at else 1
-                beside = project[stage] and not at
-                blocks.append(Block(channels, each, width, stride, beside, rngs=rngs))
-                channels = width
-        self.blocks = nnx.List(blocks)
-        self.norm = norm(channels, rngs)
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.blocks = nnx.List(
+            blocks_of(Block, stem, stages, inner, project, rngs=rngs)
+        )
+        self.norm = norm(stages[-1], rngs)
+        self.head = nnx.Linear(stages[-1], classes, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""
@@ -96,43 +101,6 @@ class PreActivationResNet(ImageModel):
         for block in self.blocks:
             x = block(x)
         return self.head(global_average(jax.nn.relu(self.norm(x))))
-
-    @property
-    def architecture(self) -> dict:
-        """Arguments of the constructor that rebuild this shape, for files."""
-        blocks, stages, inner, project = iter(self.blocks), [], [], []
-        for depth in self.depths:
-            here = [next(blocks) for _ in range(depth)]
-            inner.append([block.conv1.kernel.shape[3] for block in here])
-            stages.append(here[0].conv2.kernel.shape[3])
-            project.append(here[0].shortcut is not None)
-        return {
-            "stem": self.stem.kernel.shape[3],
-            "stages": stages,
-            "inner": inner,
-            "project": project,
-            "classes": self.head.kernel.shape[1],
-            "shape": list(self.shape),
-        }
-
-
-def check_stages(
-    stem: int, stages: Sequence[int], inner: Sequence, project: Sequence[bool]
-) -> None:
-    """Raises ValueError for stages that don't fit each other."""
-    if not len(stages) == len(inner) == len(project):
-        raise ValueError(
-            f"stages has {len(stages)} entries, inner {len(inner)} and project "
-            f"{len(project)}: give one each for every stage"
-        )
-    widths = [stem, *stages]
-    for stage, beside in enumerate(project):
-        if not beside and (stage or widths[stage] != widths[stage + 1]):
-            raise ValueError(
-                f"stage {stage} goes from {widths[stage]} to {widths[stage + 1]} "
-                f"channels{' with stride 2' if stage else ''}: project must be True "
-                "there"
-            )
 
 
 def of_depth(depth: int, width: int = 16) -> dict:

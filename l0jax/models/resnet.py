@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.models.layers import ImageModel, conv, global_average, max_pool_3x3, norm
-from l0jax.models.pre_activation import check_stages
+from l0jax.models.layers import conv, global_average, max_pool_3x3, norm
+from l0jax.models.residual import ResidualModel, blocks_of
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -45,6 +45,16 @@ class Block(nnx.Module):
         self.shortcut = conv(inputs, outputs, 1, stride, rngs=rngs) if project else None
         self.shortcut_norm = norm(outputs, rngs) if project else None
 
+    @property
+    def inner(self) -> list[int]:
+        """Channels after each convolution but the last."""
+        return [layer.kernel.shape[3] for layer in list(self.convs)[:-1]]
+
+    @property
+    def outputs(self) -> int:
+        """Channels that leave the block."""
+        return self.convs[-1].kernel.shape[3]
+
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch ho wo o"]:
         """What leaves the block."""
         beside = x
@@ -60,7 +70,7 @@ class Block(nnx.Module):
         return jax.nn.relu(x + beside)
 
 
-class ResNet(ImageModel):
+class ResNet(ResidualModel):
     """A 7x7 convolution and 3x3 maxima, both with stride 2, stages of blocks of which
     all but the first begin with stride 2, the mean over all positions, one dense layer.
 
@@ -91,20 +101,14 @@ class ResNet(ImageModel):
         *,
         rngs: nnx.Rngs,
     ):
-        check_stages(stem, stages, inner, project)
         self.shape = tuple(shape)
         self.stem = conv(shape[2], stem, 7, 2, rngs=rngs)
         self.norm = norm(stem, rngs)
         self.depths = tuple(map(len, inner))
-        channels, blocks = stem, []
-        for stage, (width, within) in enumerate(zip(stages, inner, strict=True)):
-            for at, each in enumerate(within):
-                stride = 2 if stage and not at else 1
-                beside = project[stage] and not at
-                blocks.append(Block(channels, each, width, stride, beside, rngs=rngs))
-                channels = width
-        self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.blocks = nnx.List(
+            blocks_of(Block, stem, stages, inner, project, rngs=rngs)
+        )
+        self.head = nnx.Linear(stages[-1], classes, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""
@@ -112,27 +116,6 @@ class ResNet(ImageModel):
         for block in self.blocks:
             x = block(x)
         return self.head(global_average(x))
-
-    @property
-    def architecture(self) -> dict:
-        """Arguments of the constructor that rebuild this shape, for files."""
-        blocks, stages, inner, project = iter(self.blocks), [], [], []
-        for depth in self.depths:
-            here = [next(blocks) for _ in range(depth)]
-            widths = [
-                [layer.kernel.shape[3] for layer in block.convs] for block in here
-            ]
-            inner.append([each[:-1] for each in widths])
-            stages.append(widths[0][-1])
-            project.append(here[0].shortcut is not None)
-        return {
-            "stem": self.stem.kernel.shape[3],
-            "stages": stages,
-            "inner": inner,
-            "project": project,
-            "classes": self.head.kernel.shape[1],
-            "shape": list(self.shape),
-        }
 
 
 def basic(blocks: Sequence[int]) -> dict:
