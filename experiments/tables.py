@@ -6,13 +6,22 @@
 The README quotes the table between its two markers, and the same command fills it in.
 """
 
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from experiments import bisection, family_report, json_lines, mnist_rows
+from experiments import (
+    bisection,
+    channel_report,
+    channel_rows,
+    family_report,
+    json_lines,
+    mnist_rows,
+    wide_resnet,
+)
 from experiments.printing import interval, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -242,6 +251,7 @@ BENCHMARKED = {
     "structure": "Reading models, counting and removing",
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
+    "selection": "Choosing channels",
 }
 
 
@@ -260,6 +270,11 @@ def benchmarks() -> str:
 
 def document() -> str:
     """The text of RESULTS.md."""
+    # What nothing is recorded of leaves an empty place.
+    return re.sub("\n{3,}", "\n\n", _document())
+
+
+def _document() -> str:
     return f"""# Results
 
 Printed by `python -m experiments.tables` from `experiments/results` and
@@ -297,6 +312,10 @@ or not what they lead to is left; removal leaves fewer.
 
 {compared()}
 
+{channels()}
+
+{wide()}
+
 ## Benchmarks
 
 Things that are compared take turns in one run, so that ratios can be trusted where
@@ -330,6 +349,85 @@ def compared() -> str:
             f"![test error against weights left]({folder}/figures/frontier-weights.png)"
         )
     return "\n\n".join(parts)
+
+
+def channels() -> str:
+    """Channel pruning: every method, and the two ablations of the paper."""
+    lines = channel_rows.results(channel_rows.COMPARISON)
+    if not lines:
+        return ""
+    config = lines[0]["config"]
+    parts = [
+        f"## Channel pruning: {config['model']} on {config['dataset']}",
+        f"`python -m experiments.channel_rows {channel_rows.COMPARISON}`: "
+        f"{config['examples']:,} training images, widths times {config['width']:g}, "
+        f"{config['base']['epochs']} epochs of the base network and "
+        f"{config['tune']['epochs']} of what is left; {config['ratio']:.0%} of the "
+        "channels within each block are removed, by network slimming and DCP-Adapt as "
+        "many as they choose. A gap is the error above that of the base network of "
+        "the same seed. Published gaps are of ResNet-56, half of whose channels are "
+        "removed, with 400 epochs on all images and a base error of 6.20 % (Zhuang et "
+        "al. 2018, table 1).",
+        channel_report.table(lines),
+    ]
+    folder = channel_report.FOLDER.relative_to(channel_report.FOLDER.parents[2])
+    parts += [f"![error of each method]({folder}/methods.png)"]
+    for title, table in (
+        (
+            "The weight of the additional loss, before any training, 30 % of the "
+            "channels removed (table 6 of the paper)",
+            channel_report.discrimination(),
+        ),
+        ("DCP-Adapt: where a layer is full (table 7)", channel_report.epsilons()),
+    ):
+        # A table without a line has its header and what is below it.
+        if len(table.splitlines()) > 2:
+            parts += [f"### {title}", table]
+    return "\n\n".join(parts)
+
+
+def wide() -> str:
+    """Gates on a wide residual network, a line for each variant."""
+    variants: dict[str, list[dict]] = {}
+    for result in json_lines.read(wide_resnet.RESULTS):
+        variants.setdefault(result["variant"], []).append(result)
+    if not variants:
+        return ""
+    lines = []
+    for name, found in variants.items():
+        target = found[0]["config"]["target"]
+        lines.append(
+            [
+                name,
+                f"{interval(100 * r['shares'][0] for r in found)} %",
+                f"{interval(100 * r['expected'] for r in found)} %",
+                "-"
+                if target is None
+                else ", ".join(
+                    f"{100 * (r['expected'] / target - 1):+.1f} %" for r in found
+                ),
+                f"{interval(100 * r['kept'] for r in found)} %",
+                f"{interval(r['gated']['test'] for r in found)} %",
+                f"{interval(r['shrunk']['test'] for r in found if 'shrunk' in r)} %"
+                if all("shrunk" in r for r in found)
+                else "a layer has closed",
+                str(len(found)),
+            ]
+        )
+    header = ["variant", "MACs expected at first", "at the end", "off the target"]
+    header += ["kept by the rule", "test error", "test error when removed", "seeds"]
+    config = next(iter(variants.values()))[0]["config"]
+    return "\n\n".join(
+        [
+            f"## Gates on WRN-{config['depth']}-{config['factor']}",
+            "`python -m experiments.wide_resnet --variant all --record`: "
+            f"{config['examples']:,} images of {config['dataset']}, "
+            f"{config['recipe']['epochs']} epochs of SGD.",
+            markdown(header, lines),
+            "![multiply-accumulates over the epochs](experiments/results/"
+            "wide_resnet.png)",
+        ]
+    )
 
 
 MOST_LEFT = 0.26  # 74 % pruned, as by the paper's hard concrete gates with one λ

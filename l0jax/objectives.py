@@ -14,6 +14,7 @@ pays for its norm in proportion to the probability that it is there.
 
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -68,6 +69,7 @@ def penalty(
     *,
     weight_decay: float = 0.0,
     charges: Charges | None = None,
+    detached: bool = False,
 ) -> Objective:
     r"""The regulariser above, as a function `(params, prob_active) -> scalar`.
 
@@ -84,6 +86,9 @@ def penalty(
         weight_decay: coefficient of $\tfrac12\|\theta\|^2$ beside a mean loss.
         charges: slots whose weights each unit pays for, by default those that use it.
             A weight that no unit pays for has plain weight decay.
+        detached: let weight decay shrink the weights only and not close gates: its
+            P(z != 0) counts as a constant (as in the code of Gallego-Posada et al.
+            2022).
 
     Raises:
         ValueError: if a coefficient is negative, `examples` is not positive, or `lam`
@@ -108,12 +113,14 @@ def penalty(
     def objective(params, prob_active):
         total = jnp.zeros(())
         for name, group in groups.items():
-            cost = charge(jnp.ones_like, params, charges[name], group.size)
-            cost = cost * (lam[name] / examples)
+            count = charge(jnp.ones_like, params, charges[name], group.size)
+            open_ = prob_active[name]
+            total = total + (open_ * count).sum() * (lam[name] / examples)
             if weight_decay:
                 norm = charge(jnp.square, params, charges[name], group.size)
-                cost = cost + 0.5 * weight_decay * norm
-            total = total + (prob_active[name] * cost).sum()
+                if detached:
+                    open_ = jax.lax.stop_gradient(open_)
+                total = total + 0.5 * weight_decay * (open_ * norm).sum()
         if weight_decay:
             for path, leaf in arrays(params).items():
                 slots = [slot for slot in charged if slot.path == path]

@@ -111,6 +111,25 @@ def test_gradient_in_the_logits_is_closed_form(decay):
         assert (slopes[name] > 0).all(), "the penalty closes gates"
 
 
+def test_detached_decay_closes_no_gates():
+    """The value and the gradient in the weights stay, that in the logits is λ's."""
+    told = {"lam": 5.0, "examples": 40, "charges": CHARGES}
+    attached = objectives.penalty(GROUPS, weight_decay=0.3, **told)
+    detached = objectives.penalty(GROUPS, weight_decay=0.3, detached=True, **told)
+    undecayed = objectives.penalty(GROUPS, **told)
+
+    def of(objective):
+        def value(params, logits):
+            return objective(params, gating.prob_active(GATE, logits))
+
+        return jax.value_and_grad(value, (0, 1))(PARAMS, LOGITS)
+
+    (one, (weights, _)), (other, (same, logits)) = of(attached), of(detached)
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, weights, same)
+    jax.tree.map(np.testing.assert_array_equal, logits, of(undecayed)[1][1])
+
+
 def test_gradient_in_the_weights_is_decay_by_probability():
     decay = 0.3
     objective = objectives.penalty(GROUPS, 5.0, 40, weight_decay=decay, charges=CHARGES)

@@ -1,0 +1,247 @@
+"""The tables and pictures of the rows of channel pruning, from their results alone.
+
+    python -m experiments.channel_report
+
+writes into `experiments/results/channel-pruning/`, in a few seconds:
+
+- `methods.png`: how far each method's error is from the base network's, before and
+  after the pruned network is trained;
+- `widths.png`: channels that each method keeps of each layer;
+- `ablations.png`: the weight of the additional loss, and where a layer is full.
+
+The tables are printed into `RESULTS.md` by `experiments.tables`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import channel_rows
+from experiments.figures import BLUE, ORANGE, STYLE
+from experiments.printing import interval, markdown, mean_and_half_width
+
+FOLDER = Path(__file__).parent / "results" / "channel-pruning"
+Line = Mapping[str, Any]
+
+PUBLISHED = {
+    # Zhuang et al. (2018), table 1, ResNet-56 with half the channels removed: the error
+    # gap in points (that of network slimming is of VGGNet).
+    "thinet": "+0.82",
+    "channel_pruning": "+1.0",
+    "dcp": "+0.31",
+    "dcp_adapt": "-0.01",
+    "random_dcp": "+0.63",
+    "width_multiplier": "+0.56",
+    "width_multiplier_plus": "+0.45",
+    "slimming": "+0.19 (VGG)",
+}
+"""Of 400 epochs on all of CIFAR-10 with a base error of 6.20 %."""
+
+
+def of_methods(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The lines of each method, in the order of the file."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line["method"], []).append(line)
+    return found
+
+
+def gaps(lines: Sequence[Line], when: str) -> list[float]:
+    """How far the test error is from the base network's, in points, for each seed."""
+    return [line[when]["test"] - line["base"]["test"] for line in lines]
+
+
+def times_less(lines: Sequence[Line], what: str) -> list[float]:
+    """How many times fewer there are than in the base network, for each seed."""
+    return [line[what][0] / line[what][1] for line in lines]
+
+
+def signed(values: Iterable[float]) -> str:
+    """An interval with the sign of its mean."""
+    text = interval(values)
+    return text if text.startswith("-") else f"+{text}"
+
+
+HEADER = [
+    *("method", "test error, %", "gap, points", "gap before training", "parameters"),
+    *("MACs", "latency, batch 128", "choosing, s", "published gap"),
+]
+
+
+def table(lines: Iterable[Line]) -> str:
+    """Every method: mean ± 95 % over seeds."""
+    rows = []
+    for method, found in of_methods(lines).items():
+        rows.append(
+            [
+                method,
+                interval(line["trained"]["test"] for line in found),
+                signed(gaps(found, "trained")),
+                signed(gaps(found, "pruned")),
+                *(
+                    f"{np.mean(times_less(found, what)):.2f}× less"
+                    for what in ("params", "macs", "latency")
+                ),
+                f"{np.mean([line['choosing'] for line in found]):,.0f}",
+                PUBLISHED.get(method, "-"),
+            ]
+        )
+    return markdown(HEADER, rows)
+
+
+def of_setting(row: str, setting: str) -> dict[float, list[Line]]:
+    """The lines of an ablation by the setting that it varies, from all its rows."""
+    found: dict[float, list[Line]] = {
+        lines[0]["config"][setting]: list[Line](lines)
+        for name in channel_rows.ROWS
+        if name.startswith(row) and (lines := channel_rows.results(name))
+    }
+    return dict(sorted(found.items()))
+
+
+def discrimination() -> str:
+    """The error before any training by the weight of the additional loss."""
+    lines = [
+        [f"{weight:g}", interval(e["pruned"]["test"] for e in found), str(len(found))]
+        for weight, found in of_setting("discrimination-", "discrimination").items()
+    ]
+    return markdown(["weight of the additional loss", "test error, %", "seeds"], lines)
+
+
+def epsilons() -> str:
+    """What DCP-Adapt removes, and what it loses."""
+    lines = [
+        [
+            f"{epsilon:g}",
+            interval(e["trained"]["test"] for e in found),
+            signed(gaps(found, "trained")),
+            f"{np.mean(times_less(found, 'params')):.2f}× less",
+            f"{np.mean(times_less(found, 'macs')):.2f}× less",
+            str(len(found)),
+        ]
+        for epsilon, found in of_setting("epsilon-", "epsilon").items()
+    ]
+    header = ["ε", "test error, %", "gap, points", "parameters", "MACs", "seeds"]
+    return markdown(header, lines)
+
+
+# ------------------------------------------------------------------------- the pictures
+
+
+def methods(lines: Sequence[Line]) -> Figure:
+    """The gap of each method, best last."""
+    found = of_methods(lines)
+    order = sorted(found, key=lambda name: -np.mean(gaps(found[name], "trained")))
+    figure = Figure(figsize=(9, 0.8 + 0.32 * len(order)), layout="constrained")
+    before, after = figure.subplots(1, 2, sharey=True)
+    for axes, when, title, colour in (
+        (before, "pruned", "right after pruning", ORANGE),
+        (after, "trained", "after training what is left", BLUE),
+    ):
+        pairs = [mean_and_half_width(gaps(found[name], when)) for name in order]
+        mean, half = np.array(pairs).T
+        axes.barh(order, mean, xerr=half, color=colour, height=0.6, capsize=2)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(title)
+        axes.set_xlabel("test error above the base network's, points")
+    config = lines[0]["config"]
+    seeds = len({line["seed"] for line in lines})
+    figure.suptitle(
+        f"{config['model']}, width {config['width']:g}, {config['ratio']:.0%} of the "
+        f"channels removed: {seeds} seed{'s' if seeds > 1 else ''}"
+    )
+    return figure
+
+
+def widths(lines: Sequence[Line]) -> Figure:
+    """The share of channels that methods that differ in it keep of each layer."""
+    found = {
+        method: those
+        for method, those in of_methods(lines).items()
+        if len({tuple(line["kept"].values()) for line in those}) > 1
+        or method in ("slimming", "dcp_adapt", "dcp")
+    }
+    figure = Figure(figsize=(9, 1.2 + 1.6 * len(found)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(len(found), 1, sharex=True, sharey=True))
+    for axes, (method, those) in zip(panels, found.items(), strict=True):
+        names = list(those[0]["sizes"])
+        shares = np.array(
+            [[e["kept"][n] / e["sizes"][n] for n in names] for e in those]
+        )
+        at = np.arange(len(names))
+        axes.bar(at, 100 * shares.mean(0), color=BLUE, width=0.7)
+        for share in shares:
+            axes.plot(at, 100 * share, "o", color="black", markersize=3)
+        axes.set_title(f"{method}: mean of the seeds, each a dot")
+        axes.set_ylabel("kept, %")
+        axes.set_ylim(0, 105)
+        axes.set_xticks(at, names, rotation=90, fontsize="small")
+    return figure
+
+
+def ablations() -> Figure:
+    """Errors by the weight of the additional loss, and by ε with what is left."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    weights = of_setting("discrimination-", "discrimination")
+    _points(
+        left,
+        [f"{weight:g}" for weight in weights],
+        weights.values(),
+        lambda line: line["pruned"]["test"],
+    )
+    left.set_xlabel("weight of the additional loss")
+    left.set_ylabel("test error before training, %")
+    left.set_title("DCP, 30 % of the channels removed")
+    epsilons = of_setting("epsilon-", "epsilon")
+    names = [
+        f"{epsilon:g}\n{np.mean(times_less(found, 'macs')):.2f}× fewer MACs"
+        for epsilon, found in epsilons.items()
+    ]
+    _points(right, names, epsilons.values(), lambda line: line["trained"]["test"])
+    right.set_xlabel("ε")
+    right.set_ylabel("test error after training, %")
+    right.set_title("DCP-Adapt")
+    return figure
+
+
+def _points(
+    axes: Axes,
+    names: Sequence[str],
+    of: Iterable[Sequence[Line]],
+    value: Callable[[Line], float],
+) -> None:
+    pairs = [mean_and_half_width(map(value, lines)) for lines in of]
+    mean, half = np.array(pairs).T
+    axes.errorbar(names, mean, half, color=BLUE, marker="o", capsize=3)
+    axes.margins(x=0.15)
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Draws what there are results for; says where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compared = channel_rows.results(channel_rows.COMPARISON)
+    drawn = []
+    with matplotlib.style.context(["default", STYLE]):
+        figures: dict[str, Figure] = {}
+        if compared:
+            figures |= {"methods": methods(compared), "widths": widths(compared)}
+        if of_setting("discrimination-", "discrimination") and of_setting(
+            "epsilon-", "epsilon"
+        ):
+            figures |= {"ablations": ablations()}
+        for name, figure in figures.items():
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1])
+    return drawn
+
+
+if __name__ == "__main__":
+    for file in write():
+        print(f"picture {file}")

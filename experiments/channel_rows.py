@@ -1,0 +1,146 @@
+"""The rows of the tables of channel pruning in `RESULTS.md`: settings and seeds.
+
+    python -m experiments.channel_rows comparison      # one row, all its seeds
+    python -m experiments.channel_rows --list
+
+Each is a run of `experiments.channel_pruning`. Every method and seed becomes a line of
+`experiments/results/channel_pruning.jsonl`, which `experiments.channel_report` draws
+and `experiments.tables` prints. A row that was interrupted goes on where it stopped.
+Rows other than the comparison prune the base networks that it has trained.
+
+The rows of the paper (`paper-…`) are there to be run on an accelerator; the others are
+as large as two cores can train in some hours: half the channels, a part of the images
+and few epochs.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments import channel_pruning, json_lines, run_folder
+from experiments.channel_pruning import METHODS, Config
+from experiments.image_training import Recipe
+
+RESULTS = Path(__file__).parent / "results" / "channel_pruning.jsonl"
+RUNS = Path("runs") / "channel_rows"
+COMPARISON = "comparison"
+
+SMALL = Config(
+    method=tuple(METHODS),
+    dataset="cifar10_jpeg",
+    model="resnet20",
+    width=0.5,
+    ratio=0.5,
+    seeds=(0, 1, 2),
+    examples=5_120,
+    chosen_by=512,
+    base=Recipe(epochs=15, learning_rate=0.1),
+    heads=Recipe(epochs=1, learning_rate=0.01, drops=()),
+    tune=Recipe(epochs=3, learning_rate=0.01),
+)
+UNTUNED = dataclasses.replace(SMALL.tune, epochs=0)
+PAPER = Config(
+    method=tuple(METHODS),
+    dataset="cifar10",
+    seeds=(0, 1, 2),
+    chosen_by=45_000,
+    base=Recipe(epochs=400),
+    heads=Recipe(epochs=100),
+    tune=Recipe(epochs=400),
+)
+
+ROWS: dict[str, Config] = {
+    COMPARISON: SMALL,
+    # Table 6: the weight of the additional loss, before fine-tuning.
+    **{
+        f"discrimination-{weight:g}": dataclasses.replace(
+            SMALL, method=("dcp",), ratio=0.3, discrimination=weight, tune=UNTUNED
+        )
+        for weight in (0.0, 0.01, 0.1, 1.0)
+    },
+    # Table 7: where a layer is full.
+    **{
+        f"epsilon-{epsilon:g}": dataclasses.replace(
+            SMALL, method=("dcp_adapt",), epsilon=epsilon
+        )
+        for epsilon in (0.1, 0.01, 0.001)
+    },
+    # The paper's own settings (table 1).
+    "paper-resnet56": dataclasses.replace(PAPER, model="resnet56", ratio=0.5),
+    "paper-vgg19": dataclasses.replace(PAPER, model="vgg19", ratio=0.3),
+}
+
+
+def results(row: str | None = None) -> list[dict[str, Any]]:
+    """All results so far, or those of a row."""
+    found = json_lines.read(RESULTS)
+    return found if row is None else [line for line in found if line["row"] == row]
+
+
+def record(new: list[dict[str, Any]]) -> None:
+    """Puts results into the file, in the place of older ones."""
+    order = {name: at for at, name in enumerate(ROWS)}
+    methods = {name: at for at, name in enumerate(METHODS)}
+
+    def identity(line):
+        # Rows that another version of this file knows are kept, at the end.
+        place = order.get(line["row"], len(order)), methods.get(line["method"], 0)
+        return *place, line["row"], line["method"], line["seed"]
+
+    fresh = {identity(line): line for line in [*results(), *new]}
+    json_lines.write(RESULTS, [fresh[each] for each in sorted(fresh)])
+
+
+def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
+    """Runs what is missing of a row, and records it."""
+    config = dataclasses.replace(ROWS[name], out=RUNS / name, seeds=seeds)
+    if methods:
+        config = dataclasses.replace(config, method=methods)
+    shared = {"base", "examples", "model", "width", "dataset", "validation", "sparsity"}
+    compared = ROWS[COMPARISON]
+    if name != COMPARISON and all(
+        getattr(config, field) == getattr(compared, field) for field in shared
+    ):
+        config = dataclasses.replace(config, base_from=RUNS / COMPARISON)
+    told = run_folder.settings_of(
+        config, (*channel_pruning.UNTOLD, "base_from", "method", "seeds")
+    )
+    for line in channel_pruning.main(config)["results"]:
+        record([{"row": name, "config": told, **line}])
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Which rows to run."""
+
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """names of rows"""
+    seeds: tuple[int, ...] | None = None
+    """only these seeds; None is all of the row's"""
+    methods: tuple[str, ...] = ()
+    """only these methods; none named is all of the row's"""
+    list: bool = False
+    """print the names and settings, and run nothing"""
+
+
+def main(arguments: Arguments) -> None:
+    """Runs rows by name."""
+    unknown = [name for name in arguments.rows if name not in ROWS]
+    if unknown or not (arguments.rows or arguments.list):
+        raise SystemExit(
+            f"unknown row {unknown[0]!r}; there is {', '.join(ROWS)}"
+            if unknown
+            else f"give one or more rows of {', '.join(ROWS)}"
+        )
+    if arguments.list:
+        for name, config in ROWS.items():
+            print(f"{name}: {run_folder.settings_of(config, channel_pruning.UNTOLD)}")
+    for name in arguments.rows:
+        for seed in arguments.seeds or ROWS[name].seeds:
+            run(name, (seed,), arguments.methods)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

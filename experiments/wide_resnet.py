@@ -1,0 +1,413 @@
+"""L0 gates on a wide residual network: why they never close, and what makes them.
+
+    python -m experiments.wide_resnet --variant fixed
+    python -m experiments.wide_resnet --variant all --seeds 0 1 2
+
+With SGD at the learning rate of the weights the gates of a network with batch
+normalisation end where they began (Gale et al. 2019; Gallego-Posada et al. 2022). The
+variants switch the parts of the remedy on and off: a rate of the gates' own, weight
+decay that doesn't close gates, gates after batch normalisation or a normalisation that
+knows of closed maps, multipliers that restart. Each result becomes a line of
+`experiments/results/wide_resnet.jsonl`. Killed runs go on where they were.
+
+The defaults are as small as two cores can train: WRN-10-1 on a part of the images. The
+paper's are `--depth 28 --factor 10 --examples 45000 --epochs 200`.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.style
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import l0jax.nnx
+from experiments import channel_pruning, data, json_lines, progress, run_folder
+from experiments.figures import COLOURS, STYLE
+from experiments.image_training import (
+    Images,
+    Recipe,
+    augmented,
+    error,
+    images_of,
+    normalised,
+    optimizer_of,
+    recalibrated,
+)
+from l0jax import (
+    constraints,
+    costs,
+    gates,
+    gating,
+    models,
+    objectives,
+    storage,
+    train,
+    units,
+)
+from l0jax.methods.task import cross_entropy
+from l0jax.models import pre_activation
+from l0jax.structure import Structure
+from l0jax.units import Group, Groups
+
+RESULTS = Path(__file__).parent / "results" / "wide_resnet.jsonl"
+PICTURE = Path(__file__).parent / "results" / "wide_resnet.png"
+RECIPE = Recipe(epochs=12, weight_decay=5e-4, drops=(0.6, 0.85))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a gated wide residual network."""
+
+    variant: tuple[str, ...] = ("fixed",)
+    """settings of `VARIANTS`, or all; the fields below are what they change"""
+    gate_learning_rate: float | None = 6.0
+    """of SGD, for the gates; None is that of the weights"""
+    detached: bool = True
+    """weight decay doesn't close gates"""
+    gates_on: Literal["reads", "maps"] = "reads"
+    """gates multiply the weights that read a map, or the filters that make it, and so
+    what batch normalisation sees"""
+    masked_norm: bool = True
+    """with gates on maps: after batch normalisation closed maps are zero again"""
+    restart: bool = True
+    """multipliers are set to 0 where the constraint holds"""
+    target: float | None = 0.5
+    """share of the multiply-accumulates that may be left; None is a fixed λ"""
+    lam: float = 0.002
+    """c in λ = c/N without a target"""
+    multiplier_rate: float = 2e-2
+    """of gradient ascent, for the constraint's multiplier"""
+    warm_up: float = 0.5
+    """share of the run over which the target falls from 1"""
+    keep_prob: float = 0.7
+    """initial"""
+    dataset: str = "cifar10_jpeg"
+    """a data set of `experiments.data`"""
+    depth: int = 10
+    """6n + 4 layers"""
+    factor: int = 1
+    """channels, times 16, 32 and 64"""
+    examples: int | None = 5_120
+    """training images that are used; None is all"""
+    validation: float = 0.1
+    """share of the training images that is held out"""
+    recipe: Recipe = RECIPE
+    """how the weights are trained; gates have no drops of their rate"""
+    seeds: tuple[int, ...] = (0,)
+    """of the weights, the gates' noise and the order of the images"""
+    out: Path = Path("runs") / "wide_resnet"
+    """folder of the runs, one within it for each variant and seed"""
+    record: bool = False
+    """put results into `experiments/results`, in the place of older ones"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "λ, the weights' rate": {"gate_learning_rate": None, "target": None},
+    "target, the weights' rate": {"gate_learning_rate": None},
+    "fixed": {},
+    "fixed, decay closes gates": {"detached": False},
+    "fixed, without restarts": {"restart": False},
+    "fixed, gates on maps": {"gates_on": "maps", "masked_norm": False},
+    "fixed, gates on maps, masked norm": {"gates_on": "maps"},
+}
+UNTOLD = ("variant", "seeds", "out", "record", "progress")
+GATE = gates.make("hard_concrete")
+RULE = "paper"
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Runs what is missing; a result for each variant and seed."""
+    names = tuple(VARIANTS) if config.variant == ("all",) else config.variant
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names or not config.seeds:
+        raise ValueError(
+            f"unknown variant {unknown[0]!r}; there is all, {', '.join(VARIANTS)}"
+            if unknown
+            else "give at least one variant and one seed"
+        )
+    if config.recipe.epochs < 1:
+        raise ValueError(f"recipe.epochs must be >= 1, got {config.recipe.epochs}")
+    dataset = data.load(config.dataset, config.validation)
+    found = []
+    for name in names:
+        for seed in config.seeds:
+            changed = dataclasses.replace(config, **VARIANTS[name])
+            found.append({"variant": name, "seed": seed, **run(changed, dataset, seed)})
+            if config.record:
+                record(found[-1])
+    return found
+
+
+def record(result: dict[str, Any]) -> None:
+    """Puts a result into the file, in the place of an older one."""
+    order = {name: at for at, name in enumerate(VARIANTS)}
+
+    def identity(each):
+        return order.get(each["variant"], len(order)), each["variant"], each["seed"]
+
+    fresh = {identity(each): each for each in [*json_lines.read(RESULTS), result]}
+    json_lines.write(RESULTS, [fresh[each] for each in sorted(fresh)])
+
+
+def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """One variant with one seed."""
+    settings = run_folder.settings_of(config, UNTOLD)
+    folder = config.out / f"{run_folder.default('run', settings).name}-{seed}"
+    run_folder.prepare(folder, settings, settings, resume=True)
+    done = json_lines.read(folder / "result.jsonl")
+    if done:
+        return done[-1]
+    images = images_of(dataset, config.examples)
+    key = jax.random.key(seed)
+    model = network(config, dataset, key)
+    structure = channel_pruning.prunable(model)
+    result = trained(config, dataset, images, model, structure, key, folder)
+    told = {"config": settings, "jax": jax.__version__, **result}
+    json_lines.add(folder / "result.jsonl", told)
+    return told
+
+
+def network(config: Config, dataset: data.Dataset, key: Any) -> models.ImageModel:
+    """The network before training."""
+    architecture = pre_activation.wide(config.depth, config.factor)
+    architecture |= {
+        "classes": dataset.classes,
+        "shape": dataset.train.images.shape[1:],
+    }
+    weights = nnx.Rngs(gating.key_for(key, "weights"))
+    return models.PreActivationResNet(**architecture, rngs=weights)
+
+
+def made_by(groups: Groups) -> Groups:
+    """The same units, to be gated by the filters that make them."""
+    return {
+        name: Group(
+            name,
+            group.size,
+            tuple(slot for slot in group.made_by if slot.path.endswith("kernel")),
+            (),
+        )
+        for name, group in groups.items()
+    }
+
+
+def trained(
+    config: Config,
+    dataset: data.Dataset,
+    images: Images,
+    model: models.ImageModel,
+    structure: Structure,
+    key: Any,
+    folder: Path,
+) -> dict[str, Any]:
+    """Trains, removes what the rule closes, tests."""
+    recipe = config.recipe
+    per_epoch = len(images.labels) // recipe.batch_size
+    steps = per_epoch * recipe.epochs
+    maps = config.gates_on == "maps"
+    reads = structure.groups
+    groups = made_by(reads) if maps else reads
+    training = nnx.clone(model)
+    training.train()
+    graph, params, statistics = nnx.split(training, nnx.Param, ...)
+
+    def apply(params, x):
+        """Of one batch, with the statistics of the batch."""
+        if maps and config.masked_norm:
+            params = masked(params, groups, reads)
+        # What it writes of the running statistics is left: they are taken at the end.
+        return nnx.merge(graph, params, statistics, copy=True)(x)
+
+    def loss(logits, labels):
+        wrong = (logits.argmax(-1) != labels).mean()
+        return cross_entropy(logits, labels).mean(), {"wrong": wrong}
+
+    amounts = constraints.share(structure, costs.macs)
+    # The optimiser has the weights' decay in the objective, with the gates.
+    undecayed = dataclasses.replace(recipe, weight_decay=0.0)
+    rate = config.gate_learning_rate
+    # Gates keep their rate to the end, so that the target can still be met there.
+    gate_recipe = dataclasses.replace(
+        undecayed,
+        learning_rate=recipe.learning_rate if rate is None else rate,
+        drops=(),
+    )
+    step = train.make_step(
+        apply,
+        loss,
+        objectives.penalty(
+            groups,
+            config.lam if config.target is None else 0.0,
+            len(images.labels),
+            weight_decay=recipe.weight_decay,
+            detached=config.detached,
+        ),
+        GATE,
+        groups,
+        optimizer := train.gates_apart(
+            optimizer_of(undecayed, steps), optimizer_of(gate_recipe, steps)
+        ),
+        constraint=(constraint := constraint_of(config, amounts, steps)),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def turn(state, batch, key, images):
+        x = normalised(images.images[batch], images)
+        if recipe.augment:
+            x = augmented(jax.random.fold_in(key, state.step), x)
+        return step(state, (x, images.labels[batch]), gating.key_for(key, "gates"))
+
+    @jax.jit
+    def left(logits):
+        return amounts.of(params, gating.prob_active(GATE, logits))["macs"]
+
+    logits = gating.init(gating.key_for(key, "gates"), GATE, groups, config.keep_prob)
+    state = train.init({"params": params, "gates": logits}, optimizer, constraint)
+    checkpoints = storage.Checkpoints(folder / "checkpoints")
+    found, first = checkpoints.restore(lambda _: state, tqdm.write), 0
+    shares = [float(left(logits))]
+    if found is not None:
+        first, state, notes = found
+        shares = notes["shares"]
+    begun = time.perf_counter()
+    on_device = Images(*jax.tree.map(jnp.asarray, images))
+    bar = progress.bar(recipe.epochs, "epoch", done=first, show=config.progress)
+    for epoch in range(first, recipe.epochs):
+        shuffled = jax.random.permutation(
+            jax.random.fold_in(gating.key_for(key, "order"), epoch), len(images.labels)
+        )
+        losses = []
+        for batch in shuffled[: per_epoch * recipe.batch_size].reshape(per_epoch, -1):
+            state, metrics = turn(state, batch, key, on_device)
+            losses.append(metrics["loss"])
+        mean = float(jnp.stack(losses).mean())
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"the loss is {mean} in epoch {epoch + 1}; lower the learning rates"
+            )
+        shares.append(float(left(state.theta["gates"])))
+        checkpoints.save(epoch + 1, state, {"shares": shares})
+        bar.set_postfix_str(f"loss {mean:.3f}, MACs expected {100 * shares[-1]:.1f} %")
+        bar.update()
+    bar.close()
+    seconds = time.perf_counter() - begun
+
+    # ---------------------------------------------------------------- at test time
+    z = gating.deterministic(GATE, state.theta["gates"], RULE)
+    keep = {name: np.asarray(values) != 0 for name, values in z.items()}
+    gated = units.apply_gates(state.theta["params"], z, groups)
+    if maps and config.masked_norm:
+        gated = masked(gated, groups, reads)
+    whole = recalibrated(nnx.merge(graph, gated, statistics, copy=True), images)
+    # With gates on maps batch normalisation makes something of a closed map too.
+    flags = {name: jnp.float32(each) for name, each in keep.items()}
+    some = {name: each.any() for name, each in keep.items()}
+    result: dict[str, Any] = {
+        "shares": shares,
+        "expected": shares[-1],
+        "kept": costs.exact(structure, keep) / costs.exact(structure, {}),
+        "widths": {name: int(each.sum()) for name, each in keep.items()},
+        "gated": errors(whole, dataset, images),
+        "seconds": seconds,
+    }
+    if all(some.values()):
+        removed = l0jax.nnx.fold(whole, flags, reads)
+        small = l0jax.nnx.shrink(removed, keep, structure)
+        storage.save(small, folder / "shrunk")
+        result["shrunk"] = errors(small, dataset, images)
+    return result
+
+
+def masked(params: Any, groups: Groups, reads: Groups) -> Any:
+    """The weights that read a map that is closed at zero, as if batch normalisation
+    gave zero there."""
+    magnitudes = jax.tree.map(jnp.abs, params)
+    largest = units.largest_use(magnitudes, groups)
+    on = {name: jax.lax.stop_gradient(jnp.sign(v)) for name, v in largest.items()}
+    return units.apply_gates(params, on, reads)
+
+
+def constraint_of(
+    config: Config, amounts: constraints.Amounts, steps: int
+) -> constraints.Constraint | None:
+    if config.target is None:
+        return None
+    return constraints.lagrangian(
+        amounts,
+        config.target,
+        warm_up=round(config.warm_up * steps),
+        optimizer=optax.sgd(config.multiplier_rate),
+        restart=config.restart,
+    )
+
+
+def errors(
+    model: nnx.Module, dataset: data.Dataset, images: Images
+) -> dict[str, float]:
+    """In per cent, of the validation and of the test images."""
+    return {
+        "validation": error(model, dataset.validation, images),
+        "test": error(model, dataset.test, images),
+    }
+
+
+def picture(results: list[dict[str, Any]]) -> Figure:
+    """The expected share of the multiply-accumulates over the epochs."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(result["variant"] for result in results))
+    for at, name in enumerate(names):
+        for result in results:
+            if result["variant"] == name:
+                first = result["seed"] == results[0]["seed"]
+                axes.plot(
+                    100 * np.array(result["shares"]),
+                    color=COLOURS[at % len(COLOURS)],
+                    linestyle="-" if at < len(COLOURS) else "--",
+                    label=name if first else None,
+                )
+    for target in {result["config"]["target"] for result in results} - {None}:
+        axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("multiply-accumulates expected, %")
+    axes.set_ylim(0, 105)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    config = results[0]["config"]
+    figure.suptitle(f"WRN-{config['depth']}-{config['factor']}, {config['dataset']}")
+    return figure
+
+
+def cli() -> None:
+    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    try:
+        found = main(config)
+    except (ValueError, data.DataError, OSError) as error:
+        raise SystemExit(f"experiments.wide_resnet: {error}") from None
+    for result in found:
+        shrunk = result.get("shrunk", {"test": math.nan})["test"]
+        name = f"{result['variant']:34} seed {result['seed']}"
+        left = f"{100 * result['expected']:.1f} %, kept {100 * result['kept']:.1f} %"
+        wrong = f"{result['gated']['test']:.2f} %, shrunk {shrunk:.2f} %"
+        print(f"{name}: MACs expected {left}; test error {wrong}")
+    if config.record:
+        with matplotlib.style.context(["default", STYLE]):
+            picture(json_lines.read(RESULTS)).savefig(PICTURE)
+        print(f"picture {PICTURE}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,177 @@
+"""Rows of channel pruning: run, recorded, printed and drawn."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_channel_pruning import CONFIG, tiny  # noqa: F401
+
+from experiments import channel_report, channel_rows
+from experiments.channel_pruning import METHODS
+
+
+def line(method="dcp", seed=0, row="comparison", config=None, **changes):
+    return {
+        "row": row,
+        "config": {"model": "tiny", "width": 1.0, "ratio": 0.5, **(config or {})},
+        "method": method,
+        "seed": seed,
+        "base": {"test": 10.0},
+        "pruned": {"test": 30.0 + seed},
+        "trained": {"test": 12.0 + seed},
+        "params": [100, 50 - 10 * seed],
+        "macs": [90, 30],
+        "latency": [3e-3, 2e-3],
+        "choosing": 7.0,
+        "kept": {"a": 2, "b": 3 - seed},
+        "sizes": {"a": 4, "b": 6},
+        **changes,
+    }
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(channel_rows, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(channel_rows, "RUNS", tmp_path / "runs")
+    return tmp_path / "results.jsonl"
+
+
+def test_results_stand_in_the_order_of_the_rows(file):
+    channel_rows.record([line("dcp", 1), line("dcp", 0), line("random", 0)])
+    channel_rows.record([line("dcp", 0, row="epsilon-0.1"), line(seed=1, choosing=8.0)])
+    found = channel_rows.results()
+    assert [(e["row"], e["method"], e["seed"]) for e in found] == [
+        ("comparison", "random", 0),
+        ("comparison", "dcp", 0),
+        ("comparison", "dcp", 1),
+        ("epsilon-0.1", "dcp", 0),
+    ]
+    assert found[2]["choosing"] == 8.0
+    assert len(channel_rows.results("comparison")) == 3
+
+
+def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
+    """Run twice, everything is there once."""
+    small = dataclasses.replace(CONFIG, method=("filter_l1", "random"), seeds=(0, 1))
+    untuned = dataclasses.replace(small.tune, epochs=0)
+    other = dataclasses.replace(
+        small, method=("random",), seeds=(1,), ratio=0.25, tune=untuned
+    )
+    monkeypatch.setattr(
+        channel_rows, "ROWS", {"comparison": small, "discrimination-1": other}
+    )
+    for _ in range(2):
+        channel_rows.main(channel_rows.Arguments(("comparison", "discrimination-1")))
+    found = channel_rows.results()
+    assert [(e["row"], e["method"], e["seed"]) for e in found] == [
+        ("comparison", "random", 0),
+        ("comparison", "random", 1),
+        ("comparison", "filter_l1", 0),
+        ("comparison", "filter_l1", 1),
+        ("discrimination-1", "random", 1),
+    ]
+    assert found[4]["base"] == found[1]["base"]
+    assert found[4]["kept"] == {"convs.0": 3, "convs.1": 5}
+    assert found[4]["config"]["ratio"] == 0.25
+    assert found[4]["trained"] == found[4]["pruned"]
+    assert not (channel_rows.RUNS / "discrimination-1" / "base-1").exists()
+
+
+def test_only_some_methods_and_seeds(file, monkeypatch):
+    small = dataclasses.replace(CONFIG, method=("filter_l1", "random"), seeds=(0, 1))
+    monkeypatch.setattr(channel_rows, "ROWS", {"comparison": small})
+    arguments = channel_rows.Arguments(("comparison",), (1,), ("random",))
+    channel_rows.main(arguments)
+    assert [(e["method"], e["seed"]) for e in channel_rows.results()] == [("random", 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(("nothing",), "unknown row 'nothing'"), ((), "one or more")]
+)
+def test_unknown_rows_are_named(names, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        channel_rows.main(channel_rows.Arguments(names))
+    assert "comparison" in str(error.value)
+
+
+def test_rows_are_listed(capsys):
+    channel_rows.main(channel_rows.Arguments(list=True))
+    printed = capsys.readouterr().out.splitlines()
+    assert [text.split(":")[0] for text in printed] == list(channel_rows.ROWS)
+
+
+def test_every_row_can_be_run():
+    for config in channel_rows.ROWS.values():
+        channel_rows.channel_pruning.check(config)
+        assert set(config.method) <= set(METHODS)
+        assert len(config.seeds) >= 3
+
+
+def test_the_table_by_hand():
+    text = channel_report.table([line(seed=0), line(seed=1)])
+    header, _, row = (part.strip("| ").split(" | ") for part in text.splitlines())
+    cells = dict(zip(header, row, strict=True))
+    # Student's t for one degree of freedom is 12.71, the deviation 1 / sqrt(2).
+    assert cells == {
+        "method": "dcp",
+        "test error, %": "12.50 ± 6.35",
+        "gap, points": "+2.50 ± 6.35",
+        "gap before training": "+20.50 ± 6.35",
+        "parameters": "2.25× less",
+        "MACs": "3.00× less",
+        "latency, batch 128": "1.50× less",
+        "choosing, s": "7",
+        "published gap": "+0.31",
+    }
+
+
+def test_a_gap_below_the_base_network_keeps_its_sign():
+    better = line(trained={"test": 9.5})
+    assert " -0.50 " in channel_report.table([better])
+
+
+def ablated(monkeypatch):
+    rows = {
+        **{f"discrimination-{w:g}": CONFIG for w in (0.0, 1.0)},
+        **{f"epsilon-{e:g}": CONFIG for e in (0.1, 0.001)},
+    }
+    monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, **rows})
+    for name in rows:
+        setting, value = name.split("-")
+        told = {setting: float(value)}
+        more = 5 if name == "epsilon-0.1" else 0
+        channel_rows.record(
+            [
+                line("dcp", seed, name, told, trained={"test": 12.0 + more})
+                for seed in (0, 1)
+            ]
+        )
+
+
+def test_ablations_are_in_the_order_of_their_setting(file, monkeypatch):
+    ablated(monkeypatch)
+    weights = channel_report.discrimination().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in weights] == ["| 0", "| 1"]
+    assert "30.50 ± 6.35" in weights[0]
+    epsilons = channel_report.epsilons().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in epsilons] == ["| 0.001", "| 0.1"]
+    assert "17.00" in epsilons[1]
+    assert "+7.00" in epsilons[1]
+
+
+def test_pictures_show_what_there_is(file, monkeypatch, tmp_path):
+    assert channel_report.write(tmp_path / "none") == []
+    ablated(monkeypatch)
+    channel_rows.record([line(m, s) for m in ("dcp", "thinet") for s in (0, 1)])
+    drawn = channel_report.write(tmp_path / "drawn")
+    assert [f.name for f in drawn] == ["methods.png", "widths.png", "ablations.png"]
+    assert all(f.stat().st_size > 10_000 for f in drawn)
+
+
+def test_the_bars_are_the_gaps(file):
+    worse = [line("thinet", s, trained={"test": 20.0 + s}) for s in (0, 1)]
+    figure = channel_report.methods([line("dcp", s) for s in (0, 1)] + worse)
+    before, after = figure.axes
+    widths = [bar.get_width() for bar in after.patches]
+    np.testing.assert_allclose(widths, [10.5, 2.5])
+    assert [text.get_text() for text in before.get_yticklabels()] == ["thinet", "dcp"]

@@ -1,0 +1,165 @@
+"""Gates on a wide residual network, on 8x8 digits and the smallest of its kind."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import channel_pruning, json_lines, wide_resnet
+from experiments.image_training import Recipe
+from experiments.wide_resnet import Config, made_by
+from l0jax import storage, units
+from l0jax.models import PreActivationResNet
+
+CONFIG = Config(
+    dataset="digits",
+    examples=512,
+    multiplier_rate=0.01,
+    recipe=Recipe(epochs=4, batch_size=32, weight_decay=5e-4, drops=(0.7,)),
+    progress=False,
+)
+ARCHITECTURE = {"stem": 3, "stages": (4,), "inner": ((8,),), "project": (True,)}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(
+        wide_resnet.pre_activation,
+        "wide",
+        lambda depth, factor: dict(ARCHITECTURE),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("wide_resnet")
+
+
+def run(folder, variant, **changes):
+    config = dataclasses.replace(CONFIG, variant=(variant,), out=folder, **changes)
+    (result,) = wide_resnet.main(config)
+    return result
+
+
+@pytest.mark.parametrize("variant", wide_resnet.VARIANTS)
+def test_every_variant_trains_and_is_removed(folder, variant):
+    result = run(folder, variant)
+    assert len(result["shares"]) == CONFIG.recipe.epochs + 1
+    assert result["expected"] == result["shares"][-1]
+    assert 0 < result["kept"] <= 1
+    if variant != "fixed, gates on maps":
+        # Removal changes nothing but where batch normalisation fills closed maps.
+        assert result["shrunk"] == result["gated"]
+
+
+def test_only_gates_with_a_rate_of_their_own_close(folder):
+    """Within the same epochs."""
+    slow, fast = run(folder, "target, the weights' rate"), run(folder, "fixed")
+    assert slow["expected"] > 0.95 * slow["shares"][0]
+    assert fast["expected"] < 0.8 * fast["shares"][0]
+
+
+def test_what_was_removed_is_what_was_counted(folder):
+    """A low target closes whole maps, and the network that is stored has the rest."""
+    result = run(
+        folder, "fixed", target=0.2, recipe=dataclasses.replace(CONFIG.recipe, epochs=6)
+    )
+    assert result["kept"] < 0.8
+    stored = [
+        f
+        for f in folder.iterdir()
+        if (f / "result.jsonl").exists()
+        and json_lines.read(f / "result.jsonl")[0]
+        == {k: v for k, v in result.items() if k not in ("variant", "seed")}
+    ]
+    (where,) = stored
+    model = storage.load(where / "shrunk")
+    assert [w for each in model.architecture["inner"] for w in each] == list(
+        result["widths"].values()
+    )
+
+
+def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
+    whole = run(folder, "fixed")
+    save = storage.Checkpoints.save
+
+    def dies(self, step, state, notes):
+        save(self, step, state, notes)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.Checkpoints, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "fixed")
+    again = run(tmp_path, "fixed")
+    for name in ("shares", "gated", "shrunk", "widths"):
+        assert again[name] == whole[name]
+
+
+def test_closed_maps_are_not_read_by_the_masked_network():
+    model = PreActivationResNet(
+        **ARCHITECTURE,
+        classes=3,
+        shape=(6, 6, 2),
+        rngs=nnx.Rngs(0),
+    )
+    reads = channel_pruning.prunable(model).groups
+    groups = made_by(reads)
+    z = {name: jnp.ones(group.size).at[1].set(0.0) for name, group in groups.items()}
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    closed = units.apply_gates(params, z, groups)
+    found = units.arrays(wide_resnet.masked(closed, groups, reads))
+    for name, group in reads.items():
+        for slot in group.used_by:
+            kernel = np.moveaxis(np.asarray(found[slot.path]), slot.axis, 0)
+            assert not kernel[1].any(), name
+            assert kernel[[0, 2]].all(), name
+    # What is read of open maps is as it was.
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))
+    at_reads = nnx.merge(graph, units.apply_gates(params, z, reads), rest)(x)
+    np.testing.assert_allclose(
+        nnx.merge(graph, wide_resnet.masked(closed, groups, reads), rest)(x),
+        at_reads,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(wide_resnet, "RESULTS", tmp_path / "results.jsonl")
+    for _ in range(2):
+        run(folder, "fixed", record=True)
+    run(folder, "target, the weights' rate", record=True)
+    results = json_lines.read(wide_resnet.RESULTS)
+    assert [r["variant"] for r in results] == ["target, the weights' rate", "fixed"]
+    axes = wide_resnet.picture(results).axes[0]
+    drawn = axes.lines[1].get_ydata()
+    np.testing.assert_allclose(drawn, 100 * np.array(results[1]["shares"]))
+
+
+BAD = {
+    "variant": ({"variant": ("magic",)}, "unknown variant 'magic'; there is all"),
+    "none": ({"variant": ()}, "at least one variant"),
+    "epochs": ({"recipe": Recipe(epochs=0)}, "recipe.epochs must be >= 1, got 0"),
+    "target": ({"target": 1.5}, r"target of 'macs' must lie in \(0, 1\], got 1.5"),
+    "what has no gates": ({"target": 0.01}, "what has no gates alone is"),
+    "decay": ({"recipe": Recipe(weight_decay=-1.0)}, "'weight_decay' must be >= 0"),
+    "initial": ({"keep_prob": 1.0}, "keep_prob"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_refused(tmp_path, case):
+    changes, words = BAD[case]
+    with pytest.raises(ValueError, match=words):
+        wide_resnet.main(dataclasses.replace(CONFIG, out=tmp_path, **changes))
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path):
+    recipe = dataclasses.replace(CONFIG.recipe, learning_rate=1e30)
+    with pytest.raises(ValueError, match="lower the learning rates"):
+        run(tmp_path, "fixed", recipe=recipe)
