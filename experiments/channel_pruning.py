@@ -111,6 +111,8 @@ class Config:
     """show a progress bar"""
 
 
+OF_BASE = ("dataset", "model", "width", "examples", "validation", "base", "sparsity")
+"""Settings that decide the base networks."""
 UNTOLD = ("method", "seeds", "out", "progress")
 """Settings that don't change what a single run gives."""
 
@@ -125,6 +127,8 @@ def main(config: Config) -> dict[str, Any]:
     name = f"{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     run_folder.prepare(folder, settings, settings, resume=True)
+    if config.base_from is not None:
+        check_base(config.base_from, settings)
     results = Results(folder / "results.jsonl")
     images = images_of(dataset, config.examples)
     for seed in config.seeds:
@@ -133,6 +137,24 @@ def main(config: Config) -> dict[str, Any]:
                 run = Run(config, dataset, images, folder, method, seed)
                 results.add(run.result())
     return {"folder": str(folder), "results": results.lines()}
+
+
+def check_base(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises FileNotFoundError if no run is in the folder, ValueError if its base
+    networks are those of other settings."""
+    file = folder / run_folder.CONFIG
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing: base_from must be the folder of a run that has "
+            "trained its base networks"
+        )
+    there = json.loads(file.read_text())
+    for name in OF_BASE:
+        if there.get(name) != settings[name]:
+            raise ValueError(
+                f"the base networks of {folder} were made with {name} = "
+                f"{there.get(name)}; this run has {settings[name]}"
+            )
 
 
 def check(config: Config) -> None:
@@ -248,14 +270,16 @@ class Run:
         self.config, self.dataset, self.images = config, dataset, images
         self.folder, self.method, self.seed = folder, method, seed
         self.key = jax.random.key(seed)
+        self.resumed = False
 
     def result(self) -> dict[str, Any]:
         """Prunes, trains, tests."""
         base = self.base()
         structure = prunable(base)
-        begun = time.perf_counter()
+        begun, self.resumed = time.perf_counter(), False
         keep, small = METHODS[self.method](self, base, structure)
-        seconds = time.perf_counter() - begun
+        # Of a choice that went on where it was killed nobody knows all seconds.
+        seconds = None if self.resumed else time.perf_counter() - begun
         before = self.errors(small)
         recipe = self.config.base if self.method in FROM_SCRATCH else self.config.tune
         heads = None
@@ -345,6 +369,7 @@ class Run:
         found = checkpoints.restore(lambda _: trainer.state, tqdm.write)
         first = 0
         if found is not None:
+            self.resumed = True
             first, trainer.state, _ = found
         bar = self.bar(f"{name} seed {self.seed}", recipe.epochs, first, "epoch")
         for epoch in range(first, recipe.epochs):
@@ -480,6 +505,7 @@ def choose(
     chosen: dict[str, Chosen] = {}
     found = checkpoints.restore(empty, tqdm.write)
     if found is not None:
+        run.resumed = True
         _, kernels, notes = found
         chosen = {
             name: Chosen(tuple(n["order"]), kernels[name], tuple(n["losses"]))

@@ -25,13 +25,14 @@ from matplotlib.figure import Figure
 from experiments import channel_rows
 from experiments.figures import BLUE, ORANGE, STYLE
 from experiments.printing import interval, markdown, mean_and_half_width
+from l0jax.methods.keeping import count_left
 
 FOLDER = Path(__file__).parent / "results" / "channel-pruning"
 Line = Mapping[str, Any]
 
 PUBLISHED = {
-    # Zhuang et al. (2018), table 1, ResNet-56 with half the channels removed: the error
-    # gap in points (that of network slimming is of VGGNet).
+    # Zhuang et al. (2018), table 1: the error gap in points of ResNet-56 with half the
+    # channels removed, of network slimming that of VGGNet (base error 6.01 %).
     "thinet": "+0.82",
     "channel_pruning": "+1.0",
     "dcp": "+0.31",
@@ -41,7 +42,7 @@ PUBLISHED = {
     "width_multiplier_plus": "+0.45",
     "slimming": "+0.19 (VGG)",
 }
-"""Of 400 epochs on all of CIFAR-10 with a base error of 6.20 %."""
+"""With 400 epochs on all of CIFAR-10; the base error of ResNet-56 is 6.20 %."""
 
 
 def of_methods(lines: Iterable[Line]) -> dict[str, list[Line]]:
@@ -70,8 +71,14 @@ def signed(values: Iterable[float]) -> str:
 
 HEADER = [
     *("method", "test error, %", "gap, points", "gap before training", "parameters"),
-    *("MACs", "latency, batch 128", "choosing, s", "published gap"),
+    *("MACs", "latency, batch 128", "choosing, s", "published gap", "seeds"),
 ]
+
+
+def seconds(values: Iterable[float | None]) -> str:
+    """The mean of those that are known: not of runs that were killed in between."""
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):,.0f}" if known else "-"
 
 
 def table(lines: Iterable[Line]) -> str:
@@ -88,28 +95,44 @@ def table(lines: Iterable[Line]) -> str:
                     f"{np.mean(times_less(found, what)):.2f}× less"
                     for what in ("params", "macs", "latency")
                 ),
-                f"{np.mean([line['choosing'] for line in found]):,.0f}",
+                seconds(line["choosing"] for line in found),
                 PUBLISHED.get(method, "-"),
+                str(len(found)),
             ]
         )
     return markdown(HEADER, rows)
 
 
-def of_setting(row: str, setting: str) -> dict[float, list[Line]]:
-    """The lines of an ablation by the setting that it varies, from all its rows."""
-    found: dict[float, list[Line]] = {
-        lines[0]["config"][setting]: list[Line](lines)
-        for name in channel_rows.ROWS
-        if name.startswith(row) and (lines := channel_rows.results(name))
-    }
+def of_setting(setting: str, lines: Iterable[Line]) -> dict[float, list[Line]]:
+    """Lines by a setting that an ablation varies."""
+    found: dict[float, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line["config"][setting], []).append(line)
     return dict(sorted(found.items()))
+
+
+def of_weights() -> dict[float, list[Line]]:
+    """The lines of DCP with several weights of the additional loss."""
+    rows = (row for row in channel_rows.ROWS if row.startswith("discrimination-"))
+    lines = [line for row in rows for line in channel_rows.results(row)]
+    return of_setting("discrimination", lines)
+
+
+def of_epsilons() -> dict[float, list[Line]]:
+    """The lines of DCP-Adapt with several ε, that of the comparison among them."""
+    rows = [row for row in channel_rows.ROWS if row.startswith("epsilon-")]
+    lines = [line for row in rows for line in channel_rows.results(row)]
+    if lines:
+        compared = channel_rows.results(channel_rows.COMPARISON)
+        lines += [line for line in compared if line["method"] == "dcp_adapt"]
+    return of_setting("epsilon", lines)
 
 
 def discrimination() -> str:
     """The error before any training by the weight of the additional loss."""
     lines = [
         [f"{weight:g}", interval(e["pruned"]["test"] for e in found), str(len(found))]
-        for weight, found in of_setting("discrimination-", "discrimination").items()
+        for weight, found in of_weights().items()
     ]
     return markdown(["weight of the additional loss", "test error, %", "seeds"], lines)
 
@@ -125,7 +148,7 @@ def epsilons() -> str:
             f"{np.mean(times_less(found, 'macs')):.2f}× less",
             str(len(found)),
         ]
-        for epsilon, found in of_setting("epsilon-", "epsilon").items()
+        for epsilon, found in of_epsilons().items()
     ]
     header = ["ε", "test error, %", "gap, points", "parameters", "MACs", "seeds"]
     return markdown(header, lines)
@@ -159,14 +182,23 @@ def methods(lines: Sequence[Line]) -> Figure:
     return figure
 
 
+def unlike(lines: Sequence[Line]) -> list[Line]:
+    """The lines of methods that don't keep the same share of every layer."""
+    return [
+        line
+        for line in lines
+        if any(
+            kept != count_left(size, line["config"]["ratio"])
+            for kept, size in zip(
+                line["kept"].values(), line["sizes"].values(), strict=True
+            )
+        )
+    ]
+
+
 def widths(lines: Sequence[Line]) -> Figure:
-    """The share of channels that methods that differ in it keep of each layer."""
-    found = {
-        method: those
-        for method, those in of_methods(lines).items()
-        if len({tuple(line["kept"].values()) for line in those}) > 1
-        or method in ("slimming", "dcp_adapt", "dcp")
-    }
+    """The share of channels that each method keeps of each layer."""
+    found = of_methods(lines)
     figure = Figure(figsize=(9, 1.2 + 1.6 * len(found)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(len(found), 1, sharex=True, sharey=True))
     for axes, (method, those) in zip(panels, found.items(), strict=True):
@@ -189,7 +221,8 @@ def ablations() -> Figure:
     """Errors by the weight of the additional loss, and by ε with what is left."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    weights = of_setting("discrimination-", "discrimination")
+    weights = of_weights()
+    ratio = next(iter(weights.values()))[0]["config"]["ratio"]
     _points(
         left,
         [f"{weight:g}" for weight in weights],
@@ -198,8 +231,8 @@ def ablations() -> Figure:
     )
     left.set_xlabel("weight of the additional loss")
     left.set_ylabel("test error before training, %")
-    left.set_title("DCP, 30 % of the channels removed")
-    epsilons = of_setting("epsilon-", "epsilon")
+    left.set_title(f"DCP, {ratio:.0%} of the channels removed")
+    epsilons = of_epsilons()
     names = [
         f"{epsilon:g}\n{np.mean(times_less(found, 'macs')):.2f}× fewer MACs"
         for epsilon, found in epsilons.items()
@@ -231,10 +264,11 @@ def write(folder: Path = FOLDER) -> list[Path]:
     with matplotlib.style.context(["default", STYLE]):
         figures: dict[str, Figure] = {}
         if compared:
-            figures |= {"methods": methods(compared), "widths": widths(compared)}
-        if of_setting("discrimination-", "discrimination") and of_setting(
-            "epsilon-", "epsilon"
-        ):
+            figures |= {"methods": methods(compared)}
+            uneven = unlike(compared)
+            if uneven:
+                figures |= {"widths": widths(uneven)}
+        if of_weights() and of_epsilons():
             figures |= {"ablations": ablations()}
         for name, figure in figures.items():
             drawn.append(folder / f"{name}.png")

@@ -7,20 +7,30 @@ from typing import Any
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All entries; none if there is no such file."""
+    """All entries; none if there is no such file.
+
+    Raises:
+        ValueError: if a line can't be read; it names file and line.
+    """
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    entries = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}; mend it") from error
+    return entries
 
 
 def write(file: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """These entries and no others."""
+    """These entries and no others. A kill leaves the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    part = file.with_name(file.name + ".part")
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    part.replace(file)
 
 
 def add(file: Path, entry: Mapping[str, Any]) -> None:
     """One entry more, at the end."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        lines.write(json.dumps(entry) + "\n")
+    write(file, [*read(file), entry])

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments import json_lines, mnist
+from experiments import json_lines, mnist, row_names
 
 RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
 RUNS = Path("runs") / "rows"
@@ -207,13 +207,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Runs rows by name."""
-    unknown = [name for name in arguments.rows if name not in ROWS]
-    if unknown or not (arguments.rows or arguments.list):
-        raise SystemExit(
-            f"unknown row {unknown[0]!r}; there is {', '.join(ROWS)}"
-            if unknown
-            else f"give one or more rows of {', '.join(ROWS)}"
-        )
+    if arguments.rows or not arguments.list:
+        row_names.check(arguments.rows, ROWS)
     if arguments.list:
         for name, row in ROWS.items():
             print(f"{name}: {mnist.scientific(row.config)}")

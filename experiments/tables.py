@@ -61,12 +61,18 @@ def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
     )
 
 
+def published_units(name: str) -> bool:
+    """Whether a row has gates on units and a published network to be compared with."""
+    row = mnist_rows.ROWS[name]
+    return row.weights_limit is not None and row.config.gates != "weight"
+
+
 def structured() -> str:
     """The table of the paper's four rows."""
     lines = []
     for name, results in by_row().items():
         row = mnist_rows.ROWS[name]
-        if row.weights_limit is None:
+        if not published_units(name):
             continue
         lines.append(
             [
@@ -104,27 +110,36 @@ def weightwise() -> str:
         config = results[0]["config"]
         if config["gates"] != "weight":
             continue
+        row = mnist_rows.ROWS[name]
         lines.append(
             [
                 f"`{name}`",
                 config["model"],
+                config["gate"],
                 ", ".join(f"{c:g}" for c in config["lam"]),
                 f"{interval(r['last']['test_error'] for r in results)} %",
                 interval((r["last"]["weights"] for r in results), 0),
                 architectures(results),
+                interval((r["shrunk"]["parameters"] for r in results), 0),
                 str(len(results)),
                 str(config["epochs"]),
+                row.published,
+                verdict(row, results),
             ]
         )
     header = [
         "row",
         "network",
+        "gates",
         "c in λ = c/N",
         "test error, last epoch",
         "weights left",
         "units that still reach anything",
+        "parameters of the network of these units",
         "seeds",
         "epochs",
+        "published network of units",
+        "limits of last epoch",
     ]
     return markdown(header, lines)
 
@@ -360,30 +375,41 @@ def channels() -> str:
     parts = [
         f"## Channel pruning: {config['model']} on {config['dataset']}",
         f"`python -m experiments.channel_rows {channel_rows.COMPARISON}`: "
-        f"{config['examples']:,} training images, widths times {config['width']:g}, "
-        f"{config['base']['epochs']} epochs of the base network and "
-        f"{config['tune']['epochs']} of what is left; {config['ratio']:.0%} of the "
-        "channels within each block are removed, by network slimming and DCP-Adapt as "
-        "many as they choose. A gap is the error above that of the base network of "
-        "the same seed. Published gaps are of ResNet-56, half of whose channels are "
-        "removed, with 400 epochs on all images and a base error of 6.20 % (Zhuang et "
-        "al. 2018, table 1).",
+        f"{images_of(config)} training images, widths times {config['width']:g}, "
+        f"{config['base']['epochs']} epochs of the base network and of networks that "
+        f"start anew (the width multipliers), {config['tune']['epochs']} of what the "
+        f"other methods leave. {config['ratio']:.0%} of the channels within each block "
+        "are removed; network slimming removes as many of all as bring the same "
+        "multiply-accumulates, DCP-Adapt as many as are of no use. A gap is the error "
+        "above that of the base network of the same seed; that of network slimming was "
+        "trained with its penalty. Published gaps are of ResNet-56, half of whose "
+        "channels are removed, with 400 epochs on all images and a base error of "
+        "6.20 %, of network slimming those of VGG (Zhuang et al. 2018, table 1).",
         channel_report.table(lines),
     ]
     folder = channel_report.FOLDER.relative_to(channel_report.FOLDER.parents[2])
     parts += [f"![error of each method]({folder}/methods.png)"]
-    for title, table in (
-        (
-            "The weight of the additional loss, before any training, 30 % of the "
-            "channels removed (table 6 of the paper)",
-            channel_report.discrimination(),
-        ),
-        ("DCP-Adapt: where a layer is full (table 7)", channel_report.epsilons()),
-    ):
-        # A table without a line has its header and what is below it.
-        if len(table.splitlines()) > 2:
-            parts += [f"### {title}", table]
+    if channel_report.unlike(lines):
+        parts += [f"![channels kept of each layer]({folder}/widths.png)"]
+    weights, epsilons = channel_report.of_weights(), channel_report.of_epsilons()
+    if weights:
+        ratio = next(iter(weights.values()))[0]["config"]["ratio"]
+        title = (
+            f"### The weight of the additional loss: DCP, {ratio:.0%} of the channels "
+            "removed, before any training (table 6 of the paper)"
+        )
+        parts += [title, channel_report.discrimination()]
+    if epsilons:
+        title = "### DCP-Adapt: where a layer is full (table 7)"
+        parts += [title, channel_report.epsilons()]
+    if weights and epsilons:
+        parts += [f"![both ablations]({folder}/ablations.png)"]
     return "\n\n".join(parts)
+
+
+def images_of(config: dict) -> str:
+    """How many training images, in words."""
+    return "all" if config["examples"] is None else f"{config['examples']:,}"
 
 
 def wide() -> str:
@@ -408,7 +434,7 @@ def wide() -> str:
                 ),
                 f"{interval(100 * r['kept'] for r in found)} %",
                 f"{interval(r['gated']['test'] for r in found)} %",
-                f"{interval(r['shrunk']['test'] for r in found if 'shrunk' in r)} %"
+                f"{interval(r['shrunk']['test'] for r in found)} %"
                 if all("shrunk" in r for r in found)
                 else "a layer has closed",
                 str(len(found)),
@@ -417,11 +443,13 @@ def wide() -> str:
     header = ["variant", "MACs expected at first", "at the end", "off the target"]
     header += ["kept by the rule", "test error", "test error when removed", "seeds"]
     config = next(iter(variants.values()))[0]["config"]
+    most = max(variants.values(), key=len)
+    seeds = " ".join(str(result["seed"]) for result in most)
     return "\n\n".join(
         [
             f"## Gates on WRN-{config['depth']}-{config['factor']}",
-            "`python -m experiments.wide_resnet --variant all --record`: "
-            f"{config['examples']:,} images of {config['dataset']}, "
+            f"`python -m experiments.wide_resnet --variant all --seeds {seeds} "
+            f"--record`: {images_of(config)} images of {config['dataset']}, "
             f"{config['recipe']['epochs']} epochs of SGD.",
             markdown(header, lines),
             "![multiply-accumulates over the epochs](experiments/results/"
@@ -498,7 +526,7 @@ def quoted(readme: str) -> str:
     lines = []
     for name, results in by_row().items():
         row = mnist_rows.ROWS[name]
-        if row.weights_limit is not None:
+        if published_units(name):
             lines.append(
                 [
                     f"`{name}`",

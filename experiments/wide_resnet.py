@@ -7,17 +7,16 @@ With SGD at the learning rate of the weights the gates of a network with batch
 normalisation end where they began (Gale et al. 2019; Gallego-Posada et al. 2022). The
 variants switch the parts of the remedy on and off: a rate of the gates' own, weight
 decay that doesn't close gates, gates after batch normalisation or a normalisation that
-knows of closed maps, multipliers that restart. Each result becomes a line of
-`experiments/results/wide_resnet.jsonl`. Killed runs go on where they were.
+knows of closed maps, multipliers that restart. With `--record` each result becomes a
+line of `experiments/results/wide_resnet.jsonl`. Killed runs go on where they were.
 
 The defaults are as small as two cores can train: WRN-10-1 on a part of the images. The
-paper's are `--depth 28 --factor 10 --examples 45000 --epochs 200`.
+paper's are `--depth 28 --factor 10 --examples 45000 --recipe.epochs 200`.
 """
 
 import dataclasses
 import functools
 import math
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +28,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -110,13 +110,15 @@ class Config:
     out: Path = Path("runs") / "wide_resnet"
     """folder of the runs, one within it for each variant and seed"""
     record: bool = False
-    """put results into `experiments/results`, in the place of older ones"""
+    """put results into `experiments/results`, in the place of older ones; of the
+    defaults only"""
     progress: bool = True
     """show a progress bar"""
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "λ, the weights' rate": {"gate_learning_rate": None, "target": None},
+    "λ, a rate of their own": {"target": None},
     "target, the weights' rate": {"gate_learning_rate": None},
     "fixed": {},
     "fixed, decay closes gates": {"detached": False},
@@ -141,12 +143,19 @@ def main(config: Config) -> list[dict[str, Any]]:
         )
     if config.recipe.epochs < 1:
         raise ValueError(f"recipe.epochs must be >= 1, got {config.recipe.epochs}")
+    told, defaults = (run_folder.settings_of(c, UNTOLD) for c in (config, Config()))
+    changed = [field for field in told if told[field] != defaults[field]]
+    if config.record and changed:
+        raise ValueError(
+            f"only the defaults are recorded, so that variants can be compared: "
+            f"{changed[0]} is {told[changed[0]]}, not {defaults[changed[0]]}"
+        )
     dataset = data.load(config.dataset, config.validation)
     found = []
     for name in names:
         for seed in config.seeds:
-            changed = dataclasses.replace(config, **VARIANTS[name])
-            found.append({"variant": name, "seed": seed, **run(changed, dataset, seed)})
+            variant = dataclasses.replace(config, **VARIANTS[name])
+            found.append({"variant": name, "seed": seed, **run(variant, dataset, seed)})
             if config.record:
                 record(found[-1])
     return found
@@ -172,16 +181,29 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     if done:
         return done[-1]
     images = images_of(dataset, config.examples)
+    if len(images.labels) < config.recipe.batch_size:
+        raise ValueError(
+            f"{len(images.labels)} training images don't fill a batch of "
+            f"{config.recipe.batch_size}"
+        )
     key = jax.random.key(seed)
     model = network(config, dataset, key)
     structure = channel_pruning.prunable(model)
-    result = trained(config, dataset, images, model, structure, key, folder)
-    told = {"config": settings, "jax": jax.__version__, **result}
-    json_lines.add(folder / "result.jsonl", told)
-    return told
+    theta, shares = trained(config, images, model, structure, key, folder)
+    result = {
+        "config": settings,
+        "jax": jax.__version__,
+        "shares": shares,
+        "expected": shares[-1],
+        **tested(config, dataset, images, model, structure, theta, folder),
+    }
+    json_lines.add(folder / "result.jsonl", result)
+    return result
 
 
-def network(config: Config, dataset: data.Dataset, key: Any) -> models.ImageModel:
+def network(
+    config: Config, dataset: data.Dataset, key: PRNGKeyArray
+) -> models.ImageModel:
     """The network before training."""
     architecture = pre_activation.wide(config.depth, config.factor)
     architecture |= {
@@ -205,39 +227,40 @@ def made_by(groups: Groups) -> Groups:
     }
 
 
+def gated(config: Config, structure: Structure) -> Groups:
+    """Where gates are multiplied in."""
+    return structure.groups if config.gates_on == "reads" else made_by(structure.groups)
+
+
 def trained(
     config: Config,
-    dataset: data.Dataset,
     images: Images,
     model: models.ImageModel,
     structure: Structure,
-    key: Any,
+    key: PRNGKeyArray,
     folder: Path,
-) -> dict[str, Any]:
-    """Trains, removes what the rule closes, tests."""
-    recipe = config.recipe
-    per_epoch = len(images.labels) // recipe.batch_size
-    steps = per_epoch * recipe.epochs
-    maps = config.gates_on == "maps"
-    reads = structure.groups
-    groups = made_by(reads) if maps else reads
+) -> tuple[train.Theta, list[float]]:
+    """Weights and gates after training, and the share of the multiply-accumulates that
+    was expected before each epoch and at the end."""
+    recipe, groups = config.recipe, gated(config, structure)
+    count = len(images.labels)
+    steps = count // recipe.batch_size * recipe.epochs
     training = nnx.clone(model)
     training.train()
     graph, params, statistics = nnx.split(training, nnx.Param, ...)
 
-    def apply(params, x):
+    def apply(params, inputs):
         """Of one batch, with the statistics of the batch."""
-        if maps and config.masked_norm:
-            params = masked(params, groups, reads)
+        x, statistics = inputs
+        if config.gates_on == "maps" and config.masked_norm:
+            params = masked(params, groups, structure.groups)
         # What it writes of the running statistics is left: they are taken at the end.
         return nnx.merge(graph, params, statistics, copy=True)(x)
 
     def loss(logits, labels):
-        wrong = (logits.argmax(-1) != labels).mean()
-        return cross_entropy(logits, labels).mean(), {"wrong": wrong}
+        return cross_entropy(logits, labels).mean(), {}
 
-    amounts = constraints.share(structure, costs.macs)
-    # The optimiser has the weights' decay in the objective, with the gates.
+    # Weight decay is in the objective, where it counts by the gates.
     undecayed = dataclasses.replace(recipe, weight_decay=0.0)
     rate = config.gate_learning_rate
     # Gates keep their rate to the end, so that the target can still be met there.
@@ -246,34 +269,33 @@ def trained(
         learning_rate=recipe.learning_rate if rate is None else rate,
         drops=(),
     )
-    step = train.make_step(
-        apply,
-        loss,
-        objectives.penalty(
-            groups,
-            config.lam if config.target is None else 0.0,
-            len(images.labels),
-            weight_decay=recipe.weight_decay,
-            detached=config.detached,
-        ),
-        GATE,
+    optimizer = train.gates_apart(
+        optimizer_of(undecayed, steps), optimizer_of(gate_recipe, steps)
+    )
+    objective = objectives.penalty(
         groups,
-        optimizer := train.gates_apart(
-            optimizer_of(undecayed, steps), optimizer_of(gate_recipe, steps)
-        ),
-        constraint=(constraint := constraint_of(config, amounts, steps)),
+        config.lam if config.target is None else 0.0,
+        count,
+        weight_decay=recipe.weight_decay,
+        detached=config.detached,
+    )
+    amounts = constraints.share(structure, costs.macs)
+    constraint = constraint_of(config, amounts, steps)
+    step = train.make_step(
+        apply, loss, objective, GATE, groups, optimizer, constraint=constraint
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def turn(state, batch, key, images):
+    def turn(state, batch, key, images, statistics):
         x = normalised(images.images[batch], images)
         if recipe.augment:
             x = augmented(jax.random.fold_in(key, state.step), x)
-        return step(state, (x, images.labels[batch]), gating.key_for(key, "gates"))
+        inputs, labels = (x, statistics), images.labels[batch]
+        return step(state, (inputs, labels), gating.key_for(key, "gates"))
 
     @jax.jit
     def left(logits):
-        return amounts.of(params, gating.prob_active(GATE, logits))["macs"]
+        return amounts.of((), gating.prob_active(GATE, logits))["macs"]
 
     logits = gating.init(gating.key_for(key, "gates"), GATE, groups, config.keep_prob)
     state = train.init({"params": params, "gates": logits}, optimizer, constraint)
@@ -283,16 +305,12 @@ def trained(
     if found is not None:
         first, state, notes = found
         shares = notes["shares"]
-    begun = time.perf_counter()
     on_device = Images(*jax.tree.map(jnp.asarray, images))
     bar = progress.bar(recipe.epochs, "epoch", done=first, show=config.progress)
     for epoch in range(first, recipe.epochs):
-        shuffled = jax.random.permutation(
-            jax.random.fold_in(gating.key_for(key, "order"), epoch), len(images.labels)
-        )
         losses = []
-        for batch in shuffled[: per_epoch * recipe.batch_size].reshape(per_epoch, -1):
-            state, metrics = turn(state, batch, key, on_device)
+        for batch in train.order_of_epoch(key, epoch, count, recipe.batch_size):
+            state, metrics = turn(state, batch, key, on_device, statistics)
             losses.append(metrics["loss"])
         mean = float(jnp.stack(losses).mean())
         if not math.isfinite(mean):
@@ -304,29 +322,42 @@ def trained(
         bar.set_postfix_str(f"loss {mean:.3f}, MACs expected {100 * shares[-1]:.1f} %")
         bar.update()
     bar.close()
-    seconds = time.perf_counter() - begun
+    return state.theta, shares
 
-    # ---------------------------------------------------------------- at test time
-    z = gating.deterministic(GATE, state.theta["gates"], RULE)
+
+def tested(
+    config: Config,
+    dataset: data.Dataset,
+    images: Images,
+    model: models.ImageModel,
+    structure: Structure,
+    theta: train.Theta,
+    folder: Path,
+) -> dict[str, Any]:
+    """The network whose gates the rule has decided, before and after removal of what it
+    closes; without the latter if a layer has closed."""
+    groups, reads = gated(config, structure), structure.groups
+    z = gating.deterministic(GATE, theta["gates"], RULE)
     keep = {name: np.asarray(values) != 0 for name, values in z.items()}
-    gated = units.apply_gates(state.theta["params"], z, groups)
-    if maps and config.masked_norm:
-        gated = masked(gated, groups, reads)
-    whole = recalibrated(nnx.merge(graph, gated, statistics, copy=True), images)
-    # With gates on maps batch normalisation makes something of a closed map too.
-    flags = {name: jnp.float32(each) for name, each in keep.items()}
-    some = {name: each.any() for name, each in keep.items()}
+    params = units.apply_gates(theta["params"], z, groups)
+    exact = config.gates_on == "reads" or config.masked_norm
+    if config.gates_on == "maps" and config.masked_norm:
+        params = masked(params, groups, reads)
+    graph, _, statistics = nnx.split(model, nnx.Param, ...)
+    size = config.recipe.batch_size
+    whole = recalibrated(nnx.merge(graph, params, statistics, copy=True), images, size)
     result: dict[str, Any] = {
-        "shares": shares,
-        "expected": shares[-1],
-        "kept": costs.exact(structure, keep) / costs.exact(structure, {}),
+        "kept": costs.exact(structure, keep) / costs.exact(structure),
         "widths": {name: int(each.sum()) for name, each in keep.items()},
         "gated": errors(whole, dataset, images),
-        "seconds": seconds,
     }
-    if all(some.values()):
-        removed = l0jax.nnx.fold(whole, flags, reads)
-        small = l0jax.nnx.shrink(removed, keep, structure)
+    if all(each.any() for each in keep.values()):
+        flags = {name: jnp.float32(each) for name, each in keep.items()}
+        closed = l0jax.nnx.fold(whole, flags, reads)
+        small = l0jax.nnx.shrink(closed, keep, structure)
+        if not exact:
+            # Batch normalisation had made something of closed maps, which is gone.
+            small = recalibrated(small, images, size)
         storage.save(small, folder / "shrunk")
         result["shrunk"] = errors(small, dataset, images)
     return result
@@ -371,15 +402,13 @@ def picture(results: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     names = list(dict.fromkeys(result["variant"] for result in results))
     for at, name in enumerate(names):
-        for result in results:
-            if result["variant"] == name:
-                first = result["seed"] == results[0]["seed"]
-                axes.plot(
-                    100 * np.array(result["shares"]),
-                    color=COLOURS[at % len(COLOURS)],
-                    linestyle="-" if at < len(COLOURS) else "--",
-                    label=name if first else None,
-                )
+        its = [result["shares"] for result in results if result["variant"] == name]
+        axes.plot(
+            100 * np.array(its).T,
+            color=COLOURS[at % len(COLOURS)],
+            linestyle="-" if at < len(COLOURS) else "--",
+            label=[name] + [None] * (len(its) - 1),
+        )
     for target in {result["config"]["target"] for result in results} - {None}:
         axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("epoch")

@@ -9,7 +9,7 @@ values from any others, so that no model has to be written for it.
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,16 @@ class Dataflow:
         inputs unless they are left out.
 
         Raises:
-            ValueError: if they are not as many arrays as were traced.
+            ValueError: if the parameters have other paths than those that were traced,
+                or there are more or fewer inputs.
         """
-        known = dict(zip(self.params.values(), arrays(params).values(), strict=True))
+        given = arrays(params)
+        if given.keys() != self.params.keys():
+            other = sorted(given.keys() ^ self.params.keys())
+            raise ValueError(
+                f"the parameters differ from those that were traced in {other[0]!r}"
+            )
+        known = {number: given[path] for path, number in self.params.items()}
         if inputs:
             known |= dict(zip(self.inputs, jax.tree.leaves(inputs), strict=True))
         return known
@@ -185,11 +192,7 @@ class Dataflow:
     def _passes(self) -> tuple[tuple[int, int], ...]:
         """Values through which all must pass that reaches the first output, each with
         the place of the step that makes it."""
-        return tuple(self._alone(self.outs[:1]))
-
-    def _alone(self, wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Values that alone are alive after a step: (place of the step, value)."""
-        data = self._data
+        data, wanted, found = self._data, self.outs[:1], []
         steps = self._needed(self.constants.keys(), wanted, strict=False)
         waits = Counter(
             value for step in steps for value in set(step.ins) if value in data
@@ -204,7 +207,8 @@ class Dataflow:
             made = {value for value in step.outs if value in data and waits[value]}
             alive |= made
             if len(alive) == 1 and made:
-                yield step.at, next(iter(alive))
+                found.append((step.at, next(iter(alive))))
+        return tuple(found)
 
     def _needed(
         self, known: Iterable[int], wanted: Sequence[int], strict: bool = True

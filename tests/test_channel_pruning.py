@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import channel_pruning
 from experiments.channel_pruning import METHODS, Config
@@ -116,6 +117,9 @@ def test_a_choice_that_was_killed_goes_on(tmp_path, monkeypatch, method, kills):
         again = run(folder, method=(method,))["results"][0]
         for name in ("kept", "pruned", "trained", "base"):
             assert again[name] == whole[name]
+        # What the first process had spent is not known to the second.
+        assert whole["choosing"] > 0
+        assert again["choosing"] is None
         one, other = (
             storage.load(f / f"{method}-0") for f in (folder, tmp_path / "whole")
         )
@@ -233,18 +237,35 @@ def test_base_networks_come_from_another_run(folder, tmp_path):
 
 
 OTHERS = {
-    "widths": ({"width": 2.0}, ["with stages", "ask for [[8], [12, 12]]"]),
-    "a class": ({"model": "resnet20"}, ["holds a VGG", "not a pre_activation_resnet"]),
+    "widths": ({"width": 2.0}, ["width = 1.0", "this run has 2.0"]),
+    "a model": ({"model": "resnet20"}, ["model = tiny", "this run has resnet20"]),
+    "training": ({"base": Recipe(epochs=2, batch_size=64)}, ["base = ", "'epochs': 2"]),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_a_base_network_of_another_shape_is_refused(folder, tmp_path, case):
+def test_base_networks_of_other_settings_are_refused(folder, tmp_path, case):
     changes, words = OTHERS[case]
     run(folder, method=("filter_l1",))
-    with pytest.raises(ValueError, match="base-0") as error:
+    with pytest.raises(ValueError, match="base networks of") as error:
         run(tmp_path / "run", method=("filter_l1",), base_from=folder, **changes)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_another_network_in_the_place_of_a_base_network_is_refused(tmp_path):
+    def of(kind, stages):
+        shape = {"shape": (8, 8, 1)}
+        return models.make(kind, {**stages, **shape}, rngs=nnx.Rngs(0))
+
+    wide, narrow = (of("vgg", {"stages": ((w,), (6,))}) for w in (8, 4))
+    storage.save(wide, tmp_path / "base-0")
+    with pytest.raises(
+        ValueError, match=r"base-0 .* stages = \[\[8\], \[6\]\].* \[4\]"
+    ):
+        channel_pruning.stored(tmp_path / "base-0", narrow)
+    other = of("pre_activation_resnet", {})
+    with pytest.raises(ValueError, match="holds a VGG, not a pre_activation_resnet"):
+        channel_pruning.stored(tmp_path / "base-0", other)
 
 
 def test_a_base_network_of_other_classes_is_refused(folder, tmp_path, monkeypatch):
@@ -260,5 +281,5 @@ def test_a_base_network_of_other_classes_is_refused(folder, tmp_path, monkeypatc
 
 
 def test_a_base_network_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.base-0"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.config.json is missing"):
         run(tmp_path / "run", method=("filter_l1",), base_from=tmp_path / "nowhere")

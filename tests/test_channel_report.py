@@ -122,6 +122,7 @@ def test_the_table_by_hand():
         "latency, batch 128": "1.50× less",
         "choosing, s": "7",
         "published gap": "+0.31",
+        "seeds": "2",
     }
 
 
@@ -130,12 +131,21 @@ def test_a_gap_below_the_base_network_keeps_its_sign():
     assert " -0.50 " in channel_report.table([better])
 
 
+def test_seconds_of_a_killed_choice_are_not_averaged():
+    known, unknown = line(seed=0), line(seed=1, choosing=None)
+    assert " 7 " in channel_report.table([known, unknown])
+    assert " - " in channel_report.table([unknown])
+
+
 def ablated(monkeypatch):
     rows = {
         **{f"discrimination-{w:g}": CONFIG for w in (0.0, 1.0)},
-        **{f"epsilon-{e:g}": CONFIG for e in (0.1, 0.001)},
+        "epsilon-0.1": CONFIG,
     }
     monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, **rows})
+    channel_rows.record(
+        [line("dcp_adapt", s, config={"epsilon": 0.001}) for s in (0, 1)]
+    )
     for name in rows:
         setting, value = name.split("-")
         told = {setting: float(value)}
@@ -155,6 +165,7 @@ def test_ablations_are_in_the_order_of_their_setting(file, monkeypatch):
     assert "30.50 ± 6.35" in weights[0]
     epsilons = channel_report.epsilons().splitlines()[2:]
     assert [row.split(" | ")[0] for row in epsilons] == ["| 0.001", "| 0.1"]
+    assert "12.50 ± 6.35" in epsilons[0]
     assert "17.00" in epsilons[1]
     assert "+7.00" in epsilons[1]
 
@@ -166,6 +177,31 @@ def test_pictures_show_what_there_is(file, monkeypatch, tmp_path):
     drawn = channel_report.write(tmp_path / "drawn")
     assert [f.name for f in drawn] == ["methods.png", "widths.png", "ablations.png"]
     assert all(f.stat().st_size > 10_000 for f in drawn)
+
+
+def test_only_what_differs_from_uniform_pruning_has_a_picture(file, tmp_path):
+    uniform = {"kept": {"a": 2, "b": 3}, "sizes": {"a": 4, "b": 6}}
+    other = line("slimming", kept={"a": 3, "b": 2})
+    assert channel_report.unlike([line("dcp", **uniform), other]) == [other]
+    channel_rows.record([line("dcp", **uniform)])
+    assert [f.name for f in channel_report.write(tmp_path / "drawn")] == ["methods.png"]
+
+
+def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
+    other = dataclasses.replace(CONFIG, ratio=0.25)
+    monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, "other": other})
+    with pytest.raises(SystemExit, match="channel_rows comparison --seeds 3` first"):
+        channel_rows.main(channel_rows.Arguments(("other",), (3,)))
+
+
+def test_committed_results_are_those_of_the_rows():
+    for found in channel_rows.results():
+        settings = channel_rows.run_folder.settings_of(
+            channel_rows.ROWS[found["row"]],
+            (*channel_rows.channel_pruning.UNTOLD, "base_from"),
+        )
+        assert found["config"] == settings, (found["row"], found["method"])
+        assert found["method"] in channel_rows.ROWS[found["row"]].method
 
 
 def test_the_bars_are_the_gaps(file):

@@ -31,7 +31,11 @@ ROWS = {
         error_limit=1.6,
     ),
     "curve": mnist_rows.Row(
-        dataclasses.replace(CONFIG, gates="weight", weight_decay=0.25), seeds=(0, 1)
+        dataclasses.replace(CONFIG, gates="weight", weight_decay=0.25),
+        seeds=(0, 1),
+        published="5-4 (40), 2 %",
+        weights_limit=400,
+        error_limit=2.0,
     ),
     "other": mnist_rows.Row(CONFIG, seeds=(5,), published="?", weights_limit=10_000),
 }
@@ -55,6 +59,7 @@ def made(row, seed, error=1.5, weights=900, **changes):
         "test_rule": "paper",
         "last": reached(error, weights, 7),
         "best_on_validation": reached(error + 0.5, weights + 1_000, 4),
+        "shrunk": {"parameters": 2_000},
         "seconds": 60.0 + 10 * seed,
     } | changes
 
@@ -67,6 +72,12 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "NOTES", tmp_path / "results" / "notes.md")
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path / "benchmarks")
+    for module, name in (
+        (tables.bisection, "bisection"),
+        (tables.channel_rows, "channel_pruning"),
+        (tables.wide_resnet, "wide_resnet"),
+    ):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
@@ -277,7 +288,7 @@ def test_limits_are_of_the_means_of_the_last_epoch(errors, weights, kept):
     ]
     said = tables.verdict(ROWS["units"], results)
     assert said == ("within" if kept else "NOT within") + " 1.6 %, 1,000 weights"
-    assert tables.verdict(ROWS["curve"], results) == ""
+    assert tables.verdict(ROWS["other"], results) == ""
 
 
 # ------------------------------------------------------------------------ the text
@@ -302,18 +313,22 @@ def test_the_structured_table_says_what_was_measured(place):
     assert line["limits of last epoch"] == "NOT within 1.6 %, 1,000 weights"
 
 
-def test_the_curve_has_the_rows_without_limits(place):
+def test_the_curve_has_the_rows_of_single_weights(place):
     fill(made("units", 0), made("curve", 0, 2.0, 300), made("curve", 1, 3.0, 300))
     (line,) = parsed(tables.weightwise())
     assert line == {
         "row": "`curve`",
         "network": "mlp",
+        "gates": "hard_concrete",
         "c in λ = c/N": "0.1",
         "test error, last epoch": "2.50 ± 6.35 %",
         "weights left": "300 ± 0",
         "units that still reach anything": "60-30-7, 61-30-7",
+        "parameters of the network of these units": "2,000 ± 0",
         "seeds": "2",
         "epochs": "7",
+        "published network of units": "5-4 (40), 2 %",
+        "limits of last epoch": "NOT within 2.0 %, 400 weights",
     }
 
 
@@ -334,6 +349,76 @@ def test_every_row_stands_in_one_of_the_two_tables(place):
     assert Counter(re.findall(r"\n\| (`[a-z]+`)", text)) == {"`units`": 1, "`curve`": 1}
     for table in (tables.structured(), tables.weightwise(), tables.settings()):
         assert f"\n\n{table}\n\n" in text
+
+
+def pruned(method, seed, **changes):
+    """A made-up line of channel pruning."""
+    recipe = {"epochs": 4}
+    config = {"model": "tiny", "dataset": "digits", "examples": None, "width": 0.5}
+    config |= {"ratio": 0.5, "base": recipe, "tune": recipe, "epsilon": 0.001}
+    return {
+        "row": tables.channel_rows.COMPARISON,
+        "config": config,
+        "method": method,
+        "seed": seed,
+        "base": {"test": 10.0},
+        "pruned": {"test": 30.0},
+        "trained": {"test": 12.0},
+        "params": [100, 50],
+        "macs": [90, 30],
+        "latency": [3e-3, 2e-3],
+        "choosing": None,
+        "kept": {"a": 2},
+        "sizes": {"a": 4},
+    } | changes
+
+
+def test_channel_pruning_is_printed(place):
+    assert tables.channels() == ""
+    rows = tables.channel_rows
+    rows.record([pruned("dcp", seed) for seed in (0, 1)])
+    text = tables.channels()
+    assert text in tables.document()
+    assert "all training images" in text
+    assert "| dcp | 12.00 ± 0.00 | +2.00" in text
+    assert "widths.png" not in text
+    assert "###" not in text
+    told = pruned("dcp", 0)["config"]
+    weighed = {"row": "discrimination-1", "config": told | {"discrimination": 1.0}}
+    rows.record([pruned("dcp_adapt", 0, kept={"a": 1}), pruned("dcp", 0, **weighed)])
+    text = tables.channels()
+    assert "widths.png" in text
+    assert "### The weight of the additional loss: DCP, 50% of the channels" in text
+    assert "| 1 | 30.00 | 1 |" in text
+    assert "DCP-Adapt: where" not in text
+
+
+def test_gates_on_a_wide_network_are_printed(place):
+    assert tables.wide() == ""
+    config = {"target": 0.5, "depth": 10, "factor": 1, "examples": 5120}
+    config |= {"dataset": "digits", "recipe": {"epochs": 9}}
+    result = {
+        "variant": "fixed",
+        "config": config,
+        "shares": [0.9, 0.505],
+        "expected": 0.505,
+        "kept": 0.52,
+        "gated": {"test": 40.0},
+        "shrunk": {"test": 40.0},
+    }
+    closed = {k: v for k, v in result.items() if k != "shrunk"}
+    for seed in (0, 1):
+        tables.wide_resnet.record(result | {"seed": seed})
+    tables.wide_resnet.record(closed | {"seed": 0, "variant": "λ, the weights' rate"})
+    text = tables.wide()
+    assert text in tables.document()
+    assert "--variant all --seeds 0 1 --record" in text
+    assert "5,120 images of digits, 9 epochs" in text
+    lines = parsed("\n".join(x for x in text.splitlines() if x.startswith("|")))
+    assert lines[0]["test error when removed"] == "a layer has closed"
+    assert lines[1]["off the target"] == "+1.0 %, +1.0 %"
+    assert lines[1]["at the end"] == "50.50 ± 0.00 %"
+    assert lines[1]["seeds"] == "2"
 
 
 def test_benchmarks_and_notes_are_printed(place):

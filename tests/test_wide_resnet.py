@@ -11,7 +11,7 @@ from flax import nnx
 from experiments import channel_pruning, json_lines, wide_resnet
 from experiments.image_training import Recipe
 from experiments.wide_resnet import Config, made_by
-from l0jax import storage, units
+from l0jax import costs, models, storage, units
 from l0jax.models import PreActivationResNet
 
 CONFIG = Config(
@@ -45,14 +45,27 @@ def run(folder, variant, **changes):
 
 
 @pytest.mark.parametrize("variant", wide_resnet.VARIANTS)
-def test_every_variant_trains_and_is_removed(folder, variant):
-    result = run(folder, variant)
+def test_every_variant_trains_and_is_removed(folder, variant, monkeypatch):
+    """Removal changes nothing, but where batch normalisation fills closed maps."""
+    decide = wide_resnet.gating.deterministic
+
+    def some_closed(gate, logits, rule):
+        """Whatever was learned, so that there is something to remove."""
+        z = decide(gate, logits, rule)
+        return {
+            name: values.at[:3].set(0.0).at[3].set(1.0) for name, values in z.items()
+        }
+
+    monkeypatch.setattr(wide_resnet.gating, "deterministic", some_closed)
+    result = run(folder / "closed", variant)
     assert len(result["shares"]) == CONFIG.recipe.epochs + 1
     assert result["expected"] == result["shares"][-1]
-    assert 0 < result["kept"] <= 1
+    assert 0 < result["kept"] < 1
+    assert max(result["widths"].values()) <= 5
     if variant != "fixed, gates on maps":
-        # Removal changes nothing but where batch normalisation fills closed maps.
         assert result["shrunk"] == result["gated"]
+    else:
+        assert set(result["shrunk"]) == {"validation", "test"}
 
 
 def test_only_gates_with_a_rate_of_their_own_close(folder):
@@ -63,23 +76,22 @@ def test_only_gates_with_a_rate_of_their_own_close(folder):
 
 
 def test_what_was_removed_is_what_was_counted(folder):
-    """A low target closes whole maps, and the network that is stored has the rest."""
-    result = run(
-        folder, "fixed", target=0.2, recipe=dataclasses.replace(CONFIG.recipe, epochs=6)
+    """The network that is stored has the widths and the multiply-accumulates."""
+    result = run(folder / "closed", "fixed")
+    whole = {k: v for k, v in result.items() if k not in ("variant", "seed")}
+    (where,) = (
+        file.parent
+        for file in (folder / "closed").glob("*/result.jsonl")
+        if json_lines.read(file) == [whole]
     )
-    assert result["kept"] < 0.8
-    stored = [
-        f
-        for f in folder.iterdir()
-        if (f / "result.jsonl").exists()
-        and json_lines.read(f / "result.jsonl")[0]
-        == {k: v for k, v in result.items() if k not in ("variant", "seed")}
-    ]
-    (where,) = stored
-    model = storage.load(where / "shrunk")
-    assert [w for each in model.architecture["inner"] for w in each] == list(
+    small = storage.load(where / "shrunk")
+    assert [w for each in small.architecture["inner"] for w in each] == list(
         result["widths"].values()
     )
+    shape = {"classes": 10, "shape": (8, 8, 1)}
+    large = PreActivationResNet(**ARCHITECTURE, **shape, rngs=nnx.Rngs(0))
+    macs = [costs.exact(models.structure(model)) for model in (small, large)]
+    assert result["kept"] == macs[0] / macs[1]
 
 
 def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
@@ -95,7 +107,12 @@ def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
         patched.setattr(storage.Checkpoints, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "fixed")
+    saved = []
+    monkeypatch.setattr(
+        storage.Checkpoints, "save", lambda *a: (saved.append(a[1]), save(*a))
+    )
     again = run(tmp_path, "fixed")
+    assert saved == [3, 4]
     for name in ("shares", "gated", "shrunk", "widths"):
         assert again[name] == whole[name]
 
@@ -131,9 +148,8 @@ def test_closed_maps_are_not_read_by_the_masked_network():
 
 def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(wide_resnet, "RESULTS", tmp_path / "results.jsonl")
-    for _ in range(2):
-        run(folder, "fixed", record=True)
-    run(folder, "target, the weights' rate", record=True)
+    for variant in ("fixed", "fixed", "target, the weights' rate"):
+        wide_resnet.record(run(folder, variant))
     results = json_lines.read(wide_resnet.RESULTS)
     assert [r["variant"] for r in results] == ["target, the weights' rate", "fixed"]
     axes = wide_resnet.picture(results).axes[0]
@@ -148,6 +164,11 @@ BAD = {
     "target": ({"target": 1.5}, r"target of 'macs' must lie in \(0, 1\], got 1.5"),
     "what has no gates": ({"target": 0.01}, "what has no gates alone is"),
     "decay": ({"recipe": Recipe(weight_decay=-1.0)}, "'weight_decay' must be >= 0"),
+    "images": ({"examples": 20}, "20 training images don't fill a batch of 32"),
+    "recorded": (
+        {"record": True},
+        "only the defaults are recorded.*multiplier_rate is 0.01",
+    ),
     "initial": ({"keep_prob": 1.0}, "keep_prob"),
 }
 

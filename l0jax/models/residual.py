@@ -64,13 +64,15 @@ def blocks_of(
 
     Raises:
         ValueError: if `stages`, `inner` and `project` differ in length, or an identity
-            would have to change the size.
+            would have to change the size; if a stage has no blocks.
     """
     if not len(stages) == len(inner) == len(project):
         raise ValueError(
             f"stages has {len(stages)} entries, inner {len(inner)} and project "
             f"{len(project)}: give one each for every stage"
         )
+    if empty := [stage for stage, within in enumerate(inner) if not within]:
+        raise ValueError(f"inner names no block of stage {empty[0]}: give at least one")
     widths = [stem, *stages]
     for stage, beside in enumerate(project):
         if not beside and (stage or widths[stage] != widths[stage + 1]):
