@@ -29,3 +29,15 @@ def promotion_of_experiments(request):
     of_experiments = any(str(name).startswith("experiments") for name in imported)
     with jax.numpy_dtype_promotion("standard" if of_experiments else "strict"):
         yield
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Runs of one configuration compile the same programs: once is enough."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

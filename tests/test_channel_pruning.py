@@ -14,6 +14,8 @@ from experiments.channel_pruning import METHODS, Config
 from experiments.image_training import Recipe
 from l0jax import models, storage
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 RECIPE = Recipe(epochs=1, batch_size=64)
 CONFIG = Config(
     dataset="digits",
@@ -33,18 +35,6 @@ CONFIG = Config(
 def tiny(monkeypatch):
     network = ("vgg", {"stages": ((4,), (6, 6))})
     monkeypatch.setitem(models.PRESETS, "tiny", network)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled(tmp_path_factory):
-    """Runs of one configuration compile the same programs: once is enough."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

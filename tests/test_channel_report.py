@@ -9,6 +9,8 @@ from test_channel_pruning import CONFIG, tiny  # noqa: F401
 from experiments import channel_report, channel_rows
 from experiments.channel_pruning import METHODS
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def line(method="dcp", seed=0, row="comparison", config=None, **changes):
     return {

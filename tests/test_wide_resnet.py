@@ -14,6 +14,8 @@ from experiments.wide_resnet import Config, made_by
 from l0jax import costs, models, storage, units
 from l0jax.models import PreActivationResNet
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 CONFIG = Config(
     dataset="digits",
     examples=512,
