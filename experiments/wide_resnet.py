@@ -63,7 +63,7 @@ from l0jax.units import Group, Groups
 
 RESULTS = Path(__file__).parent / "results" / "wide_resnet.jsonl"
 PICTURE = Path(__file__).parent / "results" / "wide_resnet.png"
-RECIPE = Recipe(epochs=12, weight_decay=5e-4, drops=(0.6, 0.85))
+RECIPE = Recipe(epochs=14, weight_decay=5e-4, drops=(0.6, 0.85))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Config:
     """share of the multiply-accumulates that may be left; None is a fixed λ"""
     lam: float = 0.002
     """c in λ = c/N without a target"""
-    multiplier_rate: float = 2e-2
+    multiplier_rate: float = 1e-2
     """of gradient ascent, for the constraint's multiplier"""
     warm_up: float = 0.5
     """share of the run over which the target falls from 1"""

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 CONFIG = Config(
     dataset="digits",
     examples=512,
-    multiplier_rate=0.01,
+    multiplier_rate=0.02,
     recipe=Recipe(epochs=4, batch_size=32, weight_decay=5e-4, drops=(0.7,)),
     progress=False,
 )
@@ -169,7 +169,7 @@ BAD = {
     "images": ({"examples": 20}, "20 training images don't fill a batch of 32"),
     "recorded": (
         {"record": True},
-        "only the defaults are recorded.*multiplier_rate is 0.01",
+        "only the defaults are recorded.*multiplier_rate is 0.02",
     ),
     "initial": ({"keep_prob": 1.0}, "keep_prob"),
 }
