@@ -7,8 +7,8 @@ With SGD at the learning rate of the weights the gates of a network with batch
 normalisation end where they began (Gale et al. 2019; Gallego-Posada et al. 2022). The
 variants switch the parts of the remedy on and off: a rate of the gates' own, weight
 decay that doesn't close gates, gates after batch normalisation or a normalisation that
-knows of closed maps, multipliers that restart. With `--record` each result becomes a
-line of `experiments/results/wide_resnet.jsonl`. Killed runs go on where they were.
+knows of closed maps, a constraint that ends at its target. With `--record` each result
+becomes a line of `experiments/results/wide_resnet.jsonl`. Killed runs go on.
 
 The defaults are as small as two cores can train: WRN-10-1 on a part of the images. The
 paper's are `--depth 28 --factor 10 --examples 45000 --recipe.epochs 200`.
@@ -81,8 +81,11 @@ class Config:
     what batch normalisation sees"""
     masked_norm: bool = True
     """with gates on maps: after batch normalisation closed maps are zero again"""
+    constraint: Literal["quadratic", "lagrangian"] = "quadratic"
+    """how the target is enforced: quadratic ends at it, lagrangian (Gallego-Posada et
+    al. 2022) about it"""
     restart: bool = True
-    """multipliers are set to 0 where the constraint holds"""
+    """of a Lagrangian: the multiplier is set to 0 where the constraint holds"""
     target: float | None = 0.5
     """share of the multiply-accumulates that may be left; None is a fixed λ"""
     lam: float = 0.002
@@ -122,7 +125,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "target, the weights' rate": {"gate_learning_rate": None},
     "fixed": {},
     "fixed, decay closes gates": {"detached": False},
-    "fixed, without restarts": {"restart": False},
+    "fixed, lagrangian": {"constraint": "lagrangian"},
+    "fixed, lagrangian without restarts": {
+        "constraint": "lagrangian",
+        "restart": False,
+    },
     "fixed, gates on maps": {"gates_on": "maps", "masked_norm": False},
     "fixed, gates on maps, masked norm": {"gates_on": "maps"},
 }
@@ -377,13 +384,13 @@ def constraint_of(
 ) -> constraints.Constraint | None:
     if config.target is None:
         return None
-    return constraints.lagrangian(
-        amounts,
-        config.target,
-        warm_up=round(config.warm_up * steps),
-        optimizer=optax.sgd(config.multiplier_rate),
-        restart=config.restart,
-    )
+    told: dict[str, Any] = {
+        "warm_up": round(config.warm_up * steps),
+        "optimizer": optax.sgd(config.multiplier_rate),
+    }
+    if config.constraint == "lagrangian":
+        told |= {"restart": config.restart}
+    return constraints.CONSTRAINTS[config.constraint](amounts, config.target, **told)
 
 
 def errors(
