@@ -189,27 +189,35 @@ def verdicts(rows: Sequence[Row]) -> str:
 
 def frontier(rows: list[Row], column: str) -> Figure:
     """Test error against what is left, a panel for each kind of family."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     rows = [row for row in rows if row["rule"] == RULE]
     of_family = by(rows, "family")
     reference = of_family.pop(("hard_concrete",), [])
     model = rows[0]["model"]
-    left = list(of_family)
-    for axes, (title, starts) in zip(panels, PANELS.items(), strict=True):
+    left, kinds = list(of_family), {}
+    for title, starts in PANELS.items():
+        here = [name for name in left if name[0].startswith(starts)]
+        left = [name for name in left if name not in here]
+        if here:
+            kinds[title] = here
+    kinds = kinds or {"hard concrete": []}
+    height, width = (len(kinds) + 1) // 2, min(len(kinds), 2)
+    figure = Figure(figsize=(11, 1 + 3.5 * height), layout="constrained")
+    panels = figure.subplots(height, width, sharex=True, sharey=True, squeeze=False)
+    panels, bottom, first = panels.ravel(), panels[-1], panels[:, 0]
+    for axes in panels[len(kinds) :]:
+        axes.set_visible(False)
+    for axes, (title, here) in zip(panels, kinds.items(), strict=False):
         axes.set_title(title)
         if rows[0]["dataset"] == "mnist":
             published(axes, model, column)
         if reference:
             curve(axes, reference, column, "hard_concrete", "black")
-        here = [name for name in left if name[0].startswith(starts)]
-        left = [name for name in left if name not in here]
         for at, name in enumerate(here):
             label = name[0].removeprefix("mixture-").removeprefix("bernoulli-")
             style = "-" if at < len(COLOURS) else "--"
             colour = COLOURS[at % len(COLOURS)]
             curve(axes, of_family[name], column, label, colour, style)
-        axes.legend(fontsize="small", ncols=2)
+        axes.legend(fontsize="small", ncols=2 if len(here) > 5 else 1)
     error = numbers(rows, "test_error")
     lowest, highest = np.nanmin(error), min(np.nanmax(error), 4 * np.nanmin(error))
     whole = float(rows[0][f"dense_{column}"])
@@ -218,6 +226,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
     if rows[0]["dataset"] == "mnist":
         costs = [cost(model, point.widths, column) for point in PUBLISHED[model]]
         fewest = min(fewest, *costs)
+        lowest = min(lowest, *(point.error for point in PUBLISHED[model]))
     for axes in panels:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -228,7 +237,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     what = {"weights": "weights left", "macs": "multiply-accumulates left"}[column]
-    for axes in panels[2:]:
+    for axes in bottom:
         axes.set_xlabel(what)
     if rows[0]["dataset"] == "mnist":
         listed = [
@@ -238,7 +247,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
         half = (len(listed) + 1) // 2
         lines = [";  ".join(listed[:half]), ";  ".join(listed[half:])]
         figure.supxlabel("published, grey: " + "\n".join(lines), fontsize=8)
-    for axes in panels[::2]:
+    for axes in first:
         axes.set_ylabel("test error, %")
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(

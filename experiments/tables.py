@@ -17,6 +17,7 @@ from experiments import (
     bisection,
     channel_report,
     channel_rows,
+    families,
     family_report,
     json_lines,
     mnist_rows,
@@ -354,8 +355,7 @@ def compared() -> str:
         first = rows[0]
         parts.append(
             f"## Gate families: {first['model']} on {first['dataset']}\n\n"
-            f"`python -m experiments.families --dataset {first['dataset']} --model "
-            f"{first['model']} --out {folder}`: {first['epochs']} epochs and "
+            f"`{families_command(rows)} --out {folder}`: {first['epochs']} epochs and "
             f"{len(seeds)} seeds for every family and λ, in one program a family. Each "
             f"line is the family's λ with the lowest validation error among those that "
             f"leave no more than {100 * MOST_LEFT:.0f} % of the weights; "
@@ -456,6 +456,23 @@ def wide() -> str:
             "wide_resnet.png)",
         ]
     )
+
+
+def families_command(rows: list[dict[str, str]]) -> str:
+    """The command that makes these lines of a comparison, but for its folder."""
+    defaults = families.Config()
+    words = ["python -m experiments.families"]
+    for option, its, default in (
+        ("dataset", {rows[0]["dataset"]}, {defaults.dataset}),
+        ("model", {rows[0]["model"]}, {defaults.model}),
+        ("epochs", {int(rows[0]["epochs"])}, {defaults.epochs}),
+        ("lam", {float(row["lam"]) for row in rows}, set(defaults.lam)),
+        ("seeds", {len({row["seed"] for row in rows})}, {defaults.seeds}),
+        ("families", {row["family"] for row in rows}, set(defaults.families)),
+    ):
+        if its != default:
+            words += [f"--{option}", *(str(value) for value in sorted(its))]
+    return " ".join(words)
 
 
 MOST_LEFT = 0.26  # 74 % pruned, as by the paper's hard concrete gates with one λ

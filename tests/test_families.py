@@ -5,10 +5,13 @@ import dataclasses
 import math
 import re
 
+import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 
 from experiments import families, family_report, mnist, printing
+from experiments.figures import STYLE
 from l0jax import gates, gating
 
 TINY = families.Config(
@@ -148,6 +151,24 @@ def test_the_table_has_a_line_for_each_family_and_strength(tiny):
     assert all("±" in line for line in lines[2:])
     for name in ("frontier-weights", "frontier-macs", "densities"):
         assert (tiny / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_only_kinds_that_were_compared_have_a_panel(tiny):
+    lines = family_report.read(tiny / "results.csv")
+
+    def titles(names):
+        figure = family_report.frontier(
+            [line for line in lines if line["family"] in names], "weights"
+        )
+        return [a.get_title(loc="left") for a in figure.axes if a.get_visible()]
+
+    with matplotlib.style.context(["default", STYLE]):
+        assert titles(["hard_concrete"]) == ["hard concrete"]
+        assert titles(["hard_concrete", "variational_dropout"]) == [
+            "without noise, and controls"
+        ]
+        both = ["Bernoulli gates, by estimator", "without noise, and controls"]
+        assert titles(TINY.families) == both
 
 
 LINE = {

@@ -541,6 +541,8 @@ def test_each_comparison_of_families_is_printed(place):
     (folder / "results.csv").write_text("\n".join([header, *chosen]) + "\n")
     text = tables.compared()
     assert "experiments/results/families-mnist-mlp/figures/frontier-weights.png" in text
+    named = "--families hard_concrete information_bottleneck smooth_step --out experi"
+    assert f"`python -m experiments.families {named}" in text
     table = parsed("\n".join(x for x in text.splitlines() if x.startswith("|")))
     found = {line["family"]: line for line in table}
     assert set(found) == set(names)
