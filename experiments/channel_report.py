@@ -158,9 +158,15 @@ def epsilons() -> str:
 
 
 def methods(lines: Sequence[Line]) -> Figure:
-    """The gap of each method, best last."""
+    """The gap of each method, the best on top."""
     found = of_methods(lines)
     order = sorted(found, key=lambda name: -np.mean(gaps(found[name], "trained")))
+    seeds = {name: len(found[name]) for name in order}
+    most = max(seeds.values())
+    names = [
+        name if seeds[name] == most else f"{name} ({seeds[name]} of {most} seeds)"
+        for name in order
+    ]
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(order)), layout="constrained")
     before, after = figure.subplots(1, 2, sharey=True)
     for axes, when, title, colour in (
@@ -169,15 +175,16 @@ def methods(lines: Sequence[Line]) -> Figure:
     ):
         pairs = [mean_and_half_width(gaps(found[name], when)) for name in order]
         mean, half = np.array(pairs).T
-        axes.barh(order, mean, xerr=half, color=colour, height=0.6, capsize=2)
+        # A single seed has no interval.
+        half[[len(found[name]) < 2 for name in order]] = np.nan
+        axes.barh(names, mean, xerr=half, color=colour, height=0.6, capsize=2)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(title)
         axes.set_xlabel("test error above the base network's, points")
     config = lines[0]["config"]
-    seeds = len({line["seed"] for line in lines})
     figure.suptitle(
         f"{config['model']}, width {config['width']:g}, {config['ratio']:.0%} of the "
-        f"channels removed: {seeds} seed{'s' if seeds > 1 else ''}"
+        f"channels removed: {most} seed{'s' if most > 1 else ''}"
     )
     return figure
 

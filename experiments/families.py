@@ -333,7 +333,8 @@ def evaluation(setting: Setting):
             "params": theta["params"],
             "active": gating.prob_active(at, logits),
             "paid": gating.l0_term(at, logits),
-            "drawn": [gating.sample(key, at, logits) for key in keys],
+            # Mapped, for written out they would take longest of all to compile.
+            "drawn": jax.lax.map(lambda key: gating.sample(key, at, logits), keys),
             "decided": {
                 rule: gating.deterministic(at, logits, rule) for rule in rules_of(gate)
             },
@@ -344,7 +345,8 @@ def evaluation(setting: Setting):
         found = facts(state, keys)
         params, validation = found["params"], setting.dataset.validation
         expected = sum((sizes[n] * p).sum() for n, p in found["active"].items())
-        sampled = [compiled.error(params, z, validation) for z in found["drawn"]]
+        draws = [train.member_of(found["drawn"], at) for at in range(len(keys))]
+        sampled = [compiled.error(params, z, validation) for z in draws]
         for rule, z in found["decided"].items():
             folded = units.apply_gates(params, z, now.gated)
             keep = units.in_use(jax.device_get(folded), now.units)

@@ -213,3 +213,9 @@ def test_the_bars_are_the_gaps(file):
     widths = [bar.get_width() for bar in after.patches]
     np.testing.assert_allclose(widths, [10.5, 2.5])
     assert [text.get_text() for text in before.get_yticklabels()] == ["thinet", "dcp"]
+
+
+def test_methods_with_fewer_seeds_are_marked():
+    figure = channel_report.methods([*(line("dcp", s) for s in (0, 1)), line("thinet")])
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert sorted(names) == ["dcp", "thinet (1 of 2 seeds)"]
