@@ -58,6 +58,16 @@ def gaps(lines: Sequence[Line], when: str) -> list[float]:
     return [line[when]["test"] - line["base"]["test"] for line in lines]
 
 
+def above(lines: Sequence[Line], reference: Sequence[Line], when: str) -> str:
+    """How far the test error is above another method's on the same base networks: pairs
+    of one seed, so that what base networks differ in cancels."""
+    other = {line["seed"]: line for line in reference}
+    pairs = [(line, other[line["seed"]]) for line in lines if line["seed"] in other]
+    if not pairs or lines[0]["method"] == reference[0]["method"]:
+        return "-"
+    return signed(a[when]["test"] - b[when]["test"] for a, b in pairs)
+
+
 def times_less(lines: Sequence[Line], what: str) -> list[float]:
     """How many times fewer there are than in the base network, for each seed."""
     return [line[what][0] / line[what][1] for line in lines]
@@ -70,7 +80,8 @@ def signed(values: Iterable[float]) -> str:
 
 
 HEADER = [
-    *("method", "test error, %", "gap, points", "gap before training", "parameters"),
+    *("method", "test error, %", "gap, points", "gap before training"),
+    *("above DCP, by seed", "above DCP before training", "parameters"),
     *("MACs", "latency, batch 128", "choosing, s", "published gap", "seeds"),
 ]
 
@@ -84,13 +95,17 @@ def seconds(values: Iterable[float | None]) -> str:
 def table(lines: Iterable[Line]) -> str:
     """Every method: mean ± 95 % over seeds."""
     rows = []
-    for method, found in of_methods(lines).items():
+    methods = of_methods(lines)
+    dcp = methods.get("dcp", [])
+    for method, found in methods.items():
         rows.append(
             [
                 method,
                 interval(line["trained"]["test"] for line in found),
                 signed(gaps(found, "trained")),
                 signed(gaps(found, "pruned")),
+                above(found, dcp, "trained"),
+                above(found, dcp, "pruned"),
                 *(
                     f"{np.mean(times_less(found, what)):.2f}× less"
                     for what in ("params", "macs", "latency")

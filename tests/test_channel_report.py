@@ -119,6 +119,8 @@ def test_the_table_by_hand():
         "test error, %": "12.50 ± 6.35",
         "gap, points": "+2.50 ± 6.35",
         "gap before training": "+20.50 ± 6.35",
+        "above DCP, by seed": "-",
+        "above DCP before training": "-",
         "parameters": "2.25× less",
         "MACs": "3.00× less",
         "latency, batch 128": "1.50× less",
@@ -126,6 +128,17 @@ def test_the_table_by_hand():
         "published gap": "+0.31",
         "seeds": "2",
     }
+
+
+def test_methods_are_compared_with_dcp_seed_by_seed():
+    """What differs between base networks is in no interval."""
+    dcp = [line(seed=s, trained={"test": 12.0 + 5 * s}) for s in (0, 1)]
+    other = [line("thinet", s, trained={"test": 13.0 + 5 * s}) for s in (0, 1, 2)]
+    assert channel_report.above(other, dcp, "trained") == "+1.00 ± 0.00"
+    assert channel_report.above(dcp, other, "trained") == "-1.00 ± 0.00"
+    assert channel_report.above(other[2:], dcp, "trained") == "-"
+    assert channel_report.above(other, [], "trained") == "-"
+    assert " | +1.00 ± 0.00 | " in channel_report.table([*dcp, *other])
 
 
 def test_a_gap_below_the_base_network_keeps_its_sign():
