@@ -70,9 +70,9 @@ def test_every_variant_trains_and_is_removed(folder, variant, monkeypatch):
         assert set(result["shrunk"]) == {"validation", "test"}
 
 
-def test_only_gates_with_a_rate_of_their_own_close(folder):
-    """Within the same epochs."""
-    slow, fast = run(folder, "target, the weights' rate"), run(folder, "fixed")
+def test_a_price_at_the_rate_of_the_weights_closes_no_gates(folder):
+    """Where a target does, within the same epochs."""
+    slow, fast = run(folder, "λ, the weights' rate"), run(folder, "fixed")
     assert slow["expected"] > 0.95 * slow["shares"][0]
     assert fast["expected"] < 0.8 * fast["shares"][0]
 
