@@ -34,7 +34,7 @@ from experiments.image_training import (
     Images,
     Recipe,
     Trainer,
-    error,
+    errors,
     images_of,
     normalised,
 )
@@ -126,9 +126,9 @@ def main(config: Config) -> dict[str, Any]:
     settings = run_folder.settings_of(config, UNTOLD)
     name = f"{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
-    run_folder.prepare(folder, settings, settings, resume=True)
     if config.base_from is not None:
         check_base(config.base_from, settings)
+    run_folder.prepare(folder, settings, settings, resume=True)
     results = Results(folder / "results.jsonl")
     images = images_of(dataset, config.examples)
     for seed in config.seeds:
@@ -339,10 +339,7 @@ class Run:
 
     def errors(self, model: models.Model) -> dict[str, float]:
         """In per cent, of the validation and of the test images."""
-        return {
-            "validation": error(model, self.dataset.validation, self.images),
-            "test": error(model, self.dataset.test, self.images),
-        }
+        return errors(model, self.dataset, self.images)
 
     def task(self, model: models.Model, structure: Structure) -> methods.Task:
         """What methods look at: training images as they are, without augmentation."""

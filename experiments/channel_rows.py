@@ -95,8 +95,7 @@ def record(new: list[dict[str, Any]]) -> None:
         )
         return *place, line["row"], line["method"], line["seed"]
 
-    fresh = {identity(line): line for line in [*results(), *new]}
-    json_lines.write(RESULTS, [fresh[each] for each in sorted(fresh)])
+    json_lines.merge(RESULTS, new, identity)
 
 
 def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:

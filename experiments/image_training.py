@@ -289,6 +289,14 @@ def error(model: nnx.Module, split: data.Split, of: Images, batch: int = 500) ->
     return 100 * float(jnp.stack(found).sum()) / count
 
 
+def errors(model: nnx.Module, dataset: data.Dataset, of: Images) -> dict[str, float]:
+    """In per cent, of the validation and of the test images."""
+    return {
+        "validation": error(model, dataset.validation, of),
+        "test": error(model, dataset.test, of),
+    }
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _wrong(graph, state, colours, images, labels):
     """How many of a batch the network gets wrong."""

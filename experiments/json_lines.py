@@ -1,7 +1,7 @@
 """Files with one JSON object in each line, as results are recorded in."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,17 @@ def write(file: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     part.replace(file)
+
+
+def merge(
+    file: Path,
+    new: Iterable[Mapping[str, Any]],
+    identity: Callable[[Mapping[str, Any]], Any],
+) -> None:
+    """Puts entries into the file in the order of their identities, each in the place of
+    an older one of the same."""
+    fresh = {identity(entry): entry for entry in [*read(file), *new]}
+    write(file, [fresh[each] for each in sorted(fresh)])
 
 
 def add(file: Path, entry: Mapping[str, Any]) -> None:

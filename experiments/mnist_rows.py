@@ -155,14 +155,13 @@ def results() -> list[dict]:
 
 def record(result: dict) -> None:
     """Puts one result into the file, in the place of an older one if there is one."""
-    identity = (result["row"], result["seed"])
-    kept = [r for r in results() if (r["row"], r["seed"]) != identity]
-    # Rows that another version of this file knows are kept, at the end.
     order = {name: at for at, name in enumerate(ROWS)}
-    kept = sorted(
-        [*kept, result], key=lambda r: (order.get(r["row"], len(order)), r["seed"])
-    )
-    json_lines.write(RESULTS, kept)
+
+    def identity(line):
+        # Rows that another version of this file knows are kept, at the end.
+        return order.get(line["row"], len(order)), line["row"], line["seed"]
+
+    json_lines.merge(RESULTS, [result], identity)
 
 
 def run(name: str, seed: int) -> dict:

@@ -268,6 +268,7 @@ BENCHMARKED = {
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
+    "narrow_convolutions": "What half the channels of a convolution save",
 }
 
 

@@ -39,7 +39,7 @@ from experiments.image_training import (
     Images,
     Recipe,
     augmented,
-    error,
+    errors,
     images_of,
     normalised,
     optimizer_of,
@@ -175,8 +175,7 @@ def record(result: dict[str, Any]) -> None:
     def identity(each):
         return order.get(each["variant"], len(order)), each["variant"], each["seed"]
 
-    fresh = {identity(each): each for each in [*json_lines.read(RESULTS), result]}
-    json_lines.write(RESULTS, [fresh[each] for each in sorted(fresh)])
+    json_lines.merge(RESULTS, [result], identity)
 
 
 def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
@@ -391,16 +390,6 @@ def constraint_of(
     if config.constraint == "lagrangian":
         told |= {"restart": config.restart}
     return constraints.CONSTRAINTS[config.constraint](amounts, config.target, **told)
-
-
-def errors(
-    model: nnx.Module, dataset: data.Dataset, images: Images
-) -> dict[str, float]:
-    """In per cent, of the validation and of the test images."""
-    return {
-        "validation": error(model, dataset.validation, images),
-        "test": error(model, dataset.test, images),
-    }
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:

@@ -1,6 +1,7 @@
 """The comparison of channel pruning, on 8x8 digits and a tiny network."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from killing import killed_when, saves
 
 from experiments import channel_pruning
 from experiments.channel_pruning import METHODS, Config
@@ -85,25 +87,17 @@ def test_what_is_done_is_not_done_again(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "kills"), [("dcp", (1, 4)), ("dcp_adapt", (1,)), ("random_dcp", (2,))]
 )
-def test_a_choice_that_was_killed_goes_on(tmp_path, monkeypatch, method, kills):
+def test_a_choice_that_was_killed_goes_on(tmp_path, method, kills):
     """Killed within each stage; the same channels are kept."""
     whole = run(tmp_path / "whole", method=(method,))["results"][0]
-    save = storage.Checkpoints.save
     for killed_at in kills:
-        saved = []
+        folder, choice = tmp_path / f"killed-{killed_at}", itertools.count(1)
 
-        def dies(self, step, state, notes, saved=saved, killed_at=killed_at):
-            save(self, step, state, notes)
-            if "choice" in self.folder.name:
-                saved.append(step)
-                if len(saved) == killed_at:
-                    raise KeyboardInterrupt
+        def condition(name, _, choice=choice, killed_at=killed_at):
+            return "choice" in name and next(choice) == killed_at
 
-        folder = tmp_path / f"killed-{killed_at}"
-        with monkeypatch.context() as patched:
-            patched.setattr(storage.Checkpoints, "save", dies)
-            with pytest.raises(KeyboardInterrupt):
-                run(folder, method=(method,))
+        with killed_when(condition):
+            run(folder, method=(method,))
         again = run(folder, method=(method,))["results"][0]
         for name in ("kept", "pruned", "trained", "base"):
             assert again[name] == whole[name]
@@ -116,21 +110,15 @@ def test_a_choice_that_was_killed_goes_on(tmp_path, monkeypatch, method, kills):
         np.testing.assert_array_equal(one.convs[1].kernel, other.convs[1].kernel)
 
 
-def test_training_goes_on_after_an_epoch(tmp_path, monkeypatch):
+def test_training_goes_on_after_an_epoch(tmp_path):
     longer = dataclasses.replace(RECIPE, epochs=3)
     whole = run(tmp_path / "whole", method=("filter_l1",), base=longer)["results"][0]
-    save = storage.Checkpoints.save
-
-    def dies(self, step, state, notes):
-        save(self, step, state, notes)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(storage.Checkpoints, "save", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed", method=("filter_l1",), base=longer)
-    again = run(tmp_path / "killed", method=("filter_l1",), base=longer)["results"][0]
+    with killed_when(lambda _, step: step == 2):
+        run(tmp_path / "killed", method=("filter_l1",), base=longer)
+    with saves() as seen:
+        found = run(tmp_path / "killed", method=("filter_l1",), base=longer)
+    assert seen == [("base-0", 3), ("filter_l1-tune-0", 1)]
+    (again,) = found["results"]
     for name in ("kept", "pruned", "trained", "base"):
         assert again[name] == whole[name]
 
@@ -273,3 +261,11 @@ def test_a_base_network_of_other_classes_is_refused(folder, tmp_path, monkeypatc
 def test_a_base_network_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.config.json is missing"):
         run(tmp_path / "run", method=("filter_l1",), base_from=tmp_path / "nowhere")
+
+
+def test_a_base_network_that_is_refused_leaves_no_folder(folder, tmp_path):
+    """So that the right one may be given to the same folder."""
+    run(folder, method=("filter_l1",))
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path / "run", method=("filter_l1",), base_from=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,14 @@ def test_what_was_written_is_read(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["results.jsonl"]
 
 
+def test_merged_entries_replace_their_like_and_are_in_order(tmp_path):
+    file = tmp_path / "results.jsonl"
+    json_lines.write(file, [{"a": 3, "b": 1}, {"a": 1, "b": 1}])
+    json_lines.merge(file, [{"a": 2, "b": 2}, {"a": 1, "b": 2}], lambda e: e["a"])
+    found = [(e["a"], e["b"]) for e in json_lines.read(file)]
+    assert found == [(1, 2), (2, 2), (3, 1)]
+
+
 def test_a_kill_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     file = tmp_path / "results.jsonl"
     json_lines.write(file, [{"a": 1}])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from killing import killed_when, saves
 
 from experiments import channel_pruning, json_lines, wide_resnet
 from experiments.image_training import Recipe
@@ -96,25 +97,13 @@ def test_what_was_removed_is_what_was_counted(folder):
     assert result["kept"] == macs[0] / macs[1]
 
 
-def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on(folder, tmp_path):
     whole = run(folder, "fixed")
-    save = storage.Checkpoints.save
-
-    def dies(self, step, state, notes):
-        save(self, step, state, notes)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(storage.Checkpoints, "save", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "fixed")
-    saved = []
-    monkeypatch.setattr(
-        storage.Checkpoints, "save", lambda *a: (saved.append(a[1]), save(*a))
-    )
-    again = run(tmp_path, "fixed")
-    assert saved == [3, 4]
+    with killed_when(lambda _, step: step == 2):
+        run(tmp_path, "fixed")
+    with saves() as seen:
+        again = run(tmp_path, "fixed")
+    assert [step for _, step in seen] == [3, 4]
     for name in ("shares", "gated", "shrunk", "widths"):
         assert again[name] == whole[name]
 
