@@ -1,4 +1,4 @@
-"""Image data sets by name, as NumPy arrays, with a validation set held out.
+"""Image and video data sets by name, as NumPy arrays, with a validation set held out.
 
 `digits` comes with scikit-learn. The others are read by TensorFlow Datasets (TFDS) from
 the folder that the environment variable TFDS_DATA_DIR names, `~/tensorflow_datasets` if
@@ -27,6 +27,8 @@ DATASETS = (
     "cifar100",
     "cifar10_jpeg",
 )
+# Of clips, with an axis of frames before the height; see `experiments.video`.
+VIDEOS = ("motion", "ucf101")
 # Not of TFDS' catalogue: CIFAR-10 stored as JPEG, where somebody has prepared it so.
 # That loses a little of the images: its errors are not those of CIFAR-10.
 _NOT_IN_CATALOGUE = ("cifar10_jpeg",)
@@ -41,18 +43,19 @@ class DataError(RuntimeError):
 
 
 class Split(NamedTuple):
-    """Images, and the class of each."""
+    """Images, or clips of them, and the class of each."""
 
-    images: UInt8[np.ndarray, "n h w c"]
+    images: UInt8[np.ndarray, "n *frames h w c"]
     labels: Int32[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in three parts, each in the order of the stored examples.
+    """A data set in three parts, each in the order of the stored examples; `ucf101` is
+    in that of its groups.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS` or `VIDEOS`.
         train: what is left of the stored training examples.
         validation: what is held out of them.
         test: the test examples.
@@ -75,8 +78,9 @@ def load(name: str, validation: float) -> Dataset:
     smaller fraction is part of that of a larger one.
 
     Args:
-        name: one of `DATASETS`.
-        validation: fraction of the training examples that is held out, in (0, 1).
+        name: one of `DATASETS` or `VIDEOS`.
+        validation: fraction of the training examples that is held out, in (0, 1); of
+            `ucf101`, of the groups of training videos.
 
     Raises:
         ValueError: if there is no such data set, or if the fraction is outside (0, 1)
@@ -84,15 +88,21 @@ def load(name: str, validation: float) -> Dataset:
         DataError: if the data set is not there and can't be prepared here, or if its
             folder can't be read.
     """
-    if name not in DATASETS:
-        raise ValueError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    if name not in DATASETS + VIDEOS:
+        there_are = ", ".join(DATASETS + VIDEOS)
+        raise ValueError(f"no data set {name!r}; there are {there_are}")
     # Asked for before anything is read, for reading may mean downloading.
     if not 0 < validation < 1:
         raise ValueError(
             f"validation is {validation}; a fraction of the training examples is "
             "wanted, above 0 and below 1"
         )
-    train, test, classes, scale = _digits() if name == "digits" else _prepared(name)
+    if name == "ucf101":
+        from experiments import video  # which imports this module
+
+        return video.ucf101(_data_dir(), validation)
+    own = {"digits": _digits, "motion": _motion}
+    train, test, classes, scale = own[name]() if name in own else _prepared(name)
     count = len(train.labels)
     held_out = round(validation * count)
     if not 0 < held_out < count:
@@ -133,6 +143,29 @@ def _digits() -> tuple[Split, Split, int, float]:
     )
 
 
+def _motion(train: int = 4000, test: int = 2000) -> tuple[Split, Split, int, float]:
+    """Train, test, classes and scale of so many clips of moving digits of MNIST.
+
+    Raises:
+        DataError: if MNIST can't be prepared or read.
+    """
+    from experiments import video  # which imports this module
+
+    digits, others, _, scale = _prepared("mnist")
+    return (
+        video.motion(digits.images, train, seed=0),
+        video.motion(others.images, test, seed=1),
+        len(video.DIRECTIONS),
+        scale,
+    )
+
+
+def _data_dir() -> Path:
+    """The folder of TFDS."""
+    data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    return data_dir.expanduser().absolute()
+
+
 def _prepared(name: str) -> tuple[Split, Split, int, float]:
     """Train, test, classes and scale of a data set of TFDS, prepared if need be.
 
@@ -141,8 +174,7 @@ def _prepared(name: str) -> tuple[Split, Split, int, float]:
     """
     import tensorflow_datasets as tfds
 
-    data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    data_dir = data_dir.expanduser().absolute()
+    data_dir = _data_dir()
     if name in _NOT_IN_CATALOGUE:
         versions = sorted((data_dir / name).glob("*.*.*"))
         if not versions:

@@ -221,7 +221,7 @@ def test_import_is_cheap():
 def test_unknown_name():
     with pytest.raises(ValueError, match="no data set") as info:
         data.load("emnist", 0.1)
-    check_error(info.value, "'emnist'", *data.DATASETS)
+    check_error(info.value, "'emnist'", *data.DATASETS, *data.VIDEOS)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 0.0, 1.0, 1.5, float("nan")])
