@@ -21,7 +21,12 @@ def structure_of(name):
 
 def digits(number):
     """Three digits, as the papers print them."""
-    return float(f"{float(number):.3g}")
+    return digits_of(number, 3)
+
+
+def digits_of(number, count):
+    """So many digits."""
+    return float(f"{float(number):.{count}g}")
 
 
 # Zhuang et al. (2018), supplementary tables S4 and S5, but for WRN-28-10 (Zagoruyko and
@@ -86,7 +91,60 @@ def test_every_unit_but_the_classes_can_go(name):
     for frozen in structure.frozen.values():
         assert frozen.why == "it is an output" or "window slides" in frozen.why
     widths = {group.size for group in structure.groups.values()}
-    assert max(widths) >= 64
+    assert max(widths) >= (48 if name == "i3d_small" else 64)
+
+
+def third_branches(path):
+    """The 3x3x3 convolutions where Inception has those of 5x5."""
+    return ".branches.2.1.conv.kernel" in path
+
+
+def test_i3d_has_the_published_parameters():
+    structure = structure_of("i3d")
+    found = costs.exact(structure, {}, costs.params)
+    # The PyTorch port, whose batch normalisation scales as ours: 12.29 million without
+    # its last layer, 12.70 with it.
+    assert found == 12_697_264
+    last = 1024 * 400 + 400
+    assert digits_of(found - last, 4) == 1.229e7
+    # The released one does not scale; Open Model Zoo counts 12.69 million.
+    scales = sum(
+        array.size for path, array in structure.arrays.items() if "scale" in path
+    )
+    assert digits_of(found - scales, 4) == 1.269e7
+    # Table 1 of the paper: 25 million of two, one of which reads two channels of flow.
+    assert round((2 * (found - scales) - 7**3 * 64) / 1e6) == 25
+
+
+def test_i3d_has_the_published_multiply_adds():
+    """Open Model Zoo counts 278.981e9 operations of 79 frames: two for each of ours,
+    and those of pooling and biases, which we don't count."""
+    shapes = nnx.eval_shape(
+        lambda: models.preset("i3d", shape=(79, 224, 224, 3), rngs=nnx.Rngs(0))
+    )
+    found = 2 * costs.exact(models.structure(shapes))
+    assert found < 278.981e9
+    assert found == pytest.approx(278.981e9, rel=5e-3)
+
+
+def test_what_xie_et_al_count_of_i3d_has_smaller_third_branches():
+    """Xie et al. (2018) print 12.06 million parameters and 107.89e9 multiply-adds of 64
+    frames. These are not those of the released network, 12.27 million weights without
+    the last layer and 111.15e9: they are reached, to all digits printed, if the third
+    branches end in 1x1x1 convolutions and only weights are counted. That they did so is
+    inferred from the numbers."""
+    structure = structure_of("i3d")
+    weights = costs.exact(structure, {}, costs.weights)
+    macs = costs.exact(structure)
+    assert digits_of(weights - 1024 * 400, 4) == 1.227e7
+    assert digits_of(macs, 5) == 1.1115e11
+    each = costs.per_operation(structure)
+    for operation, cost in zip(structure.operations, each, strict=True):
+        if third_branches(operation.kernel):
+            weights -= structure.arrays[operation.kernel].size * 26 // 27
+            macs -= float(cost) * 26 / 27
+    assert digits_of(weights, 4) == 1.206e7
+    assert digits_of(macs, 5) == 1.0789e11
 
 
 def test_presets_take_changes():
@@ -128,6 +186,16 @@ BAD = {
     "stages of inverted residuals": (
         lambda: models.preset("mobilenet_v2", strides=(1, 2), rngs=nnx.Rngs(0)),
         ["stages, inner, widen and strides", "7, 7, 7 and 2"],
+    ),
+    "pools": (
+        lambda: models.preset(
+            "i3d_small", pools=models.i3d.POOLS[:3], rngs=nnx.Rngs(0)
+        ),
+        ["stages 3", "pools 3"],
+    ),
+    "branches": (
+        lambda: models.i3d.Mixed(8, (1, 2), rngs=nnx.Rngs(0)),
+        ["(64, (96, 128), (16, 32), 32)", "got (1, 2)"],
     ),
 }
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from flax import nnx
 
-from l0jax.models import mobilenet, pre_activation, resnet, vgg
+from l0jax.models import i3d, mobilenet, pre_activation, resnet, vgg
+from l0jax.models.i3d import I3D as I3D
 from l0jax.models.layers import ImageModel as ImageModel
 from l0jax.models.lenet5 import LeNet5 as LeNet5
 from l0jax.models.mlp import MLP as MLP
@@ -35,6 +36,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "resnet": ResNet,
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
+    "i3d": I3D,
 }
 
 PRESETS: dict[str, tuple[str, dict]] = {
@@ -58,6 +60,9 @@ PRESETS: dict[str, tuple[str, dict]] = {
     "resnet50": ("resnet", resnet.bottleneck((3, 4, 6, 3))),
     "mobilenet": ("mobilenet", {}),
     "mobilenet_v2": ("mobilenet_v2", mobilenet.v2()),
+    # For clips of 64 frames of 224 by 224, as of Kinetics, and for small grey ones.
+    "i3d": ("i3d", {}),
+    "i3d_small": ("i3d", i3d.small()),
 }
 """The class in `MODELS` and the architecture of each network with a name."""
 

@@ -1,15 +1,22 @@
-"""A convolution and a pooling whose gradients are fast on CPU too.
+"""Convolutions and poolings whose gradients are fast on CPU too.
 
 On CPU, XLA's own convolution takes most of a training step, and inside `lax.scan` or
 `while` it is several times slower still (jax issue 12868). Written as a product of
 patches with the batch along the last axis, where every copy is one long run, LeNet-5's
 step takes half the time and may be scanned. Elsewhere the library's convolution is
 used.
+
+Over clips, where windows reach over the border, a model is read and evaluated through
+the library's convolution; only what is differentiated on CPU is a product of patches.
 """
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 
@@ -79,3 +86,99 @@ def _patches(x, height: int, width: int):
     # Columns first, then rows: two cheap copies instead of one of every window.
     x = jnp.concatenate([x[:, :, j : j + columns] for j in range(width)])
     return jnp.concatenate([x[:, i : i + rows] for i in range(height)])
+
+
+# ------------------------------------------------------------------------------ clips
+
+
+def conv3d(
+    x: Float[Array, "batch t h w inputs"],
+    kernel: Float[Array | np.ndarray, "kt kh kw inputs outputs"],
+    strides: Sequence[int] = (1, 1, 1),
+) -> Float[Array, "batch to ho wo outputs"]:
+    """Cross-correlation, padded so that stride 1 keeps the size: TensorFlow's SAME."""
+    kernel, strides = jnp.asarray(kernel), tuple(strides)
+    # Of one position, the gradients of XLA's are products already.
+    if jax.default_backend() == "cpu" and max(kernel.shape[:3]) > 1:
+        return _conv3d(x, kernel, strides)
+    return _xla_conv3d(x, kernel, strides)
+
+
+def max_pool_3d(
+    x: Float[Array, "batch t h w channels"],
+    window: Sequence[int],
+    strides: Sequence[int],
+) -> Float[Array, "batch to ho wo channels"]:
+    """Max pooling, padded so that stride 1 keeps the size: TensorFlow's SAME.
+
+    On CPU, where values tie, the gradient is shared among them.
+    """
+    window, strides = tuple(window), tuple(strides)
+    if jax.default_backend() == "cpu":
+        return _max_pool_3d(x, window, strides)
+    return _xla_max_pool_3d(x, window, strides)
+
+
+def _xla_conv3d(x, kernel, strides):
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, "SAME", dimension_numbers=numbers
+    )
+
+
+def _xla_max_pool_3d(x, window, strides):
+    return nnx.max_pool(x, window, strides=strides, padding="SAME")
+
+
+def _patches_conv3d(x, kernel, strides):
+    window, outputs = kernel.shape[:3], kernel.shape[4]
+    x = _padded(x, window, strides, 0.0)
+    for axis in (3, 2, 1):
+        x = jnp.concatenate(_shifts(x, axis, window[axis - 1], strides[axis - 1]))
+    y = kernel.reshape(-1, outputs).T @ x.reshape(x.shape[0], -1)
+    return y.reshape(outputs, *x.shape[1:]).transpose(4, 1, 2, 3, 0)
+
+
+def _pairwise_max_pool_3d(x, window, strides):
+    x = _padded(x, window, strides, -jnp.inf)
+    for axis in (3, 2, 1):
+        shifted = _shifts(x, axis, window[axis - 1], strides[axis - 1])
+        x = functools.reduce(jnp.maximum, shifted)
+    return x.transpose(4, 1, 2, 3, 0)
+
+
+def _padded(x, window, strides, value):
+    """(batch, t, h, w, channels) -> (channels, t, h, w, batch) with the borders."""
+    pads = jax.lax.padtype_to_pads(x.shape[1:4], window, strides, "SAME")
+    x = x.transpose(4, 1, 2, 3, 0)
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=value)
+
+
+def _shifts(x, axis: int, window: int, stride: int) -> list:
+    """What stands at each place of a window that moves along an axis."""
+    reach = (x.shape[axis] - window) // stride * stride
+    return [
+        jax.lax.slice_in_dim(x, at, at + reach + 1, stride, axis)
+        for at in range(window)
+    ]
+
+
+def _differentiated_as(evaluated, differentiated, moves):
+    """`evaluated`, whose gradients by its first `moves` arguments are the other's."""
+    fixed = tuple(range(moves, 3))
+    function = jax.custom_vjp(evaluated, nondiff_argnums=fixed)
+
+    def forward(*arguments):
+        moving, still = arguments[:moves], arguments[moves:]
+        return jax.vjp(lambda *each: differentiated(*each, *still), *moving)
+
+    def backward(*arguments):
+        pull, dy = arguments[-2:]
+        return pull(dy)
+
+    function.defvjp(forward, backward)
+    return function
+
+
+_conv3d = _differentiated_as(_xla_conv3d, _patches_conv3d, 2)
+_max_pool_3d = _differentiated_as(_xla_max_pool_3d, _pairwise_max_pool_3d, 1)

@@ -70,7 +70,7 @@ class ImageModel(nnx.Module):
     traced; `train()` and `eval()` of Flax switch.
 
     Attributes:
-        shape: (height, width, channels) of an image.
+        shape: (height, width, channels) of an image; of a clip, frames come first.
     """
 
     shape: tuple[int, ...]
