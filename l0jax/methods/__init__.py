@@ -13,6 +13,10 @@ from l0jax.methods.keeping import keep_above as keep_above
 from l0jax.methods.keeping import keep_top as keep_top
 from l0jax.methods.layerwise import reconstruct as reconstruct
 from l0jax.methods.magnitude import filter_l1 as filter_l1
+from l0jax.methods.magnitude import outgoing_l2 as outgoing_l2
+from l0jax.methods.relocation import Closing as Closing
+from l0jax.methods.relocation import LeastSquares as LeastSquares
+from l0jax.methods.sensitivity import fisher as fisher
 from l0jax.methods.sensitivity import obd as obd
 from l0jax.methods.sensitivity import skeletonization as skeletonization
 from l0jax.methods.sensitivity import taylor as taylor
@@ -24,11 +28,13 @@ from l0jax.methods.uniform import uniform as uniform
 SCORES: dict[str, Callable[..., dict[str, Array]]] = {
     "random": uniform,
     "filter_l1": filter_l1,
+    "outgoing_l2": outgoing_l2,
     "apoz": apoz,
     "variance": variance,
     "entropy": entropy,
     "taylor": taylor,
     "skeletonization": skeletonization,
+    "fisher": fisher,
     "obd": obd,
 }
 """What a unit is worth; the units with the highest scores are to be kept."""

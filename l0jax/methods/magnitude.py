@@ -1,7 +1,8 @@
 """Scores of units by the size of their weights: no example is looked at.
 
 The norm of filters: Li, Kadav, Durdanovic, Samet and Graf (2017), "Pruning filters for
-efficient ConvNets".
+efficient ConvNets". The norm of what reads a unit: He, Fan, Qian, Tan and Yu (2014),
+"Reshaping deep neural network for fast decoding by node-pruning".
 """
 
 import jax.numpy as jnp
@@ -40,5 +41,23 @@ def filter_l1(task: Task) -> dict[str, Float[Array, " units"]]:
                 "they have no filters; choose groups with structure.only"
             )
         scores[name] = units.charge(jnp.abs, task.params, kernels, group.size)
+    check_scores(scores)
+    return scores
+
+
+def outgoing_l2(task: Task) -> dict[str, Float[Array, " units"]]:
+    r"""The L2 norm of all weights that read each unit, $s_j = \lVert W_{j \cdot}
+    \rVert_2$ (He et al. 2014, "onorm", but for the mean over weights there).
+
+    Returns:
+        `{group: scores}`, a score for each unit; the highest are to be kept.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    scores = {
+        name: jnp.sqrt(units.charge(jnp.square, task.params, g.used_by, g.size))
+        for name, g in task.structure.groups.items()
+    }
     check_scores(scores)
     return scores

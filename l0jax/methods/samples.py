@@ -6,15 +6,17 @@ that the kernel sees: y = Wᵀ x, without the bias. An entry of x is one weight 
 output: one channel at one position of the window.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from l0jax import units
 from l0jax.methods.task import Task
@@ -24,28 +26,39 @@ RANK_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """A layer that alone reads the units of a group.
+class Product:
+    """A layer that is a product of windows with a kernel.
 
     Attributes:
-        group: name of the group.
         path: of the kernel.
         shape: of the kernel.
         outputs_axis: axis of the kernel along which its outputs lie.
         value: number of the value that it reads, in the dataflow.
         makes: number of the value that it makes.
         channels_axis: axis of that value along which the outputs lie.
-        unit_of: the unit of each entry, or -1 for one that isn't of the group.
     """
 
-    group: str
     path: str
     shape: tuple[int, ...]
     outputs_axis: int
     value: int
     makes: int
     channels_axis: int
-    unit_of: Int[np.ndarray, " entries"]
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs."""
+        return self.shape[self.outputs_axis]
+
+    @property
+    def entries(self) -> int:
+        """The length of a window."""
+        return math.prod(self.shape) // self.outputs
+
+    def of_entries(self, axis: int, along: np.ndarray) -> np.ndarray:
+        """For each entry what belongs to its position along an axis of the kernel."""
+        spread = along[np.indices(self.shape)[axis]]
+        return np.moveaxis(spread, self.outputs_axis, -1)[..., 0].ravel()
 
     def matrix(self, kernel: Any) -> Float[np.ndarray, "entries outputs"]:
         """The kernel as a matrix."""
@@ -55,10 +68,23 @@ class Layer:
     def kernel(self, matrix: Any) -> Any:
         """The kernel of a matrix, in its own shape: an array of NumPy or of JAX."""
         last = [n for at, n in enumerate(self.shape) if at != self.outputs_axis]
-        shaped = matrix.reshape(*last, self.shape[self.outputs_axis])
+        shaped = matrix.reshape(*last, self.outputs)
         axes = list(range(len(last)))
         axes.insert(self.outputs_axis, len(last))
         return shaped.transpose(axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(Product):
+    """The layer that alone reads the units of a group.
+
+    Attributes:
+        group: name of the group.
+        unit_of: the unit of each entry, or -1 for one that isn't of the group.
+    """
+
+    group: str
+    unit_of: Int[np.ndarray, " entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,30 +138,47 @@ def layer(task: Task, group: str) -> Layer:
             "layer's output is reconstructed: leave such groups out, as "
             "structure.only(...) does"
         )
-    (read,), path, flow = task.reads(group), slots[0].path, task.flow
+    ((read,), path) = task.reads(group), slots[0].path
+    try:
+        of = product(task, path)
+    except ValueError as error:
+        raise ValueError(f"group {group!r}: {error}") from None
+    if of.outputs_axis == slots[0].axis:
+        raise ValueError(
+            f"group {group!r}: its units lie along the outputs of {path!r}"
+        )
+    fields = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
+    unit_of = of.of_entries(slots[0].axis, read.unit_of)
+    return Layer(**fields, group=group, unit_of=unit_of)
+
+
+def product(task: Task, path: str) -> Product:
+    """The layer whose kernel is at `path`.
+
+    Raises:
+        ValueError: if the operation that reads the kernel isn't a product with one axis
+            of outputs.
+    """
+    flow = task.flow
     shape, makes = flow.shapes[flow.params[path]].shape, flow.makes(path)
     made = [op.makes for op in task.structure.operations if op.kernel == path]
-    if len(made) != 1 or len(made[0]) != 1 or made[0][0] == slots[0].axis:
+    step = flow.reader(path)
+    if len(made) != 1 or len(made[0]) != 1:
         raise ValueError(
-            f"group {group!r}: {flow.reader(path)}, which reads {path!r}, isn't one "
-            "product with one axis of outputs"
+            f"{step}, which reads {path!r}, isn't one product with one axis of outputs"
         )
-    step, ((outputs_axis,),) = flow.reader(path), made
+    ((outputs_axis,),) = made
     channels_axis = len(flow.shapes[makes].shape) - 1
     if step.eqn.primitive.name == "conv_general_dilated":
         channels_axis = step.eqn.params["dimension_numbers"].out_spec[1]
     if flow.shapes[makes].shape[channels_axis] != shape[outputs_axis]:
         raise ValueError(
-            f"group {group!r}: {step} makes a value of the shape "
-            f"{flow.shapes[makes].shape} with the kernel {path!r} of {shape}: its "
-            f"{shape[outputs_axis]} outputs should lie along axis {channels_axis}"
+            f"{step} makes a value of the shape {flow.shapes[makes].shape} with the "
+            f"kernel {path!r} of {shape}: its {shape[outputs_axis]} outputs should lie "
+            f"along axis {channels_axis}"
         )
-    along = np.indices(shape)[slots[0].axis]
-    unit_of = np.moveaxis(read.unit_of[along], outputs_axis, -1)[..., 0].ravel()
-    return Layer(
-        *(group, path, shape, outputs_axis),
-        *(read.value, makes, channels_axis, unit_of),
-    )
+    value = flow.reads(path)
+    return Product(path, shape, outputs_axis, value, makes, channels_axis)
 
 
 def rows(
@@ -168,6 +211,40 @@ def rows(
     return Rows(x.astype(np.float64), y.astype(np.float64), kernel, of.unit_of, size)
 
 
+class Windows(NamedTuple):
+    """Some of what a layer sees and makes of a batch."""
+
+    inputs: Float[Array, "rows entries"]
+    targets: Float[Array, "rows outputs"]
+    now: Float[Array, "rows outputs"]
+
+
+def windows(
+    task: Task,
+    of: Product,
+    positions: int,
+    key: PRNGKeyArray,
+    params: PyTree,
+    base: PyTree,
+    images: Shaped[Array, "batch *shape"],
+) -> Windows:
+    """What a layer sees at random positions of its output, and makes of it, without its
+    bias. A function of JAX, to be compiled.
+
+    Args:
+        task: of which only the network is used.
+        of: the layer.
+        positions: so many of each example, or all if it has fewer.
+        key: draws them.
+        params: give the inputs and what is made now.
+        base: give the targets.
+        images: a batch.
+    """
+    value, now = _network(task, of, params, images)
+    _, target = _network(task, of, base, images)
+    return Windows(*_sample(task, of, positions, key, params, value, now, target))
+
+
 def _batches(
     task: Task, of: Layer, key: PRNGKeyArray, params: PyTree, positions: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
@@ -182,13 +259,13 @@ def _batches(
         yield tuple(np.asarray(each) for each in found)
 
 
-def _network(task: Task, of: Layer, params, images):
+def _network(task: Task, of: Product, params, images):
     return task.flow.evaluate(task.flow.known(params, images), [of.value, of.makes])
 
 
-def _sample(task: Task, of: Layer, positions: int, key, params, value, now, target):
+def _sample(task: Task, of: Product, positions: int, key, params, value, now, target):
     flow, kernel = task.flow, task.flow.params[of.path]
-    outputs, entries = of.shape[of.outputs_axis], len(of.unit_of)
+    outputs, entries = of.outputs, of.entries
     known = {**flow.known(params), of.value: value}
 
     def by_position(made):
@@ -244,7 +321,7 @@ def least_squares(
     return start + np.linalg.lstsq(inputs, missing, rcond=RANK_TOLERANCE)[0]
 
 
-def fold(params: PyTree, of: Layer, matrix: Float[np.ndarray, "entries outputs"]):
+def fold(params: PyTree, of: Product, matrix: Float[np.ndarray, "entries outputs"]):
     """`params` with another kernel of the layer."""
     old = units.arrays(params)[of.path]
     new = jnp.asarray(of.kernel(matrix), old.dtype)
