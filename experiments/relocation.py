@@ -682,7 +682,7 @@ class Work:
         _, params, statistics = split(small)
 
         def moment(tree):
-            of = nnx.merge(graph, tree, state.statistics)
+            of = merged(graph, state._replace(params=tree))
             return split(l0jax.nnx.shrink(of, keep, self.structure))[1]
 
         adam = state.moments[0]

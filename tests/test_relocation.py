@@ -234,15 +234,28 @@ def test_each_layer_is_compiled_once_for_all_choices(monkeypatch):
     fit, traces = LeastSquares(task), []
     add = fit._add
 
-    def counted(reader, *args):
-        traces.append(reader.of.path)
-        return add(reader, *args)
+    def counted(total, *args):
+        traces.extend(total)
+        return add(total, *args)
 
     monkeypatch.setattr(fit, "_add", counted)
     for flip in (False, True):
         keep = {n: k ^ flip for n, k in some(structure).items()}
         fit(keep, jax.random.fold_in(KEY, flip), params=task.params)
     assert sorted(traces) == sorted(fit.readers)
+
+
+@every_model
+def test_layers_of_a_level_do_not_depend_on_each_other(name):
+    _, _, task = built(name)
+    fit = LeastSquares(task)
+    in_order = [path for level in fit.levels for path in level]
+    assert in_order == list(fit.readers)
+    for level in fit.levels:
+        made = task.flow.dependents([task.flow.params[path] for path in level])
+        assert not any(fit.readers[path].of.value in made for path in level)
+    if name == "i3d":
+        assert len(fit.levels) < len(fit.readers)
 
 
 def test_shift_is_the_rest_of_the_way():

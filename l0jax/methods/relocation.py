@@ -214,9 +214,9 @@ class LeastSquares:
     bias, and $Y$ what it makes in the base network. Layers follow in the order in which
     they are read, each after what precedes it.
 
-    The examples pass once for each layer, and only products of windows are kept: memory
-    doesn't grow with their number. Each layer is compiled once, for all parameters and
-    all choices of units.
+    The examples pass once for all layers that don't depend on each other, and only
+    products of windows are kept: memory doesn't grow with their number. Each such level
+    is compiled once, for all parameters and all choices of units.
 
     Args:
         task: a network and examples; its parameters are the base network.
@@ -237,11 +237,21 @@ class LeastSquares:
         self.readers = _readers(task)
 
     @functools.cached_property
-    def _sums(self) -> dict[str, Callable[..., tuple[Array, Array]]]:
-        return {
-            path: jax.jit(functools.partial(self._add, reader))
-            for path, reader in self.readers.items()
-        }
+    def levels(self) -> list[list[str]]:
+        """The layers in the order in which they are fitted; those of one level don't
+        depend on each other, and share the passes over the examples."""
+        flow, levels, made = self.task.flow, [], frozenset()
+        for path, reader in self.readers.items():
+            if not levels or reader.of.value in made:
+                levels.append([])
+                made = frozenset()
+            levels[-1].append(path)
+            made |= flow.dependents([flow.params[path]])
+        return levels
+
+    @functools.cached_property
+    def _sum(self):
+        return jax.jit(self._add)
 
     def __call__(
         self,
@@ -263,14 +273,15 @@ class LeastSquares:
         """
         base = self.task.params if base is None else base
         params = base if params is None else params
-        for at, (path, reader) in enumerate(self.readers.items()):
-            kept = reader.kept(keep)
-            if bool(kept.all()):
+        for at, level in enumerate(self.levels):
+            kept = {path: self.readers[path].kept(keep) for path in level}
+            if all(bool(flags.all()) for flags in kept.values()):
                 continue
-            gram, cross, _ = self._summed(
-                path, kept, jax.random.fold_in(key, at), params, base
-            )
-            params = self._solved(reader, np.asarray(kept, bool), gram, cross, params)
+            level_key = jax.random.fold_in(key, at)
+            sums = self._summed(kept, level_key, params, base)
+            for path, (gram, cross, _) in sums.items():
+                flags, reader = np.asarray(kept[path], bool), self.readers[path]
+                params = _solved(reader, flags, gram, cross, self.ridge, params)
         return params
 
     def shift(self, keep: Keep, key: PRNGKeyArray, **of: PyTree) -> dict[str, Array]:
@@ -296,32 +307,46 @@ class LeastSquares:
         to it, summed over its outputs, in the mean over examples and positions."""
         params = self.task.params if params is None else params
         found = {}
-        for at, (path, reader) in enumerate(self.readers.items()):
-            keys = jax.random.fold_in(key, at)
-            sums = self._summed(path, reader.kept(keep), keys, params, params)
-            found[path] = float(sums[2])
+        for at, level in enumerate(self.levels):
+            kept = {path: self.readers[path].kept(keep) for path in level}
+            level_key = jax.random.fold_in(key, at)
+            sums = self._summed(kept, level_key, params, params)
+            found |= {path: float(gone) for path, (*_, gone) in sums.items()}
         return found
 
-    def _summed(self, path, kept, key, params, base):
-        reader = self.readers[path]
-        size = reader.of.entries + 1
-        start = jnp.zeros((size, size)), jnp.zeros((size, reader.of.outputs))
-        total = (*start, jnp.zeros(()))
+    def _summed(self, kept, key, params, base):
+        """For each layer of a level the sums over all examples, on the host."""
+
+        def zeros(of: Product):
+            size = of.entries + 1
+            return tuple(map(jnp.zeros, ((size, size), (size, of.outputs), ())))
+
+        total = {path: zeros(self.readers[path].of) for path in kept}
         for at, (images, _) in enumerate(self.task.batches()):
             batch_key = jax.random.fold_in(key, at)
-            total = self._sums[path](total, kept, params, base, images, batch_key)
-        found = tuple(np.asarray(a, np.float64) for a in total)
-        if not all(np.isfinite(a).all() for a in found):
-            raise ValueError(f"what {path!r} reads or makes isn't finite")
+            total = self._sum(total, kept, params, base, images, batch_key)
+        found = {
+            path: tuple(np.asarray(a, np.float64) for a in sums)
+            for path, sums in total.items()
+        }
+        for path, sums in found.items():
+            if not all(np.isfinite(a).all() for a in sums):
+                raise ValueError(f"what {path!r} reads or makes isn't finite")
         return found
 
-    def _add(self, reader, total, kept, params, base, images, key):
+    def _add(self, total, kept, params, base, images, key):
         """Sums of products over a batch, divided by the number of batches."""
-        seen: Windows = windows(
-            self.task, reader.of, self.positions, key, params, base, images
-        )
+        layers = [self.readers[path].of for path in kept]
+        seen = windows(self.task, layers, self.positions, key, params, base, images)
+        return {
+            path: self._added(
+                self.readers[path], sums, kept[path][None], params, base, view
+            )
+            for (path, sums), view in zip(total.items(), seen, strict=True)
+        }
+
+    def _added(self, reader, total, kept, params, base, seen: Windows):
         kernel = _flat(reader.of, units.arrays(params)[reader.of.path])
-        kept = kept[None]
         ones = jnp.full((len(seen.inputs), 1), float(reader.bias is not None))
         x = jnp.concatenate([seen.inputs * kept, ones], axis=1)
         missing = seen.targets - (seen.inputs * kept) @ kernel
@@ -336,20 +361,22 @@ class LeastSquares:
         new = (gram, cross, jnp.square(gone).sum())
         return tuple(a + b * share for a, b in zip(total, new, strict=True))
 
-    def _solved(self, reader, kept, gram, cross, params):
-        rows = np.append(kept, reader.bias is not None)
-        gram, cross = gram[np.ix_(rows, rows)], cross[rows]
-        ridge = self.ridge * gram.diagonal().mean()
-        ridge = max(ridge, np.finfo(np.float32).tiny)
-        moved = np.linalg.solve(gram + ridge * np.eye(len(gram)), cross)
-        old = units.arrays(params)
-        matrix = reader.of.matrix(old[reader.of.path]) * kept[:, None]
-        matrix[kept] += moved[: kept.sum()]
-        kernel = old[reader.of.path]
-        new = {reader.of.path: jnp.asarray(reader.of.kernel(matrix), kernel.dtype)}
-        if reader.bias is not None:
-            new[reader.bias] = old[reader.bias] + jnp.float32(moved[-1])
-        return units.replace(params, new)
+
+def _solved(reader: _Reader, kept, gram, cross, ridge: float, params: PyTree) -> PyTree:
+    """The parameters with the kernel and the bias that solve the system."""
+    rows = np.append(kept, reader.bias is not None)
+    gram, cross = gram[np.ix_(rows, rows)], cross[rows]
+    # Where nothing is ever read nothing is moved.
+    ridge = max(ridge * float(gram.diagonal().mean()), float(np.finfo(np.float32).tiny))
+    moved = np.linalg.solve(gram + ridge * np.eye(len(gram)), cross)
+    old = units.arrays(params)
+    matrix = reader.of.matrix(old[reader.of.path]) * kept[:, None]
+    matrix[kept] += moved[: kept.sum()]
+    kernel = old[reader.of.path]
+    new = {reader.of.path: jnp.asarray(reader.of.kernel(matrix), kernel.dtype)}
+    if reader.bias is not None:
+        new[reader.bias] = old[reader.bias] + jnp.float32(moved[-1])
+    return units.replace(params, new)
 
 
 def _readers(task: Task) -> dict[str, _Reader]:

@@ -9,7 +9,7 @@ output: one channel at one position of the window.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -221,28 +221,44 @@ class Windows(NamedTuple):
 
 def windows(
     task: Task,
-    of: Product,
+    layers: Sequence[Product],
     positions: int,
     key: PRNGKeyArray,
     params: PyTree,
     base: PyTree,
     images: Shaped[Array, "batch *shape"],
-) -> Windows:
-    """What a layer sees at random positions of its output, and makes of it, without its
-    bias. A function of JAX, to be compiled.
+) -> list[Windows]:
+    """What layers see at random positions of their outputs, and make of it, without
+    their biases. A function of JAX, to be compiled.
 
     Args:
         task: of which only the network is used.
-        of: the layer.
+        layers: that are looked at.
         positions: so many of each example, or all if it has fewer.
         key: draws them.
         params: give the inputs and what is made now.
         base: give the targets.
         images: a batch.
     """
-    value, now = _network(task, of, params, images)
-    _, target = _network(task, of, base, images)
-    return Windows(*_sample(task, of, positions, key, params, value, now, target))
+    wanted = [number for of in layers for number in (of.value, of.makes)]
+    now = task.flow.evaluate(task.flow.known(params, images), wanted)
+    makes = [of.makes for of in layers]
+    targets = task.flow.evaluate(task.flow.known(base, images), makes)
+    return [
+        Windows(
+            *_sample(
+                task,
+                of,
+                positions,
+                jax.random.fold_in(key, at),
+                params,
+                now[2 * at],
+                now[2 * at + 1],
+                targets[at],
+            )
+        )
+        for at, of in enumerate(layers)
+    ]
 
 
 def _batches(
