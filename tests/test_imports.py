@@ -23,7 +23,7 @@ LAYERS = (
     ("objectives", "models", "compaction", "estimators"),
     ("constraints",),
     ("nnx", "linen", "train"),
-    ("report", "storage", "methods"),
+    ("report", "storage", "methods", "agnosticism"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}
@@ -38,6 +38,8 @@ ONLY_IN = {
     "report": {"time", "statistics", "matplotlib"},
     # To find the sharpness at which a pair leaves as much as it is told.
     "gates.mixture": {"scipy"},
+    # Kendall's tau.
+    "agnosticism": {"scipy"},
     # The LASSO.
     "methods.channel_pruning": {"sklearn"},
 }

@@ -22,7 +22,9 @@ from l0jax.methods import SCORES, batches, keep_above, keep_top, keeping
 from l0jax.methods.task import task as task_of
 
 KEY = jax.random.key(0)
-OF_EXAMPLES = [name for name in SCORES if name not in ("random", "filter_l1")]
+OF_EXAMPLES = [
+    name for name in SCORES if name not in ("random", "filter_l1", "outgoing_l2")
+]
 OF_VALUES = ("apoz", "variance", "entropy")
 every_score = pytest.mark.parametrize("name", SCORES)
 
@@ -547,15 +549,17 @@ def test_scores_that_are_not_finite_are_named(name):
     if name == "random":
         return
     model = make("mlp", SHAPES["mlp"])
-    kernel = np.array(model.layers[0].kernel[...])
-    kernel[0, 2] = np.nan
-    model.layers[0].kernel[...] = kernel
+    # What makes a unit, and what reads it.
+    for layer, at in ((0, (0, 2)), (1, (2, 0))):
+        kernel = np.array(model.layers[layer].kernel[...])
+        kernel[at] = np.nan
+        model.layers[layer].kernel[...] = kernel
     structure = models.structure(model).only("hidden1")
     task = task_of(model, structure, *examples(model, 4), 4)
     with pytest.raises(ValueError, match="'hidden1'") as error:
         methods.score(name, task, KEY)
     assert "nan" in str(error.value)
-    if name in ("filter_l1", *OF_VALUES[1:]):
+    if name in ("filter_l1", "outgoing_l2", *OF_VALUES[1:]):
         assert "unit 2" in str(error.value)
 
 
@@ -688,3 +692,63 @@ def test_a_loss_of_ones_own():
     found = methods.skeletonization(task)["first"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert np.isfinite(methods.taylor(task)["first"]).all()
+
+
+# --------------------------------------------------- scores that came with relocation
+
+
+def test_fisher_is_half_the_mean_square_of_each_example_s_slope():
+    model, task = build("mlp")
+    graph, _ = nnx.split(model)
+    found = methods.fisher(task)
+
+    def loss(z, image, label):
+        params = l0jax.apply_gates(task.params, z, task.structure.groups)
+        return task.loss(nnx.merge(graph, params)(image[None]), label[None])[0]
+
+    images, labels = (np.concatenate(np.asarray(a)) for a in (task.images, task.labels))
+    slopes = [
+        jax.grad(loss)(task.open_gates, jnp.asarray(image), jnp.asarray(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
+    for name, values in found.items():
+        expected = np.mean([np.square(one[name]) for one in slopes], axis=0) / 2
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_outgoing_weights_of_all_readers_count():
+    _, task = build("pre_activation_resnet")
+    found = methods.outgoing_l2(task)
+    arrays = l0jax.units.arrays(task.params)
+    for name, group in task.structure.groups.items():
+        total = np.zeros(group.size)
+        for slot in group.used_by:
+            kernel = np.moveaxis(np.asarray(arrays[slot.path]), slot.axis, 0)
+            squares = np.square(kernel).reshape(len(kernel), -1).sum(1)
+            np.add.at(total, l0jax.units.owners(slot, group.size), squares)
+        np.testing.assert_allclose(found[name], np.sqrt(total), rtol=1e-5)
+    assert any(len(g.used_by) > 1 for g in task.structure.groups.values())
+
+
+def test_spread_is_the_entropy_of_either_part():
+    _, task = build("mlp")
+    keep = {
+        n: np.arange(g.size) < g.size // 2 for n, g in task.structure.groups.items()
+    }
+    found = methods.spread(task, keep)
+    name = "hidden1"
+    values = hidden_values(task)
+    for part, flags in zip(found[name], (keep[name], ~keep[name]), strict=True):
+        squares = np.linalg.svd(values[:, flags], compute_uv=False) ** 2
+        p = squares / squares.sum()
+        p = p[p > 1e-12]
+        expected = -(p * np.log(p)).sum() / np.log(flags.sum())
+        assert part == pytest.approx(expected, rel=1e-3)
+
+
+def hidden_values(task):
+    """What the first hidden layer of an MLP gives."""
+    arrays = l0jax.units.arrays(task.params)
+    x = np.concatenate(np.asarray(task.images)).reshape(-1, task.images[0][0].size)
+    kernel, bias = (np.asarray(arrays[f"layers.0.{n}"]) for n in ("kernel", "bias"))
+    return np.maximum(x @ kernel + bias, 0)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax.methods.activations import apoz as apoz
 from l0jax.methods.activations import entropy as entropy
+from l0jax.methods.activations import spread as spread
 from l0jax.methods.activations import variance as variance
 from l0jax.methods.channel_pruning import channel_pruning as channel_pruning
 from l0jax.methods.keeping import keep_above as keep_above

@@ -11,11 +11,11 @@ the singular values: Varshavsky, Gottlieb, Linial and Horn (2006), "Novel unsupe
 feature filtering of biological data".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from l0jax.methods.batches import fold_batches, mean_over_batches
 from l0jax.methods.keeping import check_scores
@@ -103,6 +103,46 @@ def entropy(task: Task) -> dict[str, Float[Array, " units"]]:
         ValueError: if it can't be told where a group is read, or the units have not the
             same number of positions there; if a value isn't finite.
     """
+    scores = {
+        name: jnp.float32(_contributions(gram)) for name, gram in _grams(task).items()
+    }
+    check_scores(scores)
+    return scores
+
+
+def spread(
+    task: Task, keep: Mapping[str, Bool[Array | np.ndarray, " units"]]
+) -> dict[str, tuple[float, float]]:
+    """How evenly the units that stay, and those that go, spread what they say: the
+    entropy of the singular values of their own values, as of `entropy`, each divided
+    by the logarithm of how many units they are, in [0, 1].
+
+    As knowledge moves from doomed units to the others, the first rises and the second
+    falls (Salzinger 2020 takes the entropy for what a layer knows).
+
+    Returns:
+        For each group (of the units that stay, of those that go); 0 for fewer than two
+        units.
+
+    Raises:
+        ValueError: as `entropy`.
+    """
+
+    def part(gram: np.ndarray, some: np.ndarray) -> float:
+        count = int(some.sum())
+        if count < 2:
+            return 0.0
+        return _entropy(gram[np.ix_(some, some)]) / float(np.log(count))
+
+    found = {}
+    for name, gram in _grams(task).items():
+        flags = np.asarray(keep[name], bool)
+        found[name] = part(gram, flags), part(gram, ~flags)
+    return found
+
+
+def _grams(task: Task) -> dict[str, Float[np.ndarray, "units units"]]:
+    """Of each group the mean over batches of sums of products of units."""
     reads, sizes = _reads(task), _sizes(task)
     positions = {
         name: [_positions_of_units(name, read, n) for read in reads[name]]
@@ -123,12 +163,7 @@ def entropy(task: Task) -> dict[str, Float[Array, " units"]]:
     zeros = {name: jnp.zeros((n, n)) for name, n in sizes.items()}
     grams = mean_over_batches(task, products, zeros)
     check_scores({name: jnp.diagonal(gram) for name, gram in grams.items()})
-    scores = {
-        name: jnp.float32(_contributions(np.asarray(gram, np.float64)))
-        for name, gram in grams.items()
-    }
-    check_scores(scores)
-    return scores
+    return {name: np.asarray(gram, np.float64) for name, gram in grams.items()}
 
 
 def _merged(

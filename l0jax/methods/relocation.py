@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Real, Shaped
 
 import l0jax.nnx
 from l0jax import units
@@ -46,30 +46,30 @@ from l0jax.structure import Structure
 from l0jax.units import Groups
 
 Keep = Mapping[str, Bool[Array | np.ndarray, " units"]]
-Share = Float[Array, ""] | float | int
+Number = Real[Array, ""] | float | int
 Model = TypeVar("Model", bound=nnx.Module)
 
 STEEPNESS = 5.0
 """Of the exponential curve; the growing decay leaves exp(-5) of a weight."""
 
 
-def cosine(share: Share) -> Array:
+def cosine(share: Number) -> Array:
     """Starts and ends slowly."""
     return (1 + jnp.cos(jnp.pi * jnp.asarray(share))) / 2
 
 
-def linear(share: Share) -> Array:
+def linear(share: Number) -> Array:
     """Closes at a constant rate."""
     return 1 - jnp.asarray(share)
 
 
-def exponential(share: Share) -> Array:
+def exponential(share: Number) -> Array:
     """Closes fast at first."""
     least = np.exp(-STEEPNESS)
     return (jnp.exp(-STEEPNESS * jnp.asarray(share)) - least) / (1 - least)
 
 
-CURVES: dict[str, Callable[[Share], Array]] = {
+CURVES: dict[str, Callable[[Number], Array]] = {
     "cosine": cosine,
     "linear": linear,
     "exponential": exponential,
@@ -128,7 +128,7 @@ class Closing:
         return steps
 
     def gates(
-        self, keep: Keep, share: Share, key: PRNGKeyArray | None = None
+        self, keep: Keep, share: Number, key: PRNGKeyArray | None = None
     ) -> dict[str, Float[Array, " units"]]:
         """The gates of all units when the share `share` of the closing is over.
 
@@ -155,7 +155,7 @@ class Closing:
             for at, (name, flags) in enumerate(sorted(keep.items()))
         }
 
-    def decayed(self, keep: Keep, step: Share, steps: int) -> dict[str, Array]:
+    def decayed(self, keep: Keep, step: Number, steps: Number) -> dict[str, Array]:
         """By what the weights that read each unit are multiplied after a step, of
         `steps`; the exponents of the decay grow linearly."""
         rate = 2 * STEEPNESS * (jnp.asarray(step, jnp.float32) + 0.5) / steps**2
@@ -168,7 +168,7 @@ def closing(
     gates: Mapping[str, Float[Array, " units"]],
     groups: Groups,
     shift: Mapping[str, Array] | None = None,
-    share: Share = 1.0,
+    share: Number = 1.0,
 ) -> PyTree:
     """The parameters with gates on what reads the units, and a part of a shift added.
 
