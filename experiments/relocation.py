@@ -739,7 +739,7 @@ def checked(
                 f"the heuristic {heuristic!r} gives no scores for group {name!r}; it "
                 f"gives them for {', '.join(scores) or 'none'}"
             )
-        found[name] = np.asarray(scores[name])
+        found[name] = np.asarray(scores[name], np.float64)
         if found[name].shape != (group.size,):
             raise ValueError(
                 f"the heuristic {heuristic!r} gives group {name!r} scores of the shape "

@@ -244,7 +244,8 @@ def variance(rows: Sequence[Row]) -> Figure:
             axes.minorticks_off()
             if at == len(ratios) - 1:
                 axes.set_xlabel("steps from the base network to the small one")
-    grid[0, 1].legend(fontsize="small")
+    if grid[0, 1].lines:
+        grid[0, 1].legend(fontsize="small")
     figure.suptitle(f"{rows[0]['model']} on {rows[0]['dataset']}")
     return figure
 

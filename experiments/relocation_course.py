@@ -1,0 +1,314 @@
+r"""What happens while doomed units close, on an MLP: the sufficient condition of
+`l0jax.methods.relocation`, and how evenly units spread what they say.
+
+    python -m experiments.relocation_course FOLDER
+
+takes the base networks from the folder of a run of `experiments.relocation`, closes the
+units that each heuristic dooms, and at several times removes them. With $P_h$ the loss
+before the removal and $L_h$ that after it, over the same examples,
+
+$$ |L_h - L_{h'}| \le B_h + B_{h'} + |P_h - P_{h'}|, \quad
+   B = \sqrt 2 (\lVert W_3 \rVert_2 \sqrt{D_1} + \sqrt{D_2}), $$
+
+since cross-entropy is $\sqrt 2$-Lipschitz in the logits and ReLU 1-Lipschitz: first the
+doomed units of the first layer go, which moves the second layer by $D_1$, then those of
+the second, which moves the logits by $D_2$. Closing units softly is to make B vanish,
+and leaves the third term.
+
+Writes into the folder `course.csv`, a line for each arm, heuristic and time, and
+`figures/bound.png`, `figures/entropy.png` and `figures/kendall.png` (how alike the
+heuristics rank the units of the base network).
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.style
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from experiments import data, progress, run_folder
+from experiments.figures import COLOURS, STYLE
+from experiments.relocation import (
+    ADVERSARIES,
+    ARMS,
+    HEURISTICS,
+    Arm,
+    Config,
+    Program,
+    Work,
+    member_of,
+    merged,
+    resolved,
+    split,
+    stacked,
+)
+from l0jax import agnosticism, methods, units
+from l0jax.methods import LeastSquares, relocation
+from l0jax.methods.keeping import keep_top
+from l0jax.methods.task import Task
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+BUDGET = 110
+PARTS = ("kept", "doomed")
+LOSSES = ("before", "after", "logits", "bound")
+PERCENT = 100 * np.array(SHARES)
+FAIR = [i for i, name in enumerate(HEURISTICS) if name not in ADVERSARIES]
+SHOWN = {"soft": "soft", "soft_least_squares": "soft, least squares"}
+
+
+def measure(
+    folder: Path, ratio: float = 0.8, seed: int = 0
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """For each arm, heuristic and time the losses before and after, the bound B, and
+    the entropies; and the scores of all heuristics.
+
+    Raises:
+        ValueError: if the folder is of a run of another network.
+    """
+    there = json.loads((folder / run_folder.CONFIG).read_text())
+    if there["model"] != "mlp":
+        raise ValueError(
+            f"{folder} is a run of {there['model']!r}; the bound is written out for "
+            "the two hidden layers of an MLP"
+        )
+    known = {f: there[f] for f in ("dataset", "examples", "chosen_by", "validation")}
+    config = resolved(Config(model="mlp", **known, batch_size=there["batch_size"]))
+    work = Work(
+        config, data.load(str(config.dataset), config.validation), folder, HEURISTICS
+    )
+    scores = {name: work.scores(name, seed) for name in HEURISTICS}
+    keeps = {name: keep_top(of, ratio) for name, of in scores.items()}
+    total = sum(ARMS[name].closing.steps(BUDGET) for name in SHOWN) * len(keeps)
+    with progress.bar(total, "step", name="closing") as bar:
+        lines = [
+            {"arm": name} | line
+            for name in SHOWN
+            for line in of_arm(work, ARMS[name], keeps, seed, bar)
+        ]
+    return lines, scores
+
+
+def of_arm(
+    work: Work, arm: Arm, keeps: dict[str, Any], seed: int, bar: tqdm
+) -> Iterator[dict[str, Any]]:
+    """The lines of one arm."""
+    base = work.base(seed)
+    graph, params, statistics = split(base)
+    steps = arm.closing.steps(BUDGET)
+    member = work.member(seed, "data", BUDGET)
+    members = [
+        member._replace(
+            keep=jax.tree.map(jnp.asarray, keep),
+            shift=work.shift(arm, base, keep, member.key),
+        )
+        for keep in keeps.values()
+    ]
+    program = Program(graph, work.optimizer, work.structure, arm)
+    state = stacked([program.start(params, statistics) for _ in keeps])
+    task, fit, at = work.task(base), work.fit(), 0
+    for share in SHARES:
+        until = round(share * steps)
+        state = work.stepped(program, state, stacked(members), at, until, steps, bar)
+        at = until
+        for i, (name, of) in enumerate(zip(keeps, members, strict=True)):
+            now = nnx.split(merged(graph, member_of(state, i)))[1]
+            gates = arm.closing.gates(of.keep, share)
+            over = 1 - relocation.CURVES[arm.closing.curve](share)
+            groups = task.structure.groups
+            now = relocation.closing(now, gates, groups, of.shift, over)
+            found = bounded(fit, task, now, keeps[name])
+            spread = methods.spread(dataclasses.replace(task, params=now), keeps[name])
+            entropy = {
+                f"{part} {group}": value
+                for group, values in spread.items()
+                for part, value in zip(PARTS, values, strict=True)
+            }
+            yield {"heuristic": name, "share": share} | found | entropy
+
+
+def bounded(fit: LeastSquares, task: Task, now: Any, keep: Any) -> dict[str, float]:
+    """P, L and B of one network, over the examples of the task; and how far the logits
+    move in truth, times the same constant."""
+    groups = task.structure.groups
+    last = {name: jnp.float32(flags) for name, flags in keep.items()}
+    first = {**last, "hidden2": jnp.ones(groups["hidden2"].size)}
+    half = units.apply_gates(now, first, groups)
+    gone = units.apply_gates(now, last, groups)
+    key = jax.random.key(0)
+    added = fit.residual(keep, key, params=now)["layers.1.kernel"]
+    rest = fit.residual(keep, key, params=half)["layers.2.kernel"]
+    head = np.asarray(units.arrays(now)["layers.2.kernel"], np.float64)
+    reach = np.linalg.norm(head, 2) * np.sqrt(added) + np.sqrt(rest)
+    before, after, moved = [], [], []
+    for images, labels in task.batches():
+        logits = [task.apply(p, images) for p in (now, gone)]
+        before.append(float(task.loss(logits[0], labels).mean()))
+        after.append(float(task.loss(logits[1], labels).mean()))
+        moved.append(float(jnp.square(logits[1] - logits[0]).sum(-1).mean()))
+    return {
+        "before": float(np.mean(before)),
+        "after": float(np.mean(after)),
+        "logits": float(np.sqrt(2 * np.mean(moved))),
+        "bound": float(np.sqrt(2) * reach),
+    }
+
+
+def pairs(lines: list[dict[str, Any]], arm: str, share: float) -> np.ndarray:
+    """For each pair of heuristics (the bound, the difference that was measured)."""
+    here = [line for line in lines if (line["arm"], line["share"]) == (arm, share)]
+    return np.array(
+        [
+            (
+                a["bound"] + b["bound"] + abs(a["before"] - b["before"]),
+                abs(a["after"] - b["after"]),
+            )
+            for a, b in itertools.combinations(here, 2)
+        ]
+    )
+
+
+def values(lines: list[dict[str, Any]], arm: str, name: str) -> np.ndarray:
+    """(shares, heuristics)."""
+    here = [line[name] for line in lines if line["arm"] == arm]
+    return np.array(here).reshape(len(SHARES), -1)
+
+
+def draw_bound(lines: list[dict[str, Any]]) -> Figure:
+    """The two terms of the bound over the time of the closing."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    of = {name: values(lines, "soft", name) for name in lines[0] if name in LOSSES}
+    removal = {
+        "layer by layer (the bound)": of["bound"],
+        "from how far the logits move": of["logits"],
+        "the change of the loss itself": np.abs(of["after"] - of["before"]),
+    }
+    for (label, found), colour in zip(removal.items(), COLOURS, strict=False):
+        # Where all units are closed nothing changes, which no logarithm shows.
+        mean = np.where(PERCENT < 100, found.mean(1), np.nan)
+        left.plot(PERCENT, mean, "o-", color=colour, label=label)
+    left.set_yscale("log")
+    left.set_title("soft: what the removal changes, mean of all heuristics")
+    left.set_ylabel("loss")
+    for (arm, label), colour in zip(SHOWN.items(), COLOURS[3:], strict=False):
+        for name, when, line in (("after", "after", "o-"), ("before", "before", "o:")):
+            spread = values(lines, arm, name)[:, FAIR].std(1)
+            text = f"{label}, {when} the removal"
+            right.plot(PERCENT, spread, line, color=colour, label=text)
+    right.set_ylim(0, 1.5 * right.get_ylim()[1])
+    right.set_title("how far heuristics lie apart (no adversaries)")
+    right.set_ylabel("standard deviation of the loss")
+    for axes in (left, right):
+        axes.set_xlabel("share of the closing that is over, %")
+    left.legend(fontsize="small", loc="lower left")
+    right.legend(fontsize="small", loc="upper right")
+    return figure
+
+
+def draw_entropy(lines: list[dict[str, Any]]) -> Figure:
+    """The entropy of what kept and doomed units say, over the time of the closing."""
+    groups = [
+        name.removeprefix("kept ") for name in lines[0] if name.startswith("kept")
+    ]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True)
+    for axes, group in zip(panels, groups, strict=True):
+        for (arm, label), colour in zip(SHOWN.items(), COLOURS, strict=False):
+            for part, line in zip(PARTS, ("o-", "o:"), strict=True):
+                found = values(lines, arm, f"{part} {group}")[:, FAIR]
+                mean, apart = found.mean(1), found.std(1)
+                axes.plot(PERCENT, mean, line, color=colour, label=f"{label}, {part}")
+                axes.fill_between(
+                    PERCENT, mean - apart, mean + apart, color=colour, alpha=0.15, lw=0
+                )
+        axes.set_title(f"{group}: mean ± deviation of the heuristics")
+        axes.set_xlabel("share of the closing that is over, %")
+    panels[0].set_ylabel("entropy / log(number of units)")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def draw_kendall(scores: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Kendall's tau between the rankings of all pairs of heuristics."""
+    names = list(scores)
+    groups = list(scores[names[0]])
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True)
+    for axes, group in zip(panels, groups, strict=True):
+        table = np.ones((len(names), len(names)))
+        for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
+            both = {name: scores[name] for name in (a, b)}
+            table[i, j] = table[j, i] = agnosticism.kendall(both)[group]
+        axes.imshow(table, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False)
+        apart = table[np.ix_(FAIR, FAIR)][np.triu_indices(len(FAIR), 1)]
+        axes.set_title(f"{group}: mean {apart.mean():.2f} without adversaries")
+        for i, j in np.ndindex(table.shape):
+            colour = "white" if abs(table[i, j]) > 0.6 else "black"
+            axes.text(
+                *(j, i, f"{table[i, j]:.1f}".replace("-0.0", "0.0")),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=colour,
+            )
+    figure.suptitle("Kendall's tau between the rankings of two heuristics")
+    return figure
+
+
+def write(folder: Path) -> list[Path]:
+    """Measures and draws; says where."""
+    lines, scores = measure(folder)
+    for arm, share in itertools.product(SHOWN, SHARES):
+        bound, measured = pairs(lines, arm, share).T
+        beyond = int((measured > bound + 1e-5).sum())
+        print(
+            f"{SHOWN[arm]}, {share:4.0%} closed: mean difference {measured.mean():.4f}"
+            f", mean bound {bound.mean():.4f}, {beyond} of {len(bound)} pairs beyond it"
+        )
+    files = [folder / "course.csv"]
+    with files[0].open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(
+            {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in line.items()}
+            for line in lines
+        )
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    with matplotlib.style.context(["default", STYLE]):
+        for name, figure in (
+            ("bound", draw_bound(lines)),
+            ("entropy", draw_entropy(lines)),
+            ("kendall", draw_kendall(scores)),
+        ):
+            files.append(folder / "figures" / f"{name}.png")
+            figure.savefig(files[-1])
+    return files
+
+
+def main() -> None:
+    """Measures for the base networks of a folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    for file in write(parser.parse_args().folder):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
