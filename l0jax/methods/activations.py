@@ -117,8 +117,9 @@ def spread(
     entropy of the singular values of their own values, as of `entropy`, each divided
     by the logarithm of how many units they are, in [0, 1].
 
-    As knowledge moves from doomed units to the others, the first rises and the second
-    falls (Salzinger 2020 takes the entropy for what a layer knows).
+    A meter of where knowledge is, if entropy is taken for what a layer knows (Salzinger
+    2020). Softly closed units of an MLP lose theirs; with a least-squares fit, which
+    makes up for them without training, they hardly do.
 
     Returns:
         For each group (of the units that stay, of those that go); 0 for fewer than two
