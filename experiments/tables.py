@@ -21,6 +21,8 @@ from experiments import (
     family_report,
     json_lines,
     mnist_rows,
+    relocation_course,
+    relocation_report,
     wide_resnet,
 )
 from experiments.printing import interval, markdown
@@ -268,6 +270,7 @@ BENCHMARKED = {
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
+    "relocation": "Closing units softly",
     "narrow_convolutions": "What half the channels of a convolution save",
 }
 
@@ -332,6 +335,8 @@ or not what they lead to is left; removal leaves fewer.
 {channels()}
 
 {wide()}
+
+{relocations()}
 
 ## Benchmarks
 
@@ -406,6 +411,73 @@ def channels() -> str:
     if weights and epsilons:
         parts += [f"![both ablations]({folder}/ablations.png)"]
     return "\n\n".join(parts)
+
+
+RELOCATIONS = {
+    "mlp": "",
+    "mlp-ablation": "--ratios 0.8 --budgets 330 --arms all",
+    "lenet5": "--model lenet5 --budgets 110 --base-epochs 3 --together 5 "
+    "--arms one_shot least_squares soft soft_least_squares",
+    "resnet8": "--model resnet8 --ratios 0.7 --budgets 80 --base-epochs 12 "
+    "--examples 5120 --batch-size 32 --together 1 "
+    "--arms one_shot least_squares soft soft_least_squares",
+    "i3d_small": "--model i3d_small --ratios 0.5 --budgets 40 --base-epochs 8 "
+    "--batch-size 32 --chosen-by 128 --together 1 "
+    "--arms one_shot least_squares soft soft_least_squares",
+}
+"""With what `experiments.relocation` made each folder, beside its seeds."""
+
+
+def relocations() -> str:
+    """Soft knowledge relocation: the table and pictures of each network."""
+    parts = []
+    for name, arguments in RELOCATIONS.items():
+        folder = ROOT / "experiments" / "results" / f"relocation-{name}"
+        if not (folder / "results.csv").exists():
+            continue
+        rows = relocation_report.read(folder)
+        first, place = rows[0], folder.relative_to(ROOT)
+        seeds = " ".join(sorted({row["seed"] for row in rows}))
+        words = f"python -m experiments.relocation {arguments} --seeds {seeds}"
+        parts += [
+            f"### {first['model']} on {first['dataset']}"
+            + (": what does it" if name.endswith("ablation") else ""),
+            f"`{' '.join(words.split())} --out {place}`; "
+            f"[every run as CSV]({place}/results.csv).",
+            relocation_report.table(rows),
+            f"![accuracy of every heuristic]({place}/figures/spread.png)",
+        ]
+        if len({row["budget"] for row in rows}) > 1:
+            parts += [f"![spread and budget]({place}/figures/variance.png)"]
+        if (folder / "course.csv").exists():
+            parts += [
+                f"`python -m experiments.relocation_course {place}`, of 80 % and "
+                f"{relocation_course.BUDGET} steps; [as CSV]({place}/course.csv).",
+                *(
+                    f"![{what}]({place}/figures/{file}.png)"
+                    for file, what in COURSE.items()
+                ),
+            ]
+    if not parts:
+        return ""
+    head = (
+        "## Soft knowledge relocation (reconstruction)\n\n"
+        "Nine heuristics and two adversaries doom the same share of the units of every "
+        "layer, from the same base networks and with the same order of the data. The "
+        "variance between heuristics is that of a two-way layout, the noise of seeds "
+        "taken off (it may come out below 0); by what share it is lower than with "
+        "pruning at once has a bootstrap interval over heuristics and seeds (−∞: some "
+        "draws of the baseline have none). Accuracies are of the test set. Adversaries "
+        "count in the last column only."
+    )
+    return "\n\n".join([head, *parts])
+
+
+COURSE = {
+    "bound": "the bound of the sufficient condition while units close",
+    "entropy": "entropy of kept and doomed units",
+    "kendall": "how alike heuristics rank units",
+}
 
 
 def images_of(config: dict) -> str:

@@ -47,6 +47,17 @@ def test_the_example_of_feature_selection_finds_the_features(capsys):
     assert f"# {printed}" in example
 
 
+def test_the_example_of_relocation_learns_while_it_prunes(capsys):
+    (example,) = (block for block in blocks("python") if "relocation" in block)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):  # (For optax.)
+        exec(example, names)
+    printed = capsys.readouterr().out.strip()
+    assert f"# {printed}" in example
+    right = names["small"](names["x"]).argmax(-1) == names["y"]
+    assert right.mean() > 0.9
+
+
 def test_every_file_that_is_shown_or_linked_exists():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets

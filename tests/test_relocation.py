@@ -293,12 +293,50 @@ def test_residual_knowledge_is_what_doomed_units_add():
         assert found[f"layers.{i}.kernel"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"positions": 0}, {"ridge": 0.0}])
-def test_bad_settings_of_the_fit_are_refused(settings):
-    with pytest.raises(
-        ValueError, match="positions must be at least 1 and ridge above"
-    ):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"positions": 0}, "positions must be at least 1 and ridge above 0, got 0"),
+        ({"ridge": 0.0}, "positions must be at least 1 and ridge above 0, got .* 0.0"),
+        ({"active": 1.0}, r"active must be in \[0, 1\), got 1.0"),
+        ({"active": -0.1}, r"active must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_settings_of_the_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
         LeastSquares(built("mlp")[2], **settings)
+
+
+def test_units_that_are_hardly_active_are_left_alone():
+    """The fit would see to it that they stay so."""
+    _, structure, task = built("mlp")
+    keep = some(structure)
+    old = units.arrays(task.params)
+    # Of the second hidden layer unit 0 is never active, unit 2 for one example.
+    x = np.maximum(
+        np.concatenate(np.asarray(task.images)).reshape(24, -1)
+        @ np.asarray(old["layers.0.kernel"])
+        + np.asarray(old["layers.0.bias"]),
+        0,
+    )
+    values = np.sort(x @ np.asarray(old["layers.1.kernel"])[:, 2])
+    bias = np.array(old["layers.1.bias"])
+    bias[0], bias[2] = -100, -(values[-1] + values[-2]) / 2
+    base = units.replace(task.params, {"layers.1.bias": jnp.asarray(bias)})
+
+    def moved(active):
+        fit = LeastSquares(task, active=active)
+        new = units.arrays(fit(keep, KEY, base=base))
+        kernel = np.asarray(new["layers.1.kernel"] - old["layers.1.kernel"])
+        kept = np.abs(kernel[keep["hidden1"]]).max(0) > 0
+        return kept | (np.asarray(new["layers.1.bias"]) != bias)
+
+    def but(*units):
+        return ~np.isin(np.arange(structure.groups["hidden2"].size), units)
+
+    np.testing.assert_array_equal(moved(0.0), but())
+    np.testing.assert_array_equal(moved(0.5 / 24), but(0))
+    np.testing.assert_array_equal(moved(1.5 / 24), but(0, 2))
 
 
 def test_what_is_not_finite_is_named():

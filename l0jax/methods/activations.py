@@ -11,7 +11,7 @@ the singular values: Varshavsky, Gottlieb, Linial and Horn (2006), "Novel unsupe
 feature filtering of biological data".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,20 +32,11 @@ def apoz(task: Task) -> dict[str, Float[Array, " units"]]:
     Raises:
         ValueError: if it can't be told where a group is read.
     """
-    reads = _reads(task)
+    active = activity(task)
 
     def shares(params, images, labels):
         del labels
-        columns = _columns(task, reads, params, images)
-        return {
-            name: -_mean_by_unit(
-                # What is not finite stays so, and is refused.
-                [(c == 0).astype(c.dtype) + 0 * c for c in columns[name]],
-                reads[name],
-                n,
-            )
-            for name, n in _sizes(task).items()
-        }
+        return {name: share - 1 for name, share in active(params, images).items()}
 
     scores = mean_over_batches(task, shares, _zeros(task))
     check_scores(scores)
@@ -140,6 +131,30 @@ def spread(
         flags = np.asarray(keep[name], bool)
         found[name] = part(gram, flags), part(gram, ~flags)
     return found
+
+
+def activity(task: Task) -> Callable[..., dict[str, Float[Array, " units"]]]:
+    """A function of parameters and images: of each unit the share of its values that
+    aren't 0 (1 - APoZ of `apoz`).
+
+    Raises:
+        ValueError: if it can't be told where a group is read.
+    """
+    reads, sizes = _reads(task), _sizes(task)
+
+    def active(params, images):
+        columns = _columns(task, reads, params, images)
+        return {
+            name: _mean_by_unit(
+                # What is not finite stays so, and is refused.
+                [(c != 0).astype(c.dtype) + 0 * c for c in columns[name]],
+                reads[name],
+                size,
+            )
+            for name, size in sizes.items()
+        }
+
+    return active
 
 
 def _grams(task: Task) -> dict[str, Float[np.ndarray, "units units"]]:

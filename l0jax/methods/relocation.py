@@ -40,6 +40,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Real, Shaped
 
 import l0jax.nnx
 from l0jax import units
+from l0jax.methods.activations import activity
 from l0jax.methods.samples import Product, Windows, product, windows
 from l0jax.methods.task import Task
 from l0jax.structure import Structure
@@ -214,6 +215,10 @@ class LeastSquares:
     bias, and $Y$ what it makes in the base network. Layers follow in the order in which
     they are read, each after what precedes it.
 
+    Units that are hardly ever active in the base network are not fitted: the fit would
+    see to it that they stay of no use, and without a gradient, where what the removal
+    takes away may wake them. That matters to heuristics that keep such units.
+
     The examples pass once for all layers that don't depend on each other, and only
     products of windows are kept: memory doesn't grow with their number. Each such level
     is compiled once, for all parameters and all choices of units.
@@ -222,18 +227,28 @@ class LeastSquares:
         task: a network and examples; its parameters are the base network.
         positions: of each example's map that are looked at.
         ridge: ε as a share of the mean of the diagonal of $E[H_K^T H_K]$.
+        active: share of a unit's values that must not be 0 for it to be fitted.
 
     Raises:
         ValueError: if a layer that reads units isn't a product (`samples.product`).
     """
 
-    def __init__(self, task: Task, positions: int = 10, ridge: float = 1e-2):
+    def __init__(
+        self,
+        task: Task,
+        positions: int = 10,
+        ridge: float = 1e-2,
+        active: float = 1e-2,
+    ):
         if positions < 1 or not ridge > 0:
             raise ValueError(
                 f"positions must be at least 1 and ridge above 0, got {positions} and "
                 f"{ridge}"
             )
         self.task, self.positions, self.ridge = task, positions, ridge
+        if not 0 <= active < 1:
+            raise ValueError(f"active must be in [0, 1), got {active}")
+        self.active = active
         self.readers = _readers(task)
 
     @functools.cached_property
@@ -252,6 +267,27 @@ class LeastSquares:
     @functools.cached_property
     def _sum(self):
         return jax.jit(self._add)
+
+    @functools.cached_property
+    def _activity(self):
+        return jax.jit(activity(self.task))
+
+    def _fitted(self, base: PyTree) -> dict[str, Bool[np.ndarray, " outputs"]]:
+        """Which outputs of each layer are fitted: those of units that are active."""
+        seen = [self._activity(base, images) for images, _ in self.task.batches()]
+        shares = jax.tree.map(lambda *some: np.mean(some, axis=0), *seen)
+        found = {
+            path: np.ones(reader.of.outputs, bool)
+            for path, reader in self.readers.items()
+        }
+        for name, group in self.task.structure.groups.items():
+            for slot in group.made_by:
+                of = self.readers.get(slot.path)
+                if of is not None and slot.axis == of.of.outputs_axis:
+                    unit_of = units.owners(slot, group.size)
+                    active = shares[name] >= self.active
+                    found[slot.path] &= np.append(active, True)[unit_of]
+        return found
 
     def __call__(
         self,
@@ -273,6 +309,7 @@ class LeastSquares:
         """
         base = self.task.params if base is None else base
         params = base if params is None else params
+        fitted = self._fitted(base)
         for at, level in enumerate(self.levels):
             kept = {path: self.readers[path].kept(keep) for path in level}
             if all(bool(flags.all()) for flags in kept.values()):
@@ -281,6 +318,7 @@ class LeastSquares:
             sums = self._summed(kept, level_key, params, base)
             for path, (gram, cross, _) in sums.items():
                 flags, reader = np.asarray(kept[path], bool), self.readers[path]
+                cross *= fitted[path]
                 params = _solved(reader, flags, gram, cross, self.ridge, params)
         return params
 

@@ -1,0 +1,124 @@
+"""What it costs a training step that doomed units are closed softly meanwhile.
+
+    python -m benchmarks.relocation             # prints ratios and their limit
+    python -m benchmarks.relocation --record    # and writes benchmarks/results/
+
+The steps of `experiments.relocation` at its batch sizes: without gates, with gates that
+close, and with the shift of a least-squares fit that is added meanwhile. The images are
+random: no step depends on what they show. Two minutes on two cores.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks import measure
+from benchmarks.measure import entry, milliseconds, ratio, take_turns
+from experiments.image_training import Images
+from experiments.relocation import (
+    ARMS,
+    NETWORKS,
+    Member,
+    Program,
+    removable,
+    split,
+    stacked,
+)
+from l0jax import models
+
+STEPS = {"mlp": 100, "lenet5": 12, "resnet8": 12}
+BATCH = {"mlp": 128, "lenet5": 128, "resnet8": 32}
+KINDS = {"plain": None, "soft": "soft", "soft, least squares": "soft_least_squares"}
+LIMIT = 1.05
+
+
+def main(arguments) -> list[dict]:
+    entries = []
+    for name, steps in STEPS.items():
+        contenders = {kind: Contender(name, arm) for kind, arm in KINDS.items()}
+        for go in contenders.values():
+            go(steps)
+        turns = {k: partial(go, steps) for k, go in contenders.items()}
+        seconds = take_turns(turns, arguments.turns)
+        of = milliseconds(seconds, steps)
+        entries += [
+            entry(
+                f"{name}, batch {BATCH[name]}: a step that closes units softly over "
+                "one without gates",
+                ratio(seconds, "soft", "plain"),
+                LIMIT,
+                "×",
+                of,
+            ),
+            entry(
+                f"{name}, batch {BATCH[name]}: with a least-squares shift too",
+                ratio(seconds, "soft, least squares", "plain"),
+                None,
+                "×",
+                "one more sum of as many numbers as the kernels that read have",
+            ),
+        ]
+    return entries
+
+
+class Contender:
+    """Steps of a network under an arm, which go on where they stopped."""
+
+    def __init__(self, name: str, arm: str | None):
+        rng, batch = np.random.default_rng(0), BATCH[name]
+        kind, architecture, dataset = NETWORKS[name]
+        model = models.make(kind, architecture, rngs=nnx.Rngs(0))
+        shape = (32, 32, 3) if dataset.startswith("cifar") else (28, 28, 1)
+        count = 4 * batch
+        colours = [np.full(shape[-1], 128, np.float32) for _ in range(2)]
+        pixels = rng.integers(0, 256, (count, *shape), np.uint8)
+        labels = rng.integers(0, 10, count).astype(np.int32)
+        # On the device, as in the experiment: a step gathers its batch there.
+        images = Images(pixels, labels, *colours)
+        self.images = Images(*jax.tree.map(jnp.asarray, images))
+        graph, params, statistics = split(model)
+        structure = removable(model)
+        self.program = Program(
+            graph, optax.adam(1e-3), structure, None if arm is None else ARMS[arm]
+        )
+        keep = {n: jnp.arange(g.size) % 5 == 0 for n, g in structure.groups.items()}
+        arrays = dict(nnx.to_flat_state(params))
+        shift = {}
+        if arm == "soft_least_squares":
+            read = {s.path for g in structure.groups.values() for s in g.used_by}
+            shift = {
+                path: jnp.zeros_like(arrays[at][...])
+                for at in arrays
+                if (path := ".".join(map(str, at))) in read
+            }
+            assert len(shift) == len(read)
+        order = rng.permutation(count).reshape(-1, batch)
+        member = Member(
+            jnp.asarray(np.tile(order, (1000, 1)), jnp.int32),
+            jax.random.key(0),
+            keep if arm else {},
+            shift,
+            {},
+        )
+        self.members = stacked([member])
+        self.state, self.at = stacked([self.program.start(params, statistics)]), 0
+
+    def __call__(self, steps: int) -> None:
+        for at in range(self.at, self.at + steps):
+            self.state, _ = self.program.step(
+                self.state,
+                self.members,
+                jnp.int32(at % 1000),
+                jnp.float32(2000),
+                self.images,
+            )
+        self.at += steps
+        jax.block_until_ready(self.state.params)
+
+
+if __name__ == "__main__":
+    measure.run(__doc__, "relocation", main, turns=9)
