@@ -24,11 +24,13 @@ from experiments.relocation import (
     NETWORKS,
     Member,
     Program,
+    parameters,
     removable,
     split,
     stacked,
 )
 from l0jax import models
+from l0jax.methods.relocation import remove
 
 STEPS = {"mlp": 100, "lenet5": 12, "resnet8": 12}
 BATCH = {"mlp": 128, "lenet5": 128, "resnet8": 32}
@@ -62,7 +64,37 @@ def main(arguments) -> list[dict]:
                 "one more sum of as many numbers as the kernels that read have",
             ),
         ]
-    return entries
+    return [*entries, small_video_network(arguments.turns)]
+
+
+def small_video_network(turns: int) -> dict:
+    """What half the units of the small I3D are worth in seconds."""
+    kind, architecture, _ = NETWORKS["i3d_small"]
+    whole = models.make(kind, architecture, rngs=nnx.Rngs(0))
+    whole.eval()
+    structure = removable(whole)
+    keep = {n: np.arange(g.size) % 2 == 0 for n, g in structure.groups.items()}
+    x = jax.random.normal(jax.random.key(0), (8, *whole.example.shape[1:]))
+    small = remove(whole, structure, keep, x)
+    contenders = {
+        "whole": partial(forward, nnx.jit(lambda net, x: net(x)), whole, x),
+        "half": partial(forward, nnx.jit(lambda net, x: net(x)), small, x),
+    }
+    for go in contenders.values():
+        go()
+    seconds = take_turns(contenders, turns)
+    return entry(
+        "i3d_small with half the units of each layer over the whole: 8 clips",
+        ratio(seconds, "half", "whole"),
+        1,
+        "×",
+        f"{milliseconds(seconds, 1)}; {parameters(whole):,} and {parameters(small):,} "
+        "parameters",
+    )
+
+
+def forward(run, network, x) -> None:
+    run(network, x).block_until_ready()
 
 
 class Contender:

@@ -241,22 +241,23 @@ def draw_entropy(lines: list[dict[str, Any]]) -> Figure:
 
 
 def draw_kendall(scores: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """Kendall's tau between the rankings of all pairs of heuristics."""
+    """Kendall's tau between the rankings of all pairs of heuristics, and its mean over
+    those that aren't adversaries."""
     names = list(scores)
     groups = list(scores[names[0]])
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True)
     for axes, group in zip(panels, groups, strict=True):
         table = np.ones((len(names), len(names)))
         for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
             both = {name: scores[name] for name in (a, b)}
             table[i, j] = table[j, i] = agnosticism.kendall(both)[group]
-        axes.imshow(table, cmap="RdBu_r", vmin=-1, vmax=1)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.imshow(table, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
         axes.grid(visible=False)
         apart = table[np.ix_(FAIR, FAIR)][np.triu_indices(len(FAIR), 1)]
-        axes.set_title(f"{group}: mean {apart.mean():.2f} without adversaries")
+        axes.set_title(f"{group}: Kendall's tau, mean {apart.mean():.2f}")
         for i, j in np.ndindex(table.shape):
             colour = "white" if abs(table[i, j]) > 0.6 else "black"
             axes.text(
@@ -266,7 +267,6 @@ def draw_kendall(scores: dict[str, dict[str, np.ndarray]]) -> Figure:
                 fontsize=6,
                 color=colour,
             )
-    figure.suptitle("Kendall's tau between the rankings of two heuristics")
     return figure
 
 

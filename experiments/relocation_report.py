@@ -171,7 +171,11 @@ def spread(rows: Sequence[Row]) -> Figure:
     """Each heuristic's accuracy, in the mean over seeds."""
     there = cells(rows)
     ratios, budgets, arms = panels_of(there)
-    size = (1.5 + 3.4 * len(budgets), 0.9 + (0.5 + 0.3 * len(arms)) * len(ratios))
+    # The title takes seven inches.
+    size = (
+        max(1.5 + 3.4 * len(budgets), 7),
+        0.9 + (0.5 + 0.3 * len(arms)) * len(ratios),
+    )
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(ratios), len(budgets), squeeze=False, sharey=True)
     for at, ratio in enumerate(ratios):

@@ -5,12 +5,14 @@ import itertools
 import json
 import re
 from collections import Counter
+from typing import Annotated
 
 import numpy as np
 import pytest
+import tyro
 from flax import nnx
 
-from experiments import mnist, mnist_rows, tables
+from experiments import mnist, mnist_rows, relocation, relocation_report, tables
 from l0jax import models
 
 COMMITTED = mnist_rows.results()
@@ -553,3 +555,44 @@ def test_each_comparison_of_families_is_printed(place):
     assert found["hard_concrete"]["c in λ = c/N"] == "0.15"
     left = float(found["hard_concrete"]["weights"].split(" ")[0].replace(",", ""))
     assert left <= 0.26 * 266_200
+
+
+# ----------------------------------------------------------- soft knowledge relocation
+
+
+@pytest.mark.parametrize("name", tables.RELOCATIONS)
+def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
+    folder = RESULTS / f"relocation-{name}"
+    if not (folder / "results.csv").exists():
+        pytest.skip("not run")
+    rows = relocation_report.read(folder)
+    arguments = tables.RELOCATIONS[name].split()
+    arguments += ["--seeds", *sorted({row["seed"] for row in rows})]
+    config = relocation.resolved(
+        tyro.cli(Annotated[relocation.Config, tyro.conf.arg(name="")], args=arguments)
+    )
+    runs = Counter(
+        (r["arm"], float(r["ratio"]), int(r["budget"]), r["heuristic"], int(r["seed"]))
+        for r in rows
+    )
+    assert runs == Counter(
+        itertools.product(
+            *(config.arms, config.ratios, config.budgets),
+            *(config.heuristics, config.seeds),
+        )
+    )
+    of = {(r["model"], r["dataset"]) for r in rows}
+    assert of == {(config.model, config.dataset)}
+    # Drawn from these lines alone.
+    assert (folder / "table.md").read_text().strip() == relocation_report.table(rows)
+    assert (folder / "figures" / "spread.png").exists()
+
+
+def test_relocations_are_told():
+    text = tables.relocations()
+    for name in tables.RELOCATIONS:
+        folder = RESULTS / f"relocation-{name}"
+        if (folder / "results.csv").exists():
+            assert (folder / "table.md").read_text().strip() in text
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (tables.ROOT / link).exists(), link
