@@ -5,13 +5,15 @@ import dataclasses
 import itertools
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from experiments import relocation, relocation_course, relocation_report
 from experiments.relocation import ARMS, HEURISTICS, NETWORKS, Config
-from l0jax import agnosticism, models
+from l0jax import agnosticism, methods, models
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -249,6 +251,23 @@ def test_the_bound_holds_and_vanishes_with_the_closing(course):
             assert bound == pytest.approx(0, abs=1e-6)
         else:
             assert logits > 0.1
+
+
+def test_the_bound_is_what_the_logits_move_where_only_the_last_layer_loses_units():
+    model = models.MLP((6, 8, 5, 3), rngs=nnx.Rngs(0))
+    structure = models.structure(model).only("hidden1", "hidden2")
+    x = jax.random.normal(jax.random.key(0), (16, 6))
+    task = methods.task(model, structure, x, jnp.arange(16) % 3, 8)
+    fit = methods.LeastSquares(task)
+    keep = {"hidden1": np.ones(8, bool), "hidden2": np.arange(5) < 2}
+    found = relocation_course.bounded(fit, task, task.params, keep)
+    assert found["bound"] == pytest.approx(found["logits"], rel=1e-5)
+    assert found["logits"] > 0.1
+    both = {**keep, "hidden1": np.arange(8) % 2 == 0}
+    assert (
+        relocation_course.bounded(fit, task, task.params, both)["bound"]
+        > (found["bound"])
+    )
 
 
 def test_the_course_has_its_pictures(course):
