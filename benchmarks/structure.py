@@ -36,17 +36,7 @@ def conv3d(x, kernel, stride=(1, 1, 1)):
 
 
 # Inflated Inception-v1 (Carreira and Zisserman 2017): channels of the four branches.
-I3D = (
-    (64, (96, 128), (16, 32), 32),
-    (128, (128, 192), (32, 96), 64),
-    (192, (96, 208), (16, 48), 64),
-    (160, (112, 224), (24, 64), 64),
-    (128, (128, 256), (24, 64), 64),
-    (112, (144, 288), (32, 64), 64),
-    (256, (160, 320), (32, 128), 128),
-    (256, (160, 320), (32, 128), 128),
-    (384, (192, 384), (48, 128), 128),
-)
+I3D = tuple(itertools.chain.from_iterable(models.i3d.STAGES))
 
 
 def i3d() -> Network:

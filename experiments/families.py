@@ -11,7 +11,6 @@ there is not run again; one that was interrupted goes on from its last checkpoin
 `python -m experiments.family_report FOLDER` makes them again.
 """
 
-import csv
 import dataclasses
 import math
 import os
@@ -27,7 +26,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import data, mnist, progress, run_folder
+from experiments import csv_lines, data, mnist, progress, run_folder
 from l0jax import gates, gating, models, objectives, storage, train, units
 from l0jax.estimators import ESTIMATORS
 
@@ -433,10 +432,7 @@ class Results:
 
     def rows(self) -> list[dict[str, str]]:
         """Its lines."""
-        if not self.file.exists():
-            return []
-        with self.file.open(newline="") as stream:
-            return list(csv.DictReader(stream))
+        return csv_lines.read(self.file)
 
     def has(self, family: str, wanted: list[tuple[float, int]]) -> bool:
         """Whether all members of a family are there."""
@@ -451,19 +447,7 @@ class Results:
         """Puts lines into the file, in the place of older ones of the same family."""
         families = {line["family"] for line in lines}
         kept = [row for row in self.rows() if row["family"] not in families]
-        part = self.file.with_suffix(".part")
-        with part.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows([*kept, *map(rounded, lines)])
-        part.replace(self.file)
-
-
-def rounded(line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: f"{value:.6g}" if isinstance(value, float) else value
-        for name, value in line.items()
-    }
+        csv_lines.write(self.file, [*kept, *lines], COLUMNS)
 
 
 def cli() -> None:

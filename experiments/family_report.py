@@ -11,7 +11,6 @@ writes into the folder, in a few seconds:
 """
 
 import argparse
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments import families, mnist
+from experiments import csv_lines, families, mnist
 from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
 from experiments.printing import interval, markdown, mean_and_half_width
 from l0jax import gates
@@ -104,8 +103,7 @@ def read(file: Path) -> list[Row]:
     """
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: no family has finished yet")
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return csv_lines.read(file)
 
 
 def by(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:

@@ -21,7 +21,6 @@ heuristics rank the units of the base network).
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import json
@@ -38,19 +37,15 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import data, progress, run_folder
+from experiments import csv_lines, data, progress, run_folder
 from experiments.figures import COLOURS, STYLE
-from experiments.relocation import (
-    ADVERSARIES,
+from experiments.relocation import ADVERSARIES, HEURISTICS, OF_RESULTS, Config, Work
+from experiments.relocation_training import (
     ARMS,
-    HEURISTICS,
     Arm,
-    Config,
     Program,
-    Work,
     member_of,
     merged,
-    resolved,
     split,
     stacked,
 )
@@ -62,7 +57,6 @@ from l0jax.methods.task import Task
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 BUDGET = 110
 PARTS = ("kept", "doomed")
-LOSSES = ("before", "after", "logits", "bound")
 PERCENT = 100 * np.array(SHARES)
 FAIR = [i for i, name in enumerate(HEURISTICS) if name not in ADVERSARIES]
 SHOWN = {"soft": "soft", "soft_least_squares": "soft, least squares"}
@@ -75,19 +69,23 @@ def measure(
     the entropies; and the scores of all heuristics.
 
     Raises:
-        ValueError: if the folder is of a run of another network.
+        FileNotFoundError: if the folder isn't that of a run.
+        ValueError: if it is of a run of another network.
     """
+    if not (folder / run_folder.CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder} has no {run_folder.CONFIG}, which says what the base networks "
+            f"are: run `python -m experiments.relocation --out {folder}` first"
+        )
     there = json.loads((folder / run_folder.CONFIG).read_text())
     if there["model"] != "mlp":
         raise ValueError(
             f"{folder} is a run of {there['model']!r}; the bound is written out for "
             "the two hidden layers of an MLP"
         )
-    known = {f: there[f] for f in ("dataset", "examples", "chosen_by", "validation")}
-    config = resolved(Config(model="mlp", **known, batch_size=there["batch_size"]))
-    work = Work(
-        config, data.load(str(config.dataset), config.validation), folder, HEURISTICS
-    )
+    config = Config(**{name: there[name] for name in OF_RESULTS})
+    dataset = data.load(str(config.dataset), config.validation)
+    work = Work(config, dataset, folder, HEURISTICS)
     scores = {name: work.scores(name, seed) for name in HEURISTICS}
     keeps = {name: keep_top(of, ratio) for name, of in scores.items()}
     total = sum(ARMS[name].closing.steps(BUDGET) for name in SHOWN) * len(keeps)
@@ -117,10 +115,11 @@ def of_arm(
     ]
     program = Program(graph, work.optimizer, work.structure, arm)
     state = stacked([program.start(params, statistics) for _ in keeps])
+    together = stacked(members)
     task, fit, at = work.task(base), work.fit(), 0
     for share in SHARES:
         until = round(share * steps)
-        state = work.stepped(program, state, stacked(members), at, until, steps, bar)
+        state = work.stepped(program, state, together, at, until, steps, bar)
         at = until
         for i, (name, of) in enumerate(zip(keeps, members, strict=True)):
             now = nnx.split(merged(graph, member_of(state, i)))[1]
@@ -189,7 +188,10 @@ def draw_bound(lines: list[dict[str, Any]]) -> Figure:
     """The two terms of the bound over the time of the closing."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    of = {name: values(lines, "soft", name) for name in lines[0] if name in LOSSES}
+    of = {
+        name: values(lines, "soft", name)
+        for name in ("before", "after", "logits", "bound")
+    }
     removal = {
         "layer by layer (the bound)": of["bound"],
         "from how far the logits move": of["logits"],
@@ -203,8 +205,8 @@ def draw_bound(lines: list[dict[str, Any]]) -> Figure:
     left.set_title("soft: what the removal changes, mean of all heuristics")
     left.set_ylabel("loss")
     for (arm, label), colour in zip(SHOWN.items(), COLOURS[3:], strict=False):
-        for name, when, line in (("after", "after", "o-"), ("before", "before", "o:")):
-            spread = values(lines, arm, name)[:, FAIR].std(1)
+        for when, line in (("after", "o-"), ("before", "o:")):
+            spread = values(lines, arm, when)[:, FAIR].std(1)
             text = f"{label}, {when} the removal"
             right.plot(PERCENT, spread, line, color=colour, label=text)
     right.set_ylim(0, 1.5 * right.get_ylim()[1])
@@ -281,13 +283,7 @@ def write(folder: Path) -> list[Path]:
             f", mean bound {bound.mean():.4f}, {beyond} of {len(bound)} pairs beyond it"
         )
     files = [folder / "course.csv"]
-    with files[0].open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(
-            {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in line.items()}
-            for line in lines
-        )
+    csv_lines.write(files[0], lines)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
         for name, figure in (
@@ -306,7 +302,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    for file in write(parser.parse_args().folder):
+    try:
+        written = write(parser.parse_args().folder)
+    except (ValueError, FloatingPointError, data.DataError, OSError) as error:
+        raise SystemExit(f"experiments.relocation_course: {error}") from None
+    for file in written:
         print(file)
 
 

@@ -13,7 +13,6 @@ writes into the folder, in a few seconds:
 """
 
 import argparse
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,9 +22,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import csv_lines
 from experiments.figures import COLOURS, REMOVED, STYLE
 from experiments.printing import markdown
-from experiments.relocation import ADVERSARIES, ARMS
+from experiments.relocation import ADVERSARIES
+from experiments.relocation_training import ARMS
 from l0jax import agnosticism
 from l0jax.agnosticism import Interval
 
@@ -59,8 +60,7 @@ def read(folder: Path) -> list[Row]:
         raise FileNotFoundError(
             f"{file} is missing: give the folder of a run of experiments.relocation"
         )
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+    return [*csv_lines.read(file)]
 
 
 class Cell:

@@ -451,7 +451,7 @@ def relocations() -> str:
             parts += [f"![spread and budget]({place}/figures/variance.png)"]
         if (folder / "course.csv").exists():
             parts += [
-                f"`python -m experiments.relocation_course {place}`, of 80 % and "
+                f"Then `python -m experiments.relocation_course {place}`, of 80 % and "
                 f"{relocation_course.BUDGET} steps; [as CSV]({place}/course.csv).",
                 *(
                     f"![{what}]({place}/figures/{file}.png)"

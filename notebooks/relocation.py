@@ -49,13 +49,8 @@ from flax import nnx
 
 from experiments import data, figures
 from experiments.image_training import images_of, normalised
-from experiments.relocation import (
-    ADVERSARIES,
-    HEURISTICS,
-    member_of,
-    removable,
-    stacked,
-)
+from experiments.relocation import ADVERSARIES, HEURISTICS, removable
+from experiments.relocation_training import member_of, stacked
 from l0jax import agnosticism, methods, models
 from l0jax.methods import relocation
 from l0jax.methods.task import cross_entropy

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from experiments import relocation, relocation_course, relocation_report
-from experiments.relocation import ARMS, HEURISTICS, NETWORKS, Config
+from experiments.relocation import HEURISTICS, NETWORKS, Config
+from experiments.relocation_training import ARMS
 from l0jax import agnosticism, methods, models
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -279,6 +280,11 @@ def test_the_course_has_its_pictures(course):
         entropies = [v for n, v in line.items() if n.split()[0] in ("kept", "doomed")]
         assert len(entropies) == 4
         assert all(0 <= float(v) <= 1 for v in entropies)
+
+
+def test_a_course_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json.*relocation --out"):
+        relocation_course.measure(tmp_path)
 
 
 def test_the_course_of_another_network_is_refused(tmp_path):

@@ -282,8 +282,8 @@ class LeastSquares:
         }
         for name, group in self.task.structure.groups.items():
             for slot in group.made_by:
-                of = self.readers.get(slot.path)
-                if of is not None and slot.axis == of.of.outputs_axis:
+                reader = self.readers.get(slot.path)
+                if reader is not None and slot.axis == reader.of.outputs_axis:
                     unit_of = units.owners(slot, group.size)
                     active = shares[name] >= self.active
                     found[slot.path] &= np.append(active, True)[unit_of]
