@@ -49,9 +49,10 @@ class State(NamedTuple):
     Attributes:
         step: number of steps taken.
         theta: the trained parameters and gate logits.
-        opt_state: the optimiser's.
-        average: the running sum of Polyak averaging over `theta`, biased towards 0;
-            `averaged` corrects it.
+        opt_state: the optimiser's; it is shown no integers, flags or keys.
+        average: the Polyak average of `theta` so far, in float32 or wider whatever
+            the dtypes of `theta`; the initial values before the first step. Integers,
+            flags and keys only keep their place in it.
         dual: what a constraint trains, empty if there is none.
     """
 
@@ -92,8 +93,8 @@ def init(
     return State(
         step=jnp.zeros((), jnp.int32),
         theta=theta,
-        opt_state=optimizer.init(theta),
-        average=jax.tree.map(jnp.zeros_like, theta),
+        opt_state=optimizer.init(_trained(theta)),
+        average=jax.tree.map(lambda a: jnp.copy(_widened(a)), theta),
         dual=() if constraint is None else jax.tree.map(jnp.copy, constraint.init()),
     )
 
@@ -136,14 +137,16 @@ def make_step(
         gate: the gate family.
         groups: where the units lie.
         optimizer: over `{"params": …, "gates": …}`.
-        polyak: decay of the average over steps, 0 for none.
+        polyak: decay of the average over steps, 0 for none, below 1.
         temperature: of the gate, if it is annealed or trained.
         constraint: what may be left, as made by `l0jax.constraints`.
         per_example, estimator: how gates are drawn, as for `make_total`.
 
     Raises:
-        ValueError: as `make_total`.
+        ValueError: as `make_total`; if `polyak` is not in [0, 1).
     """
+    if not 0 <= polyak < 1:
+        raise ValueError(f"polyak must lie in [0, 1), got {polyak}")
     total = make_total(
         apply,
         loss,
@@ -157,20 +160,25 @@ def make_step(
     )
 
     def step(state: State, batch: tuple[PyTree, PyTree], key: PRNGKeyArray):
-        gradients, (metrics, excess) = jax.grad(total, has_aux=True)(
-            state.theta, state, batch, fold_in(key, state.step)
+        def of_trained(trained, *rest):
+            return total(_merged(state.theta, trained), *rest)
+
+        trained = _trained(state.theta)
+        gradients, (metrics, excess) = jax.grad(of_trained, has_aux=True)(
+            trained, state, batch, fold_in(key, state.step)
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.theta)
-        theta: Any = optax.apply_updates(state.theta, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        trained: Any = optax.apply_updates(trained, updates)
+        theta: Any = _merged(state.theta, trained)
         if isinstance(temperature, tuple):
             low, high = map(math.log, temperature)
             trained = jnp.clip(theta["log_temperature"], low, high)
             theta = {**theta, "log_temperature": trained}
         now = gate_at(gate, temperature, state.step, theta)
         theta = {**theta, "gates": gating.project(now, theta["gates"])}
-        average = jax.tree.map(
-            lambda old, new: polyak * old + (1 - polyak) * new, state.average, theta
-        )
+        average = state.average
+        if polyak:
+            average = _average_with(theta, average, polyak, state.step + 1)
         dual = state.dual
         if constraint is not None:
             dual = constraint.ascend(dual, excess)
@@ -277,14 +285,56 @@ def gate_at(
 
 
 def averaged(state: State, polyak: float) -> Theta:
-    r"""The Polyak average $a / (1 - \text{polyak}^t)$ of parameters and logits after t
-    steps; before the first step, the initial values."""
-    weight = 1 - jnp.power(polyak, state.step.astype(jnp.float32))
+    """The Polyak average of parameters and logits, in their dtypes; before the first
+    step, the initial values. What is not averaged (all, if `polyak` is 0; integers,
+    flags and keys) is as it is now."""
+    if not polyak:
+        return state.theta
     return jax.tree.map(
-        lambda a, now: jnp.where(weight > 0, a / jnp.where(weight > 0, weight, 1), now),
+        lambda mean, now: mean.astype(now.dtype) if _moves(now) else now,
         state.average,
         state.theta,
     )
+
+
+def _average_with(theta: Theta, average: Theta, polyak: float, steps: Array) -> Theta:
+    r"""The average after so many steps, `theta` the last of their results.
+
+    With weights $\text{polyak}^{t-i}$ over the results i of t steps, the mean moves
+    towards the newest by $(1 - \text{polyak}) / (1 - \text{polyak}^t)$ of what they
+    differ: by nothing where nothing has moved, which a sum to be divided by its weights
+    misses by all roundings of the sum.
+    """
+
+    def moved(mean, new):
+        if not _moves(new):
+            return mean
+        t = steps.astype(jnp.finfo(mean.dtype).dtype)
+        share = -(1 - polyak) / jnp.expm1(t * math.log(polyak))
+        return mean + share.astype(mean.dtype) * (new.astype(mean.dtype) - mean)
+
+    return jax.tree.map(moved, average, theta)
+
+
+def _moves(leaf: Array) -> bool:
+    """Whether it is a number that training moves: no integer, flag or random key."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _widened(leaf: Array) -> Array:
+    """In float32, if it is of fewer bits: a change of 1/1000 must not be lost."""
+    narrow = _moves(leaf) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if narrow else leaf
+
+
+def _trained(theta: Theta) -> Theta:
+    """`theta` with None where a leaf has no derivative."""
+    return jax.tree.map(lambda leaf: leaf if _moves(leaf) else None, theta)
+
+
+def _merged(theta: Theta, trained: Theta) -> Theta:
+    """`theta` with other values where `trained` has any."""
+    return jax.tree.map(lambda old, new: old if new is None else new, theta, trained)
 
 
 def shrink(state: State, keep: units.Keep, groups: Groups) -> State:

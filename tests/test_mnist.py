@@ -249,9 +249,8 @@ def spread(array, *along):
 def left(run):
     _, state, notes = checkpoint(run)
     alive = [*mnist.flags(notes["alive"]).values(), np.ones(10, bool)]
-    decay, steps = run.config.polyak, int(state.step)
-    theta, share = (state.average, 1 - decay**steps) if decay else (state.theta, 1)
-    arrays = {path: np.float64(a) / share for path, a in units.arrays(theta).items()}
+    theta = state.average if run.config.polyak else state.theta
+    arrays = {path: np.float64(a) for path, a in units.arrays(theta).items()}
     stored = npz(run.folder / "gates.npz")
     gated = names(run.config)
     assert len(stored) == 2 * len(gated)

@@ -424,6 +424,125 @@ def test_polyak_average_is_the_weighted_mean_of_the_past(polyak):
         )
 
 
+@pytest.mark.parametrize("polyak", [1.0, 1.5, -0.1, math.nan])
+def test_a_decay_that_is_none_is_refused(polyak):
+    with pytest.raises(ValueError, match=rf"polyak must lie in \[0, 1\), got {polyak}"):
+        make(polyak=polyak)
+
+
+FLOATS = [
+    *("float64", "float32", "bfloat16", "float16", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"),
+]
+PULL = jnp.float32([1.0, -2.0, 0.5])
+
+
+def following(dtype, rate, polyak, optimizer=None):
+    """A step that adds `rate` times `PULL` to weights of `dtype`, and its state."""
+
+    def pulled(params, x):
+        real = params["w"].real if dtype.startswith("complex") else params["w"]
+        return (real.astype(jnp.float32) * PULL).sum() + 0 * x.sum()
+
+    def descend(gradients, state, params):
+        return jax.tree.map(lambda g: (-rate * g).astype(g.dtype), gradients), state
+
+    optimizer = optimizer or optax.GradientTransformation(lambda _: (), descend)
+    step = train.make_step(
+        pulled,
+        lambda output, _: (-output, {}),
+        lambda params, terms: jnp.float32(0),
+        GATE,
+        {},
+        optimizer,
+        polyak=polyak,
+    )
+    carried = {
+        "count": jnp.int32([3, 4]),
+        "seen": jnp.array([True, False]),
+        "bits": jnp.uint8(7),
+        "key": jax.random.key(5),
+    }
+    params = {"w": jnp.asarray([3.0, -0.7, 24.0]).astype(dtype), **carried}
+    return step, train.init({"params": params, "gates": {}}, optimizer)
+
+
+def many(step, state, steps):
+    batch = (np.ones((1, 1), np.float32),) * 2
+    one = jax.jit(lambda state, _: (step(state, batch, ROOT)[0], state.theta["params"]))
+    return jax.lax.scan(one, state, None, length=steps)
+
+
+@pytest.mark.parametrize("polyak", [0.9, 0.99999])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_average_of_what_never_moves_is_what_it_was(dtype, polyak):
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        step, state = following(dtype, 0.0, polyak)
+        for steps in (0, 1, 3000):
+            after, _ = many(step, state, steps)
+            found = train.averaged(after, polyak)
+            assert all(
+                a.dtype == b.dtype
+                for a, b in zip(
+                    *map(jax.tree.leaves, (found, state.theta)), strict=True
+                )
+            )
+            np.testing.assert_array_equal(
+                found["params"]["w"], state.theta["params"]["w"]
+            )
+
+
+@pytest.mark.parametrize("polyak", [0.0, 0.999])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_averages_of_every_dtype_are_those_of_wider_numbers(dtype, polyak):
+    """As exact as the dtype they are given back in, though each change is small."""
+    steps = 40
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        step, state = following(dtype, 0.25, polyak)
+        after, before = many(step, state, steps)
+        # The values after each step.
+        path = np.asarray(before["w"]).astype(np.complex128)[1:]
+        last = np.asarray(after.theta["params"]["w"]).astype(np.complex128)
+        path = np.concatenate([path, last[None]])
+        assert (path[0] != path[-1]).any()
+        weights = polyak ** np.arange(steps)[::-1]
+        expected = np.average(path, axis=0, weights=weights)
+        assert after.average["params"]["w"].dtype == {
+            "float64": "float64",
+            "complex64": "complex64",
+            "complex128": "complex128",
+        }.get(dtype, "float32")
+        found = train.averaged(after, polyak)["params"]["w"]
+        assert found.dtype == dtype
+        precision = max(float(jnp.finfo(dtype).eps), 1e-15)
+        np.testing.assert_allclose(
+            np.asarray(found).astype(np.complex128), expected, rtol=4 * precision
+        )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(0.1), train.gates_apart(optax.adam(0.1), optax.sgd(0.1))],
+    ids=["one", "apart"],
+)
+def test_integers_flags_and_keys_are_carried(optimizer):
+    step, state = following("float32", 0.0, 0.9, relaxed(optimizer))
+    after, _ = many(step, state, 3)
+    assert (after.theta["params"]["w"] != state.theta["params"]["w"]).all()
+    for found in (after.theta, train.averaged(after, 0.9), train.averaged(state, 0.9)):
+        assert jax.tree.structure(found) == jax.tree.structure(state.theta)
+        for name, leaf in state.theta["params"].items():
+            if name != "w":
+                again = found["params"][name]
+                assert again.dtype == leaf.dtype
+                equal(
+                    *(
+                        a if name != "key" else jax.random.key_data(a)
+                        for a in (again, leaf)
+                    )
+                )
+
+
 # ----------------------------------------------------------------- many of them
 
 
