@@ -271,6 +271,7 @@ BENCHMARKED = {
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
+    "mutations": "Damaged files",
     "narrow_convolutions": "What half the channels of a convolution save",
 }
 

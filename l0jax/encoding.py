@@ -309,8 +309,8 @@ def sealed(record: Mapping[str, Any]) -> str:
     text = _written({**whole, "digest": _digest(whole)})
     if _written(json.loads(text)) != text:
         raise ValueError(
-            "notes and arguments must be what JSON gives back: dictionaries whose keys "
-            "are strings, no two alike"
+            "JSON can't tell some keys of the notes or arguments apart, such as 1 and "
+            "'1': use strings"
         )
     if len(text) > LARGEST_RECORD:
         raise ValueError(
@@ -333,9 +333,8 @@ def opened(text: bytes) -> dict[str, Any]:
             f"its record is of version {version!r:.50}, not {VERSION}: if it is not "
             "damaged, another version of l0jax wrote it; save it again with this one"
         )
-    if _written(record).encode() != text or record.pop("digest", None) != _digest(
-        record
-    ):
+    written, digest = _written(record).encode(), record.pop("digest", None)
+    if written != text or digest != _digest(record):
         raise ValueError("its record is not what was saved")
     del record["version"]
     return record

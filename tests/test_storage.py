@@ -3,9 +3,11 @@
 import json
 import pathlib
 import pickle
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import l0jax
 import l0jax.nnx
-from l0jax import models, storage, units
+from benchmarks import mutations
+from l0jax import encoding, models, storage, units
 from l0jax.models import MODELS
 
 WARN = "damaged"
@@ -718,6 +721,179 @@ def test_onnx_says_which_extra_is_missing(tmp_path, monkeypatch):
         storage.save_onnx(small, params, *inputs, file=tmp_path / "net.onnx")
 
 
+# ----------------------------------------------------------------------- what changes
+
+
+@pytest.mark.parametrize("kind", mutations.SAVE)
+def test_whatever_changes_is_noticed(kind, tmp_path):
+    """The first of the changes of benchmarks/mutations.py, in this process."""
+    mutations.SAVE[kind](tmp_path / "whole")
+    files = mutations.files_of(tmp_path / "whole")
+    mutations.put(files, tmp_path / "it")
+    whole = mutations.outcome(kind, tmp_path / "it")
+    assert whole.startswith("loaded")
+    for seed in range(150):
+        rng = random.Random(f"{kind} {seed}")
+        newest = "10" if kind == "checkpoint" else ""
+        mutations.put(mutations.mutated(files, newest, rng), tmp_path / "it")
+        begun = time.perf_counter()
+        found = mutations.outcome(kind, tmp_path / "it")
+        assert mutations.verdict(found, whole) == "refused", (seed, found)
+        assert time.perf_counter() - begun < 10
+
+
+@pytest.mark.parametrize("kind", ["model", "program"])
+def test_what_is_forged_loads_or_is_refused(kind, tmp_path):
+    mutations.SAVE[kind](tmp_path / "whole")
+    files, words = mutations.files_of(tmp_path / "whole"), set()
+    for seed in range(150):
+        rng = random.Random(f"{kind} {seed}")
+        mutations.put(mutations.forged(files, rng), tmp_path / "it")
+        begun = time.perf_counter()
+        found = mutations.outcome(kind, tmp_path / "it", forged=True)
+        words.add(mutations.verdict(found, ""))
+        assert time.perf_counter() - begun < 10
+    assert words == {"loaded", "refused"}
+
+
+def test_no_byte_of_any_file_can_change(tmp_path):
+    storage.save(models.MLP((3, 2), rngs=nnx.Rngs(0)), tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        for at in range(len(whole)):
+            changed = bytearray(whole)
+            changed[at] ^= 1 << at % 8
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match="damaged") as error:
+                storage.load(tmp_path)
+            assert str(tmp_path) in str(error.value)
+        file.write_bytes(whole)
+    storage.load(tmp_path)
+
+
+def forge(folder, change):
+    """Changes the record, and its digest with it."""
+    file = folder / "architecture.json"
+    record = encoding.opened(file.read_bytes())
+    change(record)
+    file.write_text(encoding.sealed(record))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"features": [10**15, 10**15, 3]},
+        {"features": [12, 7, 10**300]},
+        {"features": [12, -7, 3]},
+        {"features": [2] * 10**6},
+        {"features": [12, 7.5, 3]},
+        {"features": [[[[]]]]},
+        {"features": "12"},
+        {"features": None},
+        {"features": []},
+        {"features": [12, 7, 5, 3], "rngs": 0},
+    ],
+)
+def test_forged_arguments_build_nothing_absurd(arguments, tmp_path):
+    storage.save(dense("mlp"), tmp_path)
+    forge(tmp_path, lambda record: record.update(arguments=arguments))
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="damaged") as error:
+        storage.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert time.perf_counter() - begun < 2
+
+
+@sweep
+def test_sizes_of_every_model_are_bounded_by_its_arrays(name, tmp_path):
+    storage.save(dense(name), tmp_path)
+
+    def grow(value):
+        if isinstance(value, list):
+            return [grow(each) for each in value]
+        return value if isinstance(value, bool) else 10**12
+
+    record = encoding.opened((tmp_path / "architecture.json").read_bytes())
+    for argument, value in record["arguments"].items():
+        grown = {**record["arguments"], argument: grow(value)}
+        if grown == record["arguments"]:
+            continue
+        forge(tmp_path, lambda record, grown=grown: record.update(arguments=grown))
+        begun = time.perf_counter()
+        with pytest.raises(ValueError, match="no size 1000000000000"):
+            storage.load(tmp_path)
+        assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "architecture.json"])
+def test_an_absurdly_large_file_is_not_read(name, tmp_path):
+    storage.save(dense("mlp"), tmp_path)
+    with (tmp_path / name).open("r+b") as file:
+        file.truncate(2**36)  # No disk holds these zeros.
+    with pytest.raises(ValueError, match=f"{name} has 68719476736 bytes, at most"):
+        storage.load(tmp_path)
+
+
+def test_a_checkpoint_with_an_absurdly_large_file_is_passed_over(tmp_path):
+    save(tmp_path, [9, 10])
+    with (tmp_path / "10" / "more").open("wb") as file:
+        file.truncate(2**36)
+    found, lines = restore(tmp_path)
+    check(found, 9)
+    assert len(lines) == 1
+
+
+def test_folders_of_an_older_version_say_so(tmp_path):
+    """As they were before there were digests."""
+    storage.save(dense("mlp"), tmp_path)
+    described = {"model": "mlp", "arguments": dense("mlp").architecture}
+    (tmp_path / "architecture.json").write_text(json.dumps(described, indent=2) + "\n")
+    save_file(dict(load_file(tmp_path / "arrays.safetensors")), tmp_path / "x")
+    (tmp_path / "x").replace(tmp_path / "arrays.safetensors")
+    with pytest.raises(ValueError, match=r"version None, not 2.* save it again"):
+        storage.load(tmp_path)
+    save(tmp_path / "run", [9, 10])
+    record = {"digest": storage._digest(tmp_path / "run" / "10"), "notes": {}}
+    (tmp_path / "run" / "10.json").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="10 was written by an older version of l0jax"):
+        restore(tmp_path / "run")
+
+
+def test_a_program_can_be_read_in_another_process_first(tmp_path, monkeypatch):
+    again = saved(tmp_path)
+    alike(storage.load(tmp_path, apart=True).params["a"], again.params["a"])
+    assert again.text.count("module @") == 2
+    monkeypatch.setattr(storage, "_APART", "import os; os.abort()")
+    with pytest.raises(ValueError, match="ended with code -6") as error:
+        storage.load(tmp_path, apart=True)
+    assert str(tmp_path) in str(error.value)
+    monkeypatch.setattr(storage, "_APART", "import time; time.sleep(60)")
+    monkeypatch.setattr(storage, "_SECONDS_APART", 0.2)
+    with pytest.raises(ValueError, match="took another process more than"):
+        storage.load(tmp_path, apart=True)
+
+
+def test_what_json_can_not_hold_is_refused(tmp_path, monkeypatch):
+    checkpoints = storage.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="such as 1 and '1'"):
+        checkpoints.save(1, state(1.0), {"best": {1: "a", "1": "b"}})
+    monkeypatch.setattr(encoding, "LARGEST_RECORD", 1000)
+    with pytest.raises(ValueError, match="more than 1000"):
+        checkpoints.save(1, state(1.0), {"text": "x" * 1000})
+    assert checkpoints.steps() == []
+
+
+def test_a_name_that_the_format_needs_is_refused(tmp_path):
+    params = {"__metadata__": jnp.ones((1, 2))}
+    with pytest.raises(ValueError, match="rename the array"):
+        storage.save_function(
+            lambda p, x: x + p["__metadata__"],
+            params,
+            jnp.ones((3, 2)),
+            folder=tmp_path / "it",
+        )
+
+
 # -------------------------------------------------------------------- checkpoints
 
 
@@ -881,3 +1057,38 @@ def test_a_relative_folder_is_the_one_at_the_start(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert checkpoints.steps() == [1]
     assert (tmp_path / "run" / "1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("like", "words"),
+    [
+        ({"w": jnp.zeros(3)}, r"'w': the checkpoint holds \(\(2,\), .*\), the state"),
+        ({"w": jnp.zeros(2, jnp.bfloat16)}, "'w': the checkpoint holds .*float32"),
+        ({"v": jnp.zeros(2)}, "'v': the checkpoint holds nothing"),
+        ({"w": jnp.zeros(2), "x": jnp.zeros(2)}, "'x': the checkpoint holds nothing"),
+    ],
+)
+def test_a_state_of_another_shape_or_dtype_is_refused(like, words, tmp_path):
+    checkpoints = storage.Checkpoints(tmp_path)
+    checkpoints.save(1, {"w": jnp.ones(2)}, {})
+    with pytest.raises(ValueError, match=words) as error:
+        checkpoints.restore(lambda _: like, pytest.fail)
+    assert str(tmp_path / "1") in str(error.value)
+
+
+def test_a_checkpoint_whose_folder_is_lost_is_missed(tmp_path):
+    save(tmp_path, [9, 10])
+    (tmp_path / "10").rename(tmp_path / "ten")
+    found, lines = restore(tmp_path)
+    check(found, 9)
+    assert len(lines) == 1
+    assert str(tmp_path / "10") in lines[0]
+
+
+def test_a_state_of_nothing_is_a_checkpoint(tmp_path):
+    checkpoints = storage.Checkpoints(tmp_path)
+    for nothing in ({}, {"w": jnp.ones((0, 3))}):
+        checkpoints.save(1, nothing, {"epoch": 1})
+        found = checkpoints.restore(lambda _, it=nothing: it, pytest.fail)
+        assert found[2] == {"epoch": 1}
+        jax.tree.map(same_bits, found[1], nothing)
