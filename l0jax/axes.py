@@ -19,17 +19,15 @@ class Variable:
     """An axis, or a part or factor of one, of which nothing more is known.
 
     Unification makes variables one (`same`) or finds that one is composed (`is_now`).
-    Of a variable that `mixes`, what is computed at one position depends on others.
     """
 
-    __slots__ = ("frozen", "is_now", "mixes", "same", "size")
+    __slots__ = ("frozen", "is_now", "same", "size")
 
     def __init__(self, size: int):
         self.size = size
         self.same: Variable | None = None
         self.is_now: Type | None = None
         self.frozen: str | None = None
-        self.mixes = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +98,10 @@ def variables(of: Type) -> Iterator[Variable]:
             yield from variables(inner)
 
 
-def freeze(of: Type, why: str, mixes: bool = True) -> None:
-    """Marks all that a type is made of as not removable.
-
-    `mixes` says whether positions depend on one another there. If they don't, they may
-    still be the examples of a batch.
-    """
+def freeze(of: Type, why: str) -> None:
+    """Marks all that a type is made of as not removable."""
     for variable in variables(of):
         variable.frozen = variable.frozen or why
-        variable.mixes = variable.mixes or mixes
 
 
 def unify(a: Type, b: Type, why: str) -> None:
@@ -122,11 +115,11 @@ def unify(a: Type, b: Type, why: str) -> None:
         if a in variables(b):
             freeze(b, why)
         elif isinstance(b, Variable):
-            a.same, b.frozen, b.mixes = b, b.frozen or a.frozen, b.mixes or a.mixes
+            a.same, b.frozen = b, b.frozen or a.frozen
         else:
             a.is_now = b
             if a.frozen:
-                freeze(b, a.frozen, a.mixes)
+                freeze(b, a.frozen)
     elif isinstance(a, Sum) and isinstance(b, Sum):
         _unify_sums(a, b, why)
     elif isinstance(a, Product) and isinstance(b, Product):
@@ -201,7 +194,7 @@ def _cut(of: Type, size: int) -> tuple[Type, Type] | None:
         both = fresh(size), fresh(of.size - size)
         of.is_now = Sum(both)
         if of.frozen:
-            freeze(of.is_now, of.frozen, of.mixes)
+            freeze(of.is_now, of.frozen)
         return both
     if isinstance(of, Product):
         first, rest = of.factors[0], of.factors[1:]

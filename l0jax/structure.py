@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from l0jax.axes import Variable
 from l0jax.polynomials import Polynomial, expected, substitute
-from l0jax.reading import Traced
+from l0jax.program import Program
+from l0jax.rules import Value
 from l0jax.units import (
     Group,
     Keep,
@@ -89,8 +91,6 @@ class Structure:
         operations: what computes.
         arrays: shape and dtype of each array of the parameters, by path.
         trainable: paths of those that are parameters rather than state.
-        per_example: whether costs are those of one example: whether the leading axis of
-            the inputs is a batch. If not, they are those of what was traced.
         traced: what was read, for `l0jax.narrow`.
     """
 
@@ -101,8 +101,7 @@ class Structure:
     operations: tuple[Operation, ...]
     arrays: Mapping[str, jax.ShapeDtypeStruct]
     trainable: tuple[str, ...]
-    per_example: bool
-    traced: Traced = field(repr=False)
+    traced: "Traced" = field(repr=False)
 
     # Users' edits. Each gives a new structure.
 
@@ -233,7 +232,7 @@ class Structure:
                     lambda tree: shrink(tree, keep, self.groups), dict(self.arrays)
                 )
             ),
-            traced=dataclasses.replace(self.traced, members=members, others={}),
+            traced=dataclasses.replace(self.traced, members=members),
         )
 
     def _check(self, names: Iterable[str]) -> None:
@@ -289,7 +288,7 @@ class Structure:
             groups=Found(groups, self.frozen),
             inputs={name: slots for name, slots in inputs.items() if name in groups},
             operations=operations,
-            traced=dataclasses.replace(self.traced, members=members, others={}),
+            traced=dataclasses.replace(self.traced, members=members),
         )
 
     def __str__(self) -> str:
@@ -315,6 +314,32 @@ def expected_macs(
     array = structure.arrays[op.kernel]
     size = expected_size(array, op.kernel, prob_active, groups)
     return size * expected(op.positions, groups, prob_active)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What `trace` read.
+
+    Attributes:
+        program: the jaxpr and the types of all its values.
+        params: what is known of each array of the parameters, by path.
+        inputs: the same of the inputs.
+        given: shapes and dtypes of the inputs.
+        in_tree: the tree of `(params, *inputs)`.
+        out_tree: the tree of what the function gives.
+        members: for each variable that is a group, the group and the unit of each of
+            its positions, or `GONE`.
+        resizable: variables of inputs that may have any size: the batch.
+    """
+
+    program: Program
+    params: Mapping[str, Value]
+    inputs: Mapping[str, Value]
+    given: tuple[jax.ShapeDtypeStruct, ...]
+    in_tree: Any
+    out_tree: Any
+    members: Mapping[Variable, tuple[tuple[str, int], ...]]
+    resizable: frozenset[Variable]
 
 
 GONE = ("", -1)
