@@ -15,6 +15,7 @@ from l0jax import gating, units
 from l0jax.equivalence import difference
 from l0jax.gates.gate import Gate
 from l0jax.structure import Structure
+from l0jax.tracing import evaluated
 from l0jax.units import Group, Groups
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -123,7 +124,7 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
         keep: a boolean vector for each group that loses units.
         groups: where the units lie. If it is the structure that `l0jax.trace` found, it
             is checked that the module's code, run on smaller arrays, is still the same
-            function.
+            function in evaluation; the mode that the module is in stays.
 
     Raises:
         ValueError: as `l0jax.units.shrink`; if the module's code computes something
@@ -148,7 +149,7 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
 
 def _check_same(module, small, keep, structure) -> None:
     """Raises ValueError unless a smaller module is the same function."""
-    (whole, state), (smaller, _) = nnx.split(module), nnx.split(small)
+    (whole, state), (smaller, _) = map(nnx.split, map(evaluated, (module, small)))
     found = difference(
         structure,
         keep,
