@@ -6,7 +6,7 @@ left. The result is an ordinary function of JAX: it can be jitted, differentiate
 exported. Functions with custom derivatives are differentiated by their own code.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Bool, PyTree
 
 from l0jax import units
 from l0jax.axes import Type, Variable, positions, resolve, size, variables
-from l0jax.program import Line, Program, bind, constants_and_carries, line_of
+from l0jax.program import Line, Program, bind, constants_and_carries
 from l0jax.rules import Value
 from l0jax.structure import Structure
 from l0jax.units import Keep, arrays
@@ -95,73 +95,6 @@ def _lost_unknown(structure: Structure, keep: Keep) -> tuple[str, str, int] | No
                 ]
                 return (names or [*keep])[-1], path, at
     return None
-
-
-def disagreement(
-    structure: Structure, keep: Keep, function: Callable[..., PyTree], params: PyTree
-) -> str | None:
-    """Where code that was run on smaller arrays differs from the narrowed program.
-
-    Code may compute more from sizes than shapes (a mean, the scale of an attention),
-    which would then be another function of its inputs. Nothing is compiled or run.
-
-    Args:
-        structure: of the function, by `trace`.
-        keep: which units are left.
-        function: the same function, as the user's code makes it from smaller arrays.
-        params: these arrays.
-
-    Returns:
-        None if the two are one, else a sentence that names the line.
-    """
-    left = _Left(structure, keep)
-    given = {
-        path: jax.ShapeDtypeStruct(left.shape(value), leaf.dtype)
-        for (path, value), leaf in zip(
-            structure.traced.inputs.items(), structure.traced.given, strict=True
-        )
-    }
-    inputs = jax.tree.unflatten(
-        structure.traced.in_tree, [*jax.tree.leaves(params), *given.values()]
-    )[1:]
-
-    def narrowed(params, *inputs):
-        leaves = [*arrays(params).values(), *arrays(inputs).values()]
-        return _run(structure.traced.program, leaves, left)
-
-    ours = [*_primitives(jax.make_jaxpr(narrowed)(params, *inputs).jaxpr)]
-    try:
-        theirs = [*_primitives(jax.make_jaxpr(function)(params, *inputs).jaxpr)]
-    except (TypeError, ValueError) as error:
-        return f"with smaller arrays it fails: {error}"
-    for (one, eqn), (other, _) in zip(theirs, ours, strict=False):
-        if one != other:
-            return f"{line_of(eqn)} computes {one} with smaller arrays, not {other}"
-    if len(theirs) != len(ours):
-        return "with smaller arrays it is a program of another length"
-    return None
-
-
-def _primitives(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """What each equation computes, of those that it calls too."""
-    for eqn in jaxpr.eqns:
-        inside = []
-        for value in eqn.params.values():
-            for each in value if isinstance(value, tuple | list) else (value,):
-                each = getattr(each, "jaxpr", each)
-                if hasattr(each, "eqns"):
-                    inside.append(each)
-        for each in inside:
-            yield from _primitives(each)
-        if not inside:
-            numbers = [
-                str(atom.val)
-                for atom in eqn.invars
-                if isinstance(atom, jax.extend.core.Literal)
-            ]
-            shapes = [str(out.aval) for out in eqn.outvars]
-            text = f"{eqn.primitive.name}({', '.join(numbers)}) -> {' '.join(shapes)}"
-            yield text, eqn
 
 
 def inputs_left(

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax import gating, units
+from l0jax.equivalence import difference
 from l0jax.gates.gate import Gate
-from l0jax.narrow import disagreement, knows
 from l0jax.structure import Structure
+from l0jax.tracing import evaluated
 from l0jax.units import Group, Groups
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -123,7 +124,7 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
         keep: a boolean vector for each group that loses units.
         groups: where the units lie. If it is the structure that `l0jax.trace` found, it
             is checked that the module's code, run on smaller arrays, is still the same
-            function.
+            function in evaluation; the mode that the module is in stays.
 
     Raises:
         ValueError: as `l0jax.units.shrink`; if the module's code computes something
@@ -141,17 +142,26 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
         for kind, mend in MEND.items():
             if isinstance(layer, kind):
                 mend(layer, ".".join(map(str, path)), masks)
-    if structure is not None and knows(structure, keep):
-        graph, smaller = nnx.split(small)
-        found = disagreement(
-            structure, keep, lambda s, *x: nnx.merge(graph, s)(*x), smaller
-        )
-        if found is not None:
-            raise ValueError(
-                f"{type(module).__name__} is another function when its arrays are "
-                f"smaller: {found}; use l0jax.narrow, or keep the units of that group"
-            )
+    if structure is not None:
+        _check_same(module, small, keep, structure)
     return small
+
+
+def _check_same(module, small, keep, structure) -> None:
+    """Raises ValueError unless a smaller module is the same function."""
+    (whole, state), (smaller, _) = map(nnx.split, map(evaluated, (module, small)))
+    found = difference(
+        structure,
+        keep,
+        lambda state, *inputs: nnx.merge(whole, state)(*inputs),
+        state,
+        lambda state, *inputs: nnx.merge(smaller, state)(*inputs),
+    )
+    if found is not None:
+        raise ValueError(
+            f"{type(module).__name__} is another function when its arrays are "
+            f"smaller: {found}; use l0jax.narrow, or keep the units of that group"
+        )
 
 
 # Sizes that Flax's layers remember, told anew from their arrays.

@@ -23,11 +23,11 @@ import l0jax.nnx
 from l0jax import costs
 from l0jax.narrow import narrow
 from l0jax.structure import Structure, columns
-from l0jax.tracing import trace
+from l0jax.tracing import evaluated, trace
 from l0jax.units import Keep
 
 Model = nnx.Module | tuple[Callable[..., PyTree], PyTree]
-"""An NNX module, or `(apply, params)`."""
+"""An NNX module, which is called as in evaluation, or `(apply, params)`."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _side(
 def _function(model: Model) -> tuple[Callable[..., PyTree], PyTree]:
     if not isinstance(model, nnx.Module):
         return model
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(evaluated(model))
     return lambda state, *inputs: nnx.merge(graph, state)(*inputs), state
 
 

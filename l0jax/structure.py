@@ -92,6 +92,7 @@ class Structure:
         arrays: shape and dtype of each array of the parameters, by path.
         trainable: paths of those that are parameters rather than state.
         traced: what was read, for `l0jax.narrow`.
+        notes: what else one must know of how it was read.
     """
 
     groups: Found
@@ -102,6 +103,7 @@ class Structure:
     arrays: Mapping[str, jax.ShapeDtypeStruct]
     trainable: tuple[str, ...]
     traced: "Traced" = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     # Users' edits. Each gives a new structure.
 
@@ -407,6 +409,7 @@ def _table(structure: Structure) -> str:
         text.append(f"  {windows} axes of kernels over which windows slide")
     for primitive, line in structure.unknown.items():
         text.append(f"no rule for {primitive}, first at {line}: what it touches stays")
+    text += structure.notes
     return "\n".join(text)
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,8 @@ def trace(
 ) -> Structure:
     """The groups of units of `apply(params, *inputs)`, and what they cost.
 
-    `trace(module, *inputs)` reads a Flax NNX module; its arrays are those of
-    `nnx.state(module)`.
+    `trace(module, *inputs)` reads a Flax NNX module as it is in evaluation, whatever
+    mode it is in; its arrays are those of `nnx.state(module)`.
 
     Args:
         apply: any function of JAX.
@@ -68,7 +68,7 @@ def trace(
         ValueError: if `frozen` names what isn't there.
     """
     if isinstance(apply, nnx.Module):
-        graph, state = nnx.split(apply)
+        graph, state = nnx.split(evaluated(apply))
         inputs = inputs if params is None else (params, *inputs)
         trained = arrays(nnx.state(apply, nnx.Param))
         structure = _trace(
@@ -77,8 +77,34 @@ def trace(
             inputs,
             frozen,
         )
-        return dataclasses.replace(structure, trainable=tuple(trained))
+        return dataclasses.replace(
+            structure, trainable=tuple(trained), notes=_mode(apply)
+        )
     return _trace(apply, params, inputs, frozen)
+
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def evaluated(module: Module) -> Module:
+    """A copy of an NNX module in evaluation mode, with the same arrays."""
+    copy = nnx.clone(module)
+    copy.eval()
+    return copy
+
+
+def _mode(module: nnx.Module) -> tuple[str, ...]:
+    """Says so if a module is in training mode, and so is not read as it is."""
+    training = [
+        ".".join(map(str, path)) or type(each).__name__
+        for path, each in nnx.iter_modules(module)
+        if getattr(each, "deterministic", None) is False
+        or getattr(each, "use_running_average", None) is False
+    ]
+    if not training:
+        return ()
+    shown = ", ".join(training[:3]) + (", …" if len(training) > 3 else "")
+    return (f"read in evaluation mode, though it is in training mode: {shown}",)
 
 
 def _trace(apply, params, inputs, kept) -> Structure:
