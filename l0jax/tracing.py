@@ -24,7 +24,7 @@ from l0jax.axes import (
     Type,
     Variable,
     freeze,
-    meets_itself,
+    meeting_themselves,
     resolve,
     unit_of,
     variables,
@@ -196,9 +196,8 @@ def _freeze_what_meets_itself(reading: Reading, stored: Mapping[str, Value]) -> 
     axes = [(axis, path) for path, value in stored.items() for axis in value.axes]
     axes += [(axis, where) for axis, _, where in reading.used]
     for axis, where in axes + reading.merged:
-        for variable in variables(axis):
-            if meets_itself(axis, variable):
-                freeze(variable, f"{where}: it meets itself in a product")
+        for variable in meeting_themselves(axis):
+            freeze(variable, f"{where}: it meets itself in a product")
 
 
 def _gated(
