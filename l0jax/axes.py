@@ -19,15 +19,26 @@ class Variable:
     """An axis, or a part or factor of one, of which nothing more is known.
 
     Unification makes variables one (`same`) or finds that one is composed (`is_now`).
+    Its `reasons` say why its units can't be removed, if they can't: each once, and not
+    more than `MOST_REASONS`. Parts that were cut from what is frozen share them.
     """
 
-    __slots__ = ("frozen", "is_now", "same", "size")
+    __slots__ = ("is_now", "reasons", "same", "size")
 
     def __init__(self, size: int):
         self.size = size
         self.same: Variable | None = None
         self.is_now: Type | None = None
-        self.frozen: str | None = None
+        self.reasons: list[str] = []
+
+    @property
+    def frozen(self) -> str | None:
+        """The first reason why its units can't be removed, or None if they can."""
+        return self.reasons[0] if self.reasons else None
+
+
+MOST_REASONS = 8
+"""Every layer may freeze a stream: of so many reasons the first tell enough."""
 
 
 class Sum:
@@ -118,10 +129,13 @@ def variables(of: Type) -> Iterator[Variable]:
             waiting.extend(reversed(parts(part)))
 
 
-def freeze(of: Type, why: str) -> None:
+def freeze(of: Type, *reasons: str) -> None:
     """Marks all that a type is made of as not removable."""
     for variable in variables(of):
-        variable.frozen = variable.frozen or why
+        known = variable.reasons
+        for why in reasons:
+            if len(known) < MOST_REASONS and why not in known:
+                known.append(why)
 
 
 def unify(a: Type, b: Type, why: str) -> None:
@@ -162,9 +176,10 @@ def _unified(a: Type, b: Type, why: str) -> Pairs:
 
 def _bind(a: Variable, b: Type, why: str) -> None:
     if isinstance(b, Variable):
-        a.same, b.frozen = b, b.frozen or a.frozen
+        freeze(b, *a.reasons)
+        a.same = b
     elif a.frozen:
-        freeze(b, a.frozen)
+        freeze(b, *a.reasons)
     elif a in variables(b):
         freeze(b, why)
     else:
@@ -327,7 +342,8 @@ def _parts(of: Variable, sizes: Sequence[int]) -> list[Type]:
     of what stays, nobody asks what it is made of."""
     parts = [fresh(size) for size in sizes]
     if of.frozen:
-        freeze(Sum(tuple(parts)), of.frozen)
+        for part in variables(Sum(tuple(parts))):
+            part.reasons = of.reasons
     else:
         of.is_now = Sum(tuple(parts))
     return parts

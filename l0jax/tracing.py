@@ -225,7 +225,7 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
     stored, given = traced.params, traced.inputs
     order = {variable: at for at, variable in enumerate(gated)}
     for variable in lies:
-        if variable not in gated:
+        if variable not in gated and not variable.frozen:
             freeze(variable, "nothing reads it")
     groups: dict[str, Group] = {}
     inputs: dict[str, tuple[Slot, ...]] = {}
@@ -261,7 +261,8 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
                 s for s, place in zip(slots, places, strict=True) if place not in used
             ]
             name = _name(made or slots, leaves, names)
-            left_alone[name] = Frozen(name, variable.size, slots, variable.frozen)
+            reasons = tuple(variable.reasons)
+            left_alone[name] = Frozen(name, variable.size, slots, reasons[0], reasons)
 
     def named(variable: Variable) -> str | int:
         return 1 if variable in batch else name_of.get(variable, variable.size)

@@ -227,3 +227,43 @@ def test_what_meets_itself_in_a_product_is_found():
     assert axes.meeting_themselves(Sum((a, a, Product((a, b))))) == []
     assert axes.meeting_themselves(Product((Sum((a, b)), Sum((c, b))))) == [b]
     assert axes.meeting_themselves(Sum((Product((a, b, a)), c))) == [a]
+
+
+def test_all_reasons_are_told():
+    """Of types that are made one both, of parts and of what they were cut from."""
+    a, b = fresh(4), fresh(4)
+    freeze(a, "one")
+    freeze(b, "two")
+    freeze(b, "two")
+    unify(a, b, "they meet")
+    (both,) = variables(a)
+    assert (both.frozen, both.reasons) == ("two", ["two", "one"])
+    rest = split(a, [1, 3])[1]
+    freeze(rest, "three")
+    assert both.reasons == ["two", "one", "three"]
+    parts = Sum((fresh(2), fresh(2)))
+    unify(parts, a, "they meet")
+    for part in variables(parts):
+        assert part.reasons == both.reasons
+    for number in range(100):
+        freeze(a, f"reason {number}")
+    assert len(both.reasons) == axes.MOST_REASONS
+
+
+def test_the_table_tells_several_reasons():
+    def apply(p, x):
+        h = jnp.sort(x @ p["a"], axis=1)
+        h = jnp.cumsum(h, axis=1)
+        return h @ p["b"], jax.lax.top_k(h, 2)[0], h[:, ::-1]
+
+    structure = trace(
+        apply, {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((5, 3))
+    )
+    frozen = structure.frozen["a"]
+    kinds = [why.partition(" ")[0] for why in frozen.reasons]
+    assert kinds == ["sort", "cumsum", "top_k", "rev", "it"]
+    assert frozen.why == frozen.reasons[0]
+    lines = str(structure).splitlines()
+    at = lines.index("  a (4: a:1, b:0)")
+    assert lines[at + 1 : at + 4] == [f"    {why}" for why in frozen.reasons[:3]]
+    assert lines[at + 4].startswith("    and more")
