@@ -60,12 +60,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Units that can't be removed, and why."""
+    """Units that can't be removed, and why: the first reason, and all of the first few
+    that were found."""
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     why: str
+    reasons: tuple[str, ...] = ()
 
 
 class Found(dict[str, Group]):
@@ -391,26 +393,39 @@ def _table(structure: Structure) -> str:
         "",
         *columns(lines, right=(1, 4, 5)),
     ]
-    reasons: dict[str, list[str]] = {}
-    windows = 0
-    for each in structure.frozen.values():
-        if each.why.endswith("a window slides over it"):
-            windows += 1
-            continue
-        reasons.setdefault(each.why, []).append(
-            f"{each.name} ({each.size}: {', '.join(map(_short, each.slots[:3]))}"
-            f"{', …' if len(each.slots) > 3 else ''})"
-        )
-    if reasons:
-        text += ["", "left alone:"]
-    for why, names in reasons.items():
-        text += [f"  {name}" for name in names] + [f"    {why}"]
-    if windows:
-        text.append(f"  {windows} axes of kernels over which windows slide")
+    text += _left_alone(structure)
     for primitive, line in structure.unknown.items():
         text.append(f"no rule for {primitive}, first at {line}: what it touches stays")
     text += structure.notes
     return "\n".join(text)
+
+
+WINDOW = "a window slides over it"
+
+
+def _left_alone(structure: Structure) -> list[str]:
+    """Frozen units under one another if they have the same reasons, which follow."""
+    text: list[str] = []
+    together: dict[tuple[str, ...], list[str]] = {}
+    windows = 0
+    for each in structure.frozen.values():
+        reasons = each.reasons or (each.why,)
+        if all(why.endswith(WINDOW) for why in reasons):
+            windows += 1
+            continue
+        together.setdefault(reasons, []).append(
+            f"  {each.name} ({each.size}: {', '.join(map(_short, each.slots[:3]))}"
+            f"{', …' if len(each.slots) > 3 else ''})"
+        )
+    for reasons, names in together.items():
+        text += names + [f"    {why}" for why in reasons[:3]]
+        if len(reasons) > 3:
+            text.append("    and more, which `reasons` of each tells")
+    if text:
+        text = ["", "left alone:", *text]
+    if windows:
+        text.append(f"  {windows} axes of kernels over which windows slide")
+    return text
 
 
 def _numbers(structure: Structure) -> int:

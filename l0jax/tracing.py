@@ -24,7 +24,7 @@ from l0jax.axes import (
     Type,
     Variable,
     freeze,
-    meets_itself,
+    meeting_themselves,
     resolve,
     unit_of,
     variables,
@@ -222,9 +222,8 @@ def _freeze_what_meets_itself(reading: Reading, stored: Mapping[str, Value]) -> 
     axes = [(axis, path) for path, value in stored.items() for axis in value.axes]
     axes += [(axis, where) for axis, _, where in reading.used]
     for axis, where in axes + reading.merged:
-        for variable in variables(axis):
-            if meets_itself(axis, variable):
-                freeze(variable, f"{where}: it meets itself in a product")
+        for variable in meeting_themselves(axis):
+            freeze(variable, f"{where}: it meets itself in a product")
 
 
 def _gated(
@@ -252,7 +251,7 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
     stored, given = traced.params, traced.inputs
     order = {variable: at for at, variable in enumerate(gated)}
     for variable in lies:
-        if variable not in gated:
+        if variable not in gated and not variable.frozen:
             freeze(variable, "nothing reads it")
     groups: dict[str, Group] = {}
     inputs: dict[str, tuple[Slot, ...]] = {}
@@ -288,7 +287,8 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
                 s for s, place in zip(slots, places, strict=True) if place not in used
             ]
             name = _name(made or slots, leaves, names)
-            left_alone[name] = Frozen(name, variable.size, slots, variable.frozen)
+            reasons = tuple(variable.reasons)
+            left_alone[name] = Frozen(name, variable.size, slots, reasons[0], reasons)
 
     def named(variable: Variable) -> str | int:
         return 1 if variable in batch else name_of.get(variable, variable.size)
