@@ -68,7 +68,7 @@ def difference(
     Raises:
         ValueError: if the structure is not that of these arrays.
     """
-    _check_arrays(structure, params)
+    check_arrays(structure, params)
     shapes = _input_shapes(structure)
     smaller = units.shrink(params, keep, structure.groups)
     small = _of_whole_inputs(small, structure, keep)
@@ -101,7 +101,8 @@ def difference(
     return apart and f"{said}, and {apart}"
 
 
-def _check_arrays(structure: Structure, params: PyTree) -> None:
+def check_arrays(structure: Structure, params: PyTree) -> None:
+    """Raises ValueError unless a structure is of these arrays."""
     found = {path: jnp.shape(leaf) for path, leaf in arrays(params).items()}
     expected = {path: leaf.shape for path, leaf in structure.arrays.items()}
     for path in [*expected, *found]:
