@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from l0jax import gating, remembered, units
 from l0jax.equivalence import difference
 from l0jax.gates.gate import Gate
+from l0jax.narrowed import Narrowed as Narrowed
 from l0jax.structure import Structure
 from l0jax.tracing import evaluated
 from l0jax.units import Group, Groups
@@ -161,5 +162,6 @@ def _check_same(module, small, rescaled, keep, structure) -> None:
     if found is not None:
         raise ValueError(
             f"{type(module).__name__} is another function when its arrays are "
-            f"smaller: {found}; use l0jax.narrow, or keep the units of that group"
+            f"smaller: {found}; use l0jax.nnx.Narrowed(structure, module, keep) or "
+            "l0jax.narrow, or keep the units of that group"
         )

@@ -20,7 +20,7 @@ LAYERS = (
     ("structure", "poles", "terms"),
     ("tracing", "narrow", "dataflow"),
     ("gating", "costs", "equivalence", "unstacking"),
-    ("objectives", "models", "compaction", "estimators", "remembered"),
+    ("objectives", "models", "compaction", "estimators", "remembered", "narrowed"),
     ("constraints",),
     ("nnx", "linen", "train"),
     ("report", "storage", "methods", "agnosticism"),
