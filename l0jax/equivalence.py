@@ -87,9 +87,12 @@ def difference(
     if not knows(structure, keep):
         z = {name: jnp.asarray(flags, jnp.float32) for name, flags in keep.items()}
 
+        # Of a module that was shrunk before, inputs may have lost positions already.
+        before = _of_whole_inputs(whole, structure, {})
+
         def gated(params, *inputs):
             closed = units.apply_gates(params, z, structure.groups)
-            return whole(closed, *inputs)
+            return before(closed, *inputs)
 
         return _apart(found, gated, params, shapes)
     narrowed = _narrowed(structure, keep, params)
