@@ -254,9 +254,9 @@ def _near(rng: np.random.Generator, leaf: Any) -> Any:
 def _drawn(rng: np.random.Generator, leaf: Any, scale: float, bound: int) -> Any:
     """Random values of an input."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        seeds = rng.integers(0, 2**31, leaf.shape)
-        impl = jax.random.key_impl(jax.eval_shape(lambda: jnp.empty((), leaf.dtype)))
-        return jax.random.wrap_key_data(seeds, impl=impl)
+        kind = jax.random.key_impl(jnp.empty(leaf.shape, leaf.dtype))
+        key = jax.random.key(int(rng.integers(2**31)), impl=kind)
+        return jax.random.split(key, leaf.shape)
     if leaf.dtype == bool:
         return rng.random(leaf.shape) < 0.7
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -442,3 +442,18 @@ def test_a_smaller_module_with_fewer_inputs_shrinks_again(by_hand):
     smallest = l0jax.nnx.shrink(folded, keep, again)
     left = x[..., first["input"]]
     np.testing.assert_allclose(smallest(left), folded(left), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_random_keys_are_drawn_as_inputs(impl):
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=impl), 3))
+
+    def function(p, keys):
+        return jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys) @ p["w"]
+
+    def swapped(p, keys):
+        return (p["w"].T @ function({"w": jnp.eye(2)}, keys).T).T
+
+    structure = l0jax.trace(function, WEIGHTS, keys)
+    found = difference(structure, {}, function, WEIGHTS, swapped, excused=(0.0, 1.0))
+    assert found is None
