@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from l0jax.units import Groups
+from l0jax.units import Amount, Certain, Groups, Probabilities
 
 Polynomial = Mapping[tuple[str, ...], int]
 
@@ -39,10 +39,13 @@ def substitute(of: Polynomial, sizes: Mapping[str, Polynomial]) -> dict:
     return dict(total)
 
 
-def expected(
-    of: Polynomial, groups: Groups, prob_active: Mapping[str, Float[Array, " units"]]
-) -> Float[Array, ""]:
+def expected(of: Polynomial, groups: Groups, prob_active: Probabilities) -> Amount:
     """The expectation of a sum of products of group sizes, under independent gates."""
+    if isinstance(prob_active, Certain):
+        return sum(
+            times * math.prod(_open(name, groups, prob_active) for name in names)
+            for names, times in of.items()
+        )
     total = jnp.zeros(())
     for names, times in of.items():
         term = jnp.full((), float(times))
@@ -53,6 +56,12 @@ def expected(
                 term = term * float(groups[name].size) ** power
         total = total + term
     return total
+
+
+def _open(name: str, groups: Groups, certain: Certain) -> int:
+    if name in certain:
+        return int(np.count_nonzero(certain[name]))
+    return groups[name].size
 
 
 def _moment(prob_active: Float[Array, " units"], power: int) -> Float[Array, ""]:
