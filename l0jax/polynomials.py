@@ -23,10 +23,11 @@ def product(factors: Iterable[Polynomial]) -> dict:
     """The product of polynomials."""
     result: dict[tuple[str, ...], int] = {(): 1}
     for factor in factors:
-        longer: Counter = Counter()
+        longer: dict[tuple[str, ...], int] = {}
         for (a, x), (b, y) in itertools.product(result.items(), factor.items()):
-            longer[tuple(sorted((*a, *b)))] += x * y
-        result = dict(longer)
+            names = tuple(sorted((*a, *b))) if a and b else a or b
+            longer[names] = longer.get(names, 0) + x * y
+        result = longer
     return result
 
 
