@@ -5,8 +5,9 @@
     python -m benchmarks.zoo --record          # and writes benchmarks/results/zoo.jsonl
     python -m benchmarks.zoo --record --again  # what is written down already too
 
-Each model runs in a process of its own with a limit on its time. Small ones are gated
-at random, narrowed, and compared; of those at published sizes only shapes are read.
+Models run in a process beside this one, with a limit on the time of each. Small ones
+are gated at random, narrowed, and compared; of those at published sizes only shapes
+are read.
 The packages, beside those of the tests, are those of the extra `zoo`, which wants an
 environment of its own, with Python 3.11:
 
@@ -17,12 +18,10 @@ import argparse
 import dataclasses
 import fnmatch
 import importlib.metadata
-import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -282,19 +281,47 @@ def measured(name: str, small_only: bool) -> dict[str, Any]:
     return row
 
 
-def in_a_process(name: str, small_only: bool, limit: float) -> dict[str, Any]:
-    """The row of a model, or of what became of it."""
-    one = f"{others.MODELS[name].file}.{name}"
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", one]
-    command += ["--small"] if small_only else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return failed(name, f"not done in {limit:.0f} s")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return failed(name, lines[-1][:300])
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A process that measures models of one file, and is ended if one takes longer."""
+
+    def __init__(self, file: str, small_only: bool):
+        self.file = file
+        context = multiprocessing.get_context("spawn")
+        self.ours, its = context.Pipe()
+        self.process = context.Process(target=_serve, args=(its, file, small_only))
+        self.process.start()
+        its.close()
+
+    def row(self, name: str, limit: float) -> dict[str, Any]:
+        """The row of a model, or of what became of it."""
+        self.ours.send(name)
+        # At the end of the process too, there is something to be read: its end.
+        if not self.ours.poll(limit):
+            self.end()
+            return failed(name, f"not done in {limit:.0f} s")
+        try:
+            return self.ours.recv()
+        except EOFError:
+            self.end()
+            return failed(name, f"it ended with status {self.process.exitcode}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Any, file: str, small_only: bool) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    others.load([file])
+    while True:
+        name = connection.recv()
+        try:
+            row = measured(name, small_only)
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            row = failed(name, f"{type(error).__name__}: {text[0][:300]}")
+        connection.send(row)
+        jax.clear_caches()
 
 
 def failed(name: str, error: str) -> dict[str, Any]:
@@ -329,27 +356,28 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write it down")
     parser.add_argument("--again", action="store_true", help="also what is recorded")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    if arguments.one:
-        file, _, name = arguments.one.partition(".")
-        others.load([file])
-        print(json.dumps(measured(name, arguments.small)))
-        return
     missing = others.load()
     if missing:
         print(f"not installed: {', '.join(missing)}")
     done = {row["model"] for row in json_lines.read(FILE)} if arguments.record else ()
+    worker = None
     for name in others.MODELS:
         if not any(fnmatch.fnmatch(name, each) for each in arguments.only):
             continue
         if name in done and not arguments.again:
             continue
-        row = in_a_process(name, arguments.small, arguments.limit)
+        file = others.MODELS[name].file
+        if worker is None or worker.file != file or not worker.process.is_alive():
+            if worker is not None:
+                worker.end()
+            worker = Worker(file, arguments.small)
+        row = worker.row(name, arguments.limit)
         print(line(row), flush=True)
         if arguments.record:
             json_lines.merge(FILE, [row], lambda row: (row["package"], row["model"]))
+    if worker is not None:
+        worker.end()
 
 
 if __name__ == "__main__":

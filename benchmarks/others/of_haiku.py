@@ -7,23 +7,32 @@ import jax.numpy as jnp
 from benchmarks.others import Model, floats, image, model, tokens
 
 
-def made(function, *inputs) -> Model:
-    """A function of Haiku, with running statistics if it has any."""
+def made(function, *inputs, statistics: bool = False) -> Model:
+    """A function of Haiku; of inputs and `is_training` if it has running statistics."""
     net = hk.transform_with_state(function)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, state = jax.eval_shape(net.init, key, *inputs)
+
+    def init(key, *inputs):
+        return net.init(key, *inputs, *((True,) if statistics else ()))
+
+    params, state = jax.eval_shape(init, key, *inputs)
 
     def apply(both, *inputs):
-        return net.apply(*both, None, *inputs)[0]
+        return net.apply(*both, None, *inputs, *((False,) if statistics else ()))[0]
 
     return Model(apply, (params, state), inputs)
+
+
+def classes(published: bool) -> int:
+    return 1000 if published else 5
 
 
 def resnet(network, **options):
     def make(published):
         return made(
-            lambda x: network(1000 if published else 5, **options)(x, False),
+            lambda x, training: network(classes(published), **options)(x, training),
             image(published),
+            statistics=True,
         )
 
     return make
@@ -56,12 +65,11 @@ def haiku_mobilenet_v1(published):
     if not published:
         strides, channels = strides[:5], (8, 12, 12, 16, 10)
 
-    def function(x):
-        return hk.nets.MobileNetV1(strides, channels, 1000 if published else 5)(
-            x, is_training=False
-        )
+    def function(x, training):
+        network = hk.nets.MobileNetV1(strides, channels, classes(published))
+        return network(x, is_training=training)
 
-    return made(function, image(published))
+    return made(function, image(published), statistics=True)
 
 
 @model("dm-haiku")
