@@ -104,7 +104,7 @@ def count(jaxpr: Any) -> int:
 
 def outside(structure: Structure) -> dict[str, int]:
     """How many elements of each trained array lie in no group along any axis."""
-    covered: dict[tuple[str, int], np.ndarray] = {}
+    covered: dict[tuple[str, int | None], np.ndarray] = {}
     for group in structure.groups.values():
         for slot in group.slots:
             there = units.owners(slot, group.size) >= 0

@@ -63,12 +63,12 @@ FILES = {
     "of_nnx": "flax",
     "of_flowjax": "flowjax",
     "of_equimo": "equimo",
-    "of_keras": "keras",
-    "of_keras_hub": "keras_hub",
-    "of_transformers": "transformers",
-    "of_diffusers": "diffusers",
-    "of_brax": "brax",
     "of_jraph": "jraph",
+    "of_brax": "brax",
+    "of_transformers": "transformers",
+    "of_keras_hub": "keras_hub",
+    "of_diffusers": "diffusers",
+    "of_keras": "keras",
 }
 LIGHT = ("of_haiku", "of_equinox", "of_linen", "of_nnx")
 

@@ -1,5 +1,7 @@
 """Equinox: what its examples put together from its layers."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def equinox_mnist_cnn(published):
 class Recurrent(eqx.Module):
     """Of the example `train_rnn`, with either cell."""
 
-    cell: eqx.Module
+    cell: eqx.nn.LSTMCell | eqx.nn.GRUCell
     linear: eqx.nn.Linear
     hidden: int = eqx.field(static=True)
 
@@ -84,9 +86,10 @@ class Recurrent(eqx.Module):
     def __call__(self, x):
         start = jnp.zeros(self.hidden)
         pair = isinstance(self.cell, eqx.nn.LSTMCell)
+        cell: Any = self.cell
         carry = (start, start) if pair else start
-        last, _ = jax.lax.scan(lambda c, row: (self.cell(row, c), None), carry, x)
-        return self.linear(last[0] if pair else last)
+        last, _ = jax.lax.scan(lambda c, row: (cell(row, c), None), carry, x)
+        return self.linear(jax.tree.leaves(last)[0])
 
 
 @model("equinox")

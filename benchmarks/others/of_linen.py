@@ -236,12 +236,12 @@ class BiLSTM(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, lengths):
-        x: Any = nn.Embed(self.vocabulary, self.embedding)(tokens)
+        embedded = nn.Embed(self.vocabulary, self.embedding)(tokens)
         forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden))
         backward = nn.RNN(
             nn.OptimizedLSTMCell(self.hidden), reverse=True, keep_order=True
         )
-        x = nn.Bidirectional(forward, backward)(x, seq_lengths=lengths)
+        x: Any = nn.Bidirectional(forward, backward)(embedded, seq_lengths=lengths)
         keys: Any = nn.Dense(self.hidden, use_bias=False)(x)
         scores = nn.Dense(1, use_bias=False)(nn.tanh(keys))[..., 0]
         mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]

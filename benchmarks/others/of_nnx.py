@@ -1,5 +1,7 @@
 """Flax NNX: what its guides put together from its layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -143,7 +145,8 @@ class Recurrent(nnx.Module):
         self.head = nnx.Linear(2 * hidden if both else hidden, 3, rngs=rngs)
 
     def __call__(self, tokens):
-        return self.head(self.rnn(self.embedding(tokens))[:, -1])
+        outputs: Any = self.rnn(self.embedding(tokens))
+        return self.head(outputs[:, -1])
 
 
 def recurrent(published, cell, both):
