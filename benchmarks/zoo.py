@@ -150,36 +150,44 @@ def keeps(structure: Structure, seed: int = 0) -> dict[str, Keep]:
     return found
 
 
-def results(apply: Callable, params: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Floating outputs; and gradients of a random projection of them."""
-    leaves, tree = jax.tree.flatten((params, tuple(inputs)))
-    moving = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+Results = Callable[[Any, tuple[Any, ...], Any], tuple[list[Any], dict[str, Any]]]
 
-    def function(values):
-        given = iter(values)
-        every = [
-            next(given) if moves else leaf
-            for moves, leaf in zip(moving, leaves, strict=True)
-        ]
-        params, inputs = jax.tree.unflatten(tree, every)
-        outputs = jax.tree.leaves(apply(params, *inputs))
-        return [out for out in outputs if jnp.issubdtype(out.dtype, jnp.inexact)]
 
-    def both(values, directions):
-        outputs, pull = jax.vjp(function, values)
-        return outputs, pull(directions)[0]
+def differentiated(apply: Callable, structure: Structure | None = None) -> Results:
+    """`results(params, inputs, z)`, compiled once: floating outputs, and gradients of a
+    random projection of them by all floating arrays, by path; inputs are
+    "input 0.…".
 
-    values = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-    rng = np.random.default_rng(1)
-    directions = [
-        jnp.asarray(rng.normal(size=out.shape), out.dtype)
-        for out in jax.eval_shape(function, values)
-    ]
-    outputs, gradients = jax.jit(both, compiler_options=QUICK)(values, directions)
-    given = iter(gradients)
-    every = [next(given) if moves else None for moves in moving]
-    names = [*units.arrays(params), *(f"input {n}" for n in units.arrays(inputs))]
-    return [outputs, dict(zip(names, every, strict=True))]
+    With a structure the parameters are first gated by `z`, and gradients are taken by
+    the gated ones.
+    """
+
+    def function(params, inputs, z):
+        if structure is not None:
+            params = units.apply_gates(params, z, structure.groups)
+        leaves, tree = jax.tree.flatten((params, inputs))
+        moving = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+        def outputs(values):
+            given = iter(values)
+            every = [
+                next(given) if moves else leaf
+                for moves, leaf in zip(moving, leaves, strict=True)
+            ]
+            params, inputs = jax.tree.unflatten(tree, every)
+            found = jax.tree.leaves(apply(params, *inputs))
+            return [out for out in found if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+        values = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        found, pull = jax.vjp(outputs, values)
+        rng = np.random.default_rng(1)
+        directions = [np.asarray(rng.normal(size=o.shape), o.dtype) for o in found]
+        names = [*units.arrays(params), *(f"input {n}" for n in units.arrays(inputs))]
+        moved = [name for name, moves in zip(names, moving, strict=True) if moves]
+        (gradients,) = pull([*map(jnp.asarray, directions)])
+        return found, dict(zip(moved, gradients, strict=True))
+
+    return jax.jit(function, compiler_options=QUICK)
 
 
 def largest(value: Any) -> float:
@@ -200,20 +208,19 @@ def apart(ours: Sequence[Any], theirs: Sequence[Any], least: float = 0.0) -> flo
     return max(found)
 
 
-def compared(model: Model, structure: Structure, keep: Keep) -> dict[str, Any]:
+def compared(
+    model: Model, structure: Structure, keep: Keep, gated: Results
+) -> dict[str, Any]:
     """How far gated and narrowed are apart, and whether costs are those of the
-    narrowed program."""
-    z = {name: jnp.float32(flags) for name, flags in keep.items()}
-    gated = units.apply_gates(model.params, z, structure.groups)
-    outputs, gradients = results(model.apply, gated, model.inputs)
+    narrowed program. `gated` is the model's `differentiated`."""
+    z = {name: np.asarray(flags, np.float32) for name, flags in keep.items()}
+    outputs, gradients = gated(model.params, model.inputs, z)
     small, params = l0jax.narrow(structure, model.params, keep)
-    ours, theirs = results(small, params, model.inputs)
-    moving = {n: gradients[n] for n in structure.arrays if gradients[n] is not None}
+    ours, theirs = differentiated(small)(params, model.inputs, {})
+    moving = {n: np.asarray(gradients[n]) for n in structure.arrays if n in gradients}
     cut = l0jax.shrink(moving, keep, within(structure, moving))
     least = NOISE * max(map(largest, cut.values()), default=0.0)
-    given = [
-        n for n, g in gradients.items() if n.startswith("input ") and g is not None
-    ]
+    given = [name for name in theirs if name.startswith("input ")]
     left = l0jax.trace(small, params, *model.inputs)
     return {
         "outputs": apart(outputs, ours),
@@ -242,8 +249,9 @@ def within(structure: Structure, paths: Any) -> dict[str, l0jax.Group]:
 
 def checked(model: Model, structure: Structure) -> dict[str, dict[str, Any]]:
     """`compared` for units at random and for one of each group."""
+    gated = differentiated(model.apply, structure)
     return {
-        name: compared(model, structure, keep)
+        name: compared(model, structure, keep, gated)
         for name, keep in keeps(structure).items()
     }
 
@@ -360,7 +368,8 @@ def main() -> None:
     missing = others.load()
     if missing:
         print(f"not installed: {', '.join(missing)}")
-    done = {row["model"] for row in json_lines.read(FILE)} if arguments.record else ()
+    recorded = json_lines.read(FILE) if arguments.record else []
+    done = {row["model"] for row in recorded if "error" not in row}
     worker = None
     for name in others.MODELS:
         if not any(fnmatch.fnmatch(name, each) for each in arguments.only):

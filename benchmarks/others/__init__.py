@@ -120,13 +120,13 @@ def filled(made: Model, seed: int = 0) -> Model:
             values = noise / np.sqrt(leaf.size / outputs)
         if "var" in path.lower():
             values = np.abs(values) + 0.5
-        return jnp.asarray(values, leaf.dtype)
+        return np.asarray(values, leaf.dtype)
 
     def given(leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+            return np.asarray(rng.normal(size=leaf.shape), leaf.dtype)
         return _whole(rng, leaf)
 
     return dataclasses.replace(
@@ -140,5 +140,5 @@ def _whole(rng, leaf):
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if leaf.dtype == jnp.bool_:
-        return jnp.ones(leaf.shape, bool)
-    return jnp.asarray(rng.integers(0, 7, leaf.shape), leaf.dtype)
+        return np.ones(leaf.shape, bool)
+    return np.asarray(rng.integers(0, 7, leaf.shape), leaf.dtype)
