@@ -139,6 +139,8 @@ def filled(made: Model, seed: int = 0) -> Model:
 def _whole(rng, leaf):
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), leaf.shape)
     if leaf.dtype == jnp.bool_:
         return np.ones(leaf.shape, bool)
     return np.asarray(rng.integers(0, 7, leaf.shape), leaf.dtype)
