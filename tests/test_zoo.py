@@ -16,17 +16,14 @@ from l0jax import costs, trace
 others.load(others.LIGHT)
 
 NAMES = (
-    "haiku_mobilenet_v1",
     "haiku_transformer",
     "haiku_lstm_language_model",
     "haiku_vq_vae",
     "equinox_gru",
     "equinox_rope_decoder",
-    "equinox_vit",
     "equinox_group_norm_resnet",
     "linen_ppo_actor_critic",
     "linen_lm1b_tied",
-    "linen_resnet50",
     "linen_group_norm_unet",
     "nnx_gpt_tied_rms_norm",
     "nnx_gru",

@@ -2,7 +2,7 @@
 
 import equinox as eqx
 import jax
-from equimo.models import convnext, mlla, mobilenet, shvit, vit
+from equimo.models import convnext, mlla, mobilenet, vit
 
 from benchmarks.others import Model, floats, model
 
@@ -53,12 +53,3 @@ def equimo_mlla(published):
 def equimo_mobilenet_v3(published):
     side = 224 if published else 32
     return made(lambda: mobilenet.mobilenetv3_small(**KEY), side)
-
-
-@model("equimo")
-def equimo_shvit(published):
-    if published:
-        return made(lambda: shvit.SHViT(**KEY), 224)
-    sizes = {"dim": [16, 24], "pdim": [4, 6], "qk_dim": [4, 4], "depths": [1, 1]}
-    kinds = {"block_type": ["s", "s"], "num_classes": 5}
-    return made(lambda: shvit.SHViT(**sizes, **kinds, **KEY), 64)
