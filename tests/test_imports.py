@@ -32,7 +32,7 @@ ONLY_IN_STORAGE = {"orbax", "safetensors", "hashlib", "json", "shutil", "pathlib
 ONLY_IN = {
     "storage": ONLY_IN_STORAGE | {"jax2onnx", "onnxruntime"},
     # To say on which line of the user's code something is.
-    "program": {"pathlib"},
+    "program": {"os"},
     "tracing": {"pathlib", "traceback"},
     # To measure, and to draw.
     "report": {"time", "statistics", "matplotlib"},
