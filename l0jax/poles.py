@@ -22,7 +22,6 @@ from l0jax.program import Line, Program, constants_and_carries
 from l0jax.rules import NARY, REDUCTIONS, SAME, UNARY, Value, names
 
 Place = tuple[str, int]
-NOTHING: frozenset[Place] = frozenset()
 
 
 class Sign(enum.IntEnum):
@@ -46,10 +45,10 @@ def freeze_at_poles(
         params: values of the parameters, which are among the program's arguments.
         gated: for each variable the axes of parameters at which its gates are.
     """
-    reach = _Reach({v: set(at) for v, at in gated.items() if v.frozen is None})
+    reach = _Reach({v: at for v, at in gated.items() if v.frozen is None})
     for value in params:
         reach.slots[id(value)] = {
-            at: frozenset({(str(value.array), at)})
+            at: reach.number.get((str(value.array), at), 0)
             for at, axis in enumerate(value.axes)
             if reach.live(axis)
         }
@@ -93,10 +92,17 @@ class _Reach:
     Values are known by their identity: two that are equal are not one.
     """
 
-    def __init__(self, gated: Mapping[Variable, set[Place]]):
-        self.gated = gated
+    def __init__(self, gated: Mapping[Variable, Iterable[Place]]):
+        # Sets of places are numbers with a bit for each: of a stream that all layers
+        # add to, sets grow as long as the program.
+        places = dict.fromkeys(place for at in gated.values() for place in at)
+        self.number = {place: 1 << bit for bit, place in enumerate(places)}
+        self.gated = {
+            variable: sum(self.number[place] for place in dict.fromkeys(at))
+            for variable, at in gated.items()
+        }
         # For each axis of a value, the gated axes of parameters that it depends on.
-        self.slots: dict[int, dict[int, frozenset[Place]]] = {}
+        self.slots: dict[int, dict[int, int]] = {}
         self.signs: dict[int, Sign] = {}
         self.poles: list[tuple[Value, str]] = []
         self._live: dict[int, frozenset[Variable]] = {}
@@ -155,15 +161,14 @@ class _Reach:
             if not units:
                 continue
             there = self.slots.setdefault(id(other), {})
-            before = there.get(at, NOTHING)
-            there[at] = before.union(
-                *(
-                    more
-                    for place, more in slots.items()
-                    if leads(place, at) and units & self.live(one.axes[place])
-                )
-            )
-            news |= there[at] != before
+            before = after = there.get(at, 0)
+            for place, more in slots.items():
+                if leads(place, at) and not units.isdisjoint(
+                    self.live(one.axes[place])
+                ):
+                    after |= more
+            there[at] = after
+            news |= after != before
         return news
 
 
