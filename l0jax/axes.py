@@ -20,15 +20,17 @@ class Variable:
 
     Unification makes variables one (`same`) or finds that one is composed (`is_now`).
     Its `reasons` say why its units can't be removed, if they can't: each once, and not
-    more than `MOST_REASONS`. Parts that were cut from what is frozen share them.
+    more than `MOST_REASONS`. Parts that were cut from what is frozen share them. Of a
+    variable that `mixes`, what is computed at one position depends on others.
     """
 
-    __slots__ = ("is_now", "reasons", "same", "size")
+    __slots__ = ("is_now", "mixes", "reasons", "same", "size")
 
     def __init__(self, size: int):
         self.size = size
         self.same: Variable | None = None
         self.is_now: Type | None = None
+        self.mixes = False
         self.reasons: list[str] = []
 
     @property
@@ -129,9 +131,14 @@ def variables(of: Type) -> Iterator[Variable]:
             waiting.extend(reversed(parts(part)))
 
 
-def freeze(of: Type, *reasons: str) -> None:
-    """Marks all that a type is made of as not removable."""
+def freeze(of: Type, *reasons: str, mixes: bool = True) -> None:
+    """Marks all that a type is made of as not removable.
+
+    `mixes` says whether positions depend on one another there. If they don't, they may
+    still be the examples of a batch.
+    """
     for variable in variables(of):
+        variable.mixes |= mixes
         known = variable.reasons
         for why in reasons:
             if len(known) < MOST_REASONS and why not in known:
@@ -176,13 +183,14 @@ def _unified(a: Type, b: Type, why: str) -> Pairs:
 
 def _bind(a: Variable, b: Type, why: str) -> None:
     if isinstance(b, Variable):
-        freeze(b, *a.reasons)
+        freeze(b, *a.reasons, mixes=a.mixes)
         a.same = b
-    elif a.frozen:
+    elif a.mixes:
         freeze(b, *a.reasons)
     elif a in variables(b):
         freeze(b, why)
     else:
+        freeze(b, *a.reasons, mixes=False)
         a.is_now = b
 
 
@@ -338,14 +346,16 @@ def split(of: Type, sizes: Sequence[int]) -> list[Type] | None:
 
 
 def _parts(of: Variable, sizes: Sequence[int]) -> list[Type]:
-    """A variable's parts. What is frozen has other ones at each cut, which are frozen:
-    of what stays, nobody asks what it is made of."""
+    """A variable's parts. What mixes has other ones at each cut, which are frozen: of
+    what stays and is no batch, nobody asks what it is made of."""
     parts = [fresh(size) for size in sizes]
-    if of.frozen:
-        for part in variables(Sum(tuple(parts))):
-            part.reasons = of.reasons
+    whole = Sum(tuple(parts))
+    if of.mixes:
+        for part in variables(whole):
+            part.reasons, part.mixes = of.reasons, True
     else:
-        of.is_now = Sum(tuple(parts))
+        freeze(whole, *of.reasons, mixes=False)
+        of.is_now = whole
     return parts
 
 

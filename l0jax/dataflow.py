@@ -17,10 +17,10 @@ import jax
 import jax.extend
 from jaxtyping import Array, PyTree
 
-from l0jax.program import CALLS, bind, line_of
+from l0jax.program import CALLS, REMATS, bind, line_of
 from l0jax.units import arrays
 
-INLINED = tuple(name for name in CALLS if not name.startswith("custom_"))
+INLINED = (*CALLS, *REMATS)
 """Calls that are written out. Functions with derivatives of their own stay whole."""
 
 

@@ -122,7 +122,7 @@ def check_arrays(structure: Structure, params: PyTree) -> None:
 
 def _input_shapes(structure: Structure) -> tuple[Any, ...]:
     traced = structure.traced
-    leaves = [*structure.arrays.values(), *traced.given]
+    leaves = [*structure.arrays.values(), *traced.given.values()]
     return jax.tree.unflatten(traced.in_tree, leaves)[1:]
 
 

@@ -1,12 +1,20 @@
-"""A traced function evaluated again at other sizes.
+"""A traced function evaluated again without some of its units.
 
-Every size in a traced program has a type, so that all that depends on sizes (reshapes,
-broadcasts, slices, group counts, constants) is computed again from the units that are
-left. The result is an ordinary function of JAX: it can be jitted, differentiated and
-exported. Functions with custom derivatives are differentiated by their own code.
+Every axis in a traced program has a type, which says what of it is left, so that all
+that depends on sizes (reshapes, broadcasts, slices, group counts, tables) is computed
+again. The result is an ordinary function of JAX: it can be jitted, differentiated and
+exported, and functions with derivatives of their own keep these.
+
+Where a sum or a maximum runs over units that are not zero when they are closed but all
+alike (after a mean was taken from them, say), what is missing from it is one value
+times the number of units that are gone. It is computed on the side.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,12 +23,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, PyTree
 
-from l0jax import units
-from l0jax.axes import Type, Variable, positions, resolve, size, variables
-from l0jax.program import Line, Program, bind, constants_and_carries
-from l0jax.rules import Value
+from l0jax import reading, units
+from l0jax.axes import (
+    Sum,
+    Type,
+    Variable,
+    positions,
+    resolve,
+    size,
+    variables,
+)
+from l0jax.program import (
+    Line,
+    Program,
+    bind,
+    constants_and_carries,
+    is_backward,
+)
 from l0jax.structure import Structure
 from l0jax.units import Keep, arrays
+from l0jax.values import Value
 
 
 def narrow(
@@ -36,11 +58,13 @@ def narrow(
 
     Returns:
         `(small, small_params)`: `small(small_params, *inputs)` takes the same inputs as
-        the traced function, in batches of any size, and reads of them what is left.
+        the traced function, of any size for which that can be traced and has the same
+        units (it is traced again for each size), and reads of them what is left.
 
     Raises:
         ValueError: as `l0jax.shrink`; if a group was said by hand to lie where the
-            program can't lose units; and, when called, for inputs of another shape.
+            program can't lose units; and, when called, for inputs for which the
+            function can't be traced or has other units.
     """
     units.check_keep(keep, structure.groups)
     unknown = _lost_unknown(structure, keep)
@@ -52,20 +76,21 @@ def narrow(
             "closed gates to zero"
         )
     small_params = units.shrink(params, keep, structure.groups)
-    left = _Left(structure, keep)
 
     def small(params: PyTree, *inputs: PyTree) -> PyTree:
         _check_tree(structure, params, inputs)
-        sizes = left.with_batch(inputs)
-        given = [
-            _take(sizes, value, leaf, path)
-            for (path, value), leaf in zip(
-                structure.traced.inputs.items(), arrays(inputs).values(), strict=True
-            )
+        given = arrays(inputs)
+        now, left = _at(structure, keep, given)
+        _check_shapes(now, left, arrays(params))
+        cells = [
+            *(Cell(a, v, left) for a, v in _pair(arrays(params), now.params)),
+            *(
+                Cell(_taken(leaf, value, left), value, left)
+                for leaf, value in _pair(given, now.inputs)
+            ),
         ]
-        leaves = [*arrays(params).values(), *given]
-        results = _run(structure.traced.program, leaves, sizes)
-        return jax.tree.unflatten(structure.traced.out_tree, results)
+        results = [cell.cut for cell in _run(now.program, cells, left)]
+        return jax.tree.unflatten(now.out_tree, results)
 
     return small, small_params
 
@@ -80,7 +105,7 @@ def _lost_unknown(structure: Structure, keep: Keep) -> tuple[str, str, int] | No
     """A group, and an axis of an array that would lose other positions by what the
     group is said to lie in than the program can lose."""
     masks = units.positions_left(dict(structure.arrays), keep, structure.groups)
-    before, after = _Left(structure, {}), _Left(structure, keep)
+    before, after = left_of(structure, {}), left_of(structure, keep)
     for path, value in structure.traced.params.items():
         for at, axis in enumerate(value.axes):
             there = before.positions(axis)
@@ -101,7 +126,7 @@ def inputs_left(
     structure: Structure, keep: Keep
 ) -> dict[str, dict[int, Bool[np.ndarray, " positions"]]]:
     """Which positions of the inputs are still read: `{input: {axis: flags}}`."""
-    left = _Left(structure, keep)
+    left = left_of(structure, keep)
     return {
         path: {
             at: left.positions(axis)
@@ -113,74 +138,103 @@ def inputs_left(
     }
 
 
-class _Left:
-    """Sizes of variables after removal, and what positions of an axis are left."""
+@dataclass(frozen=True)
+class Left:
+    """What of each variable is left: flags of its positions, where some are gone, and
+    sizes that are not those of the types (while JAX exports for any)."""
 
-    def __init__(self, structure: Structure, keep: Keep):
-        def stays(name: str, unit: int) -> bool:
-            return unit >= 0 and (name not in keep or bool(keep[name][unit]))
-
-        self.structure = structure
-        self.kept: dict[Variable, np.ndarray] = {}
-        for variable, members in structure.traced.members.items():
-            flags = np.array([stays(*member) for member in members])
-            if not flags.all():
-                self.kept[variable] = flags
-        self.sizes = {
-            variable: int(flags.sum()) for variable, flags in self.kept.items()
-        }
-
-    def with_batch(self, inputs: PyTree) -> "_Left":
-        """With the sizes that the inputs have in this call."""
-        both = object.__new__(_Left)
-        both.structure, both.kept, both.sizes = (
-            self.structure,
-            self.kept,
-            {**self.sizes},
-        )
-        traced = self.structure.traced
-        for (path, value), leaf in zip(
-            traced.inputs.items(), arrays(inputs).values(), strict=True
-        ):
-            found = tuple(leaf.shape)
-            for axis, now in zip(value.axes, found, strict=False):
-                axis = resolve(axis)
-                # (An axis that was cut has parts, whose sizes its own doesn't tell.)
-                if isinstance(axis, Variable) and axis in traced.resizable:
-                    both.sizes[axis] = now
-            expected = tuple(
-                axis.size if self.changed([axis]) else both.size(axis)
-                for axis in value.axes
-            )
-            if found != expected:
-                raise ValueError(
-                    f"input {path!r} has shape {found}; the program was traced with "
-                    f"{value.shape}, of which {_free(value, traced.resizable)}"
-                )
-        return both
+    kept: Mapping[Variable, np.ndarray]
+    sizes: Mapping[Variable, Any] = dataclasses.field(default_factory=dict)
 
     def size(self, axis: Type) -> Any:
-        return size(axis, lambda variable: self.sizes.get(variable, variable.size))
-
-    def shape(self, value: Value) -> tuple[Any, ...]:
-        return tuple(self.size(axis) for axis in value.axes)
+        """The number of positions that are left of an axis."""
+        if not self.changed([axis]):
+            return size(axis, lambda v: self.sizes.get(v, v.size))
+        return size(
+            axis,
+            lambda v: (
+                int(self.kept[v].sum()) if v in self.kept else self.sizes.get(v, v.size)
+            ),
+        )
 
     def positions(self, axis: Type) -> np.ndarray:
-        return positions(
-            axis, lambda v: self.kept.get(v, np.ones(self.sizes.get(v, v.size), bool))
-        )
+        """Which positions of an axis are left."""
+        return positions(axis, lambda v: self.kept.get(v, np.ones(v.size, bool)))
 
     def changed(self, axes: Sequence[Type]) -> bool:
-        return any(
-            self.sizes.get(variable, variable.size) != variable.size
-            for axis in axes
-            for variable in variables(axis)
+        """Whether anything of these axes is gone."""
+        return any(v in self.kept for axis in axes for v in variables(axis))
+
+    def shape(self, value: Value, atom: Any) -> tuple[Any, ...]:
+        """The shape that is left of an array, of which the whole is `atom`'s."""
+        return tuple(
+            self.size(axis) if self.changed([axis]) else whole
+            for axis, whole in zip(value.axes, atom.aval.shape, strict=True)
         )
 
+    def only(self, axes: Sequence[Type]) -> "Left":
+        """With one closed position of each of some axes in the place of all others."""
+        kept = dict(self.kept)
+        for axis in axes:
+            gone = int(np.flatnonzero(~self.positions(axis))[0])
+            _choose(resolve(axis), gone, kept)
+        return Left(kept, self.sizes)
 
-def _free(value: Value, resizable: frozenset[Variable]) -> str:
-    free = [str(at) for at, axis in enumerate(value.axes) if resolve(axis) in resizable]
-    return f"axis {', '.join(free)} may have any size" if free else "no axis may differ"
+
+def _choose(axis: Type, position: int | None, kept: dict[Variable, np.ndarray]) -> None:
+    """Leaves one position of an axis, or none."""
+    if isinstance(axis, Variable):
+        kept[axis] = np.arange(axis.size) == (-1 if position is None else position)
+    elif isinstance(axis, Sum):
+        for part in axis.parts:
+            part = resolve(part)
+            inside = position is not None and 0 <= position < part.size
+            _choose(part, position if inside else None, kept)
+            position = None if position is None else position - part.size
+    else:
+        for factor in reversed(axis.factors):
+            at = None if position is None else position % factor.size
+            position = None if position is None else position // factor.size
+            _choose(resolve(factor), at, kept)
+
+
+def left_of(structure: Structure, keep: Keep) -> Left:
+    """What is left of the variables of the structure's own program."""
+    return _left(structure.traced, keep)
+
+
+def _left(found: reading.Traced, keep: Keep) -> Left:
+    def stays(name: str, unit: int) -> bool:
+        return unit >= 0 and (name not in keep or bool(keep[name][unit]))
+
+    kept = {}
+    for variable, members in found.members.items():
+        flags = np.array([stays(*member) for member in members])
+        if not flags.all():
+            kept[variable] = flags
+    return Left(kept)
+
+
+def _pair(leaves: Mapping[str, Any], values: Mapping[str, Value]):
+    return zip(leaves.values(), values.values(), strict=True)
+
+
+def _at(
+    structure: Structure, keep: Keep, given: Mapping[str, Any]
+) -> tuple[reading.Traced, Left]:
+    """The function at the sizes of a call, and what is left of it."""
+    now = reading.at_sizes(structure.traced, given)
+    return now, dataclasses.replace(_left(now, keep), sizes=now.sizes)
+
+
+def _check_shapes(now: reading.Traced, left: Left, params: Mapping[str, Any]) -> None:
+    for path, value in now.params.items():
+        expected = tuple(left.size(axis) for axis in value.axes)
+        if tuple(jnp.shape(params[path])) != expected:
+            raise ValueError(
+                f"parameter {path!r} has shape {jnp.shape(params[path])}; of what is "
+                f"kept it is {expected}"
+            )
 
 
 def _check_tree(structure: Structure, params: PyTree, inputs: PyTree) -> None:
@@ -193,94 +247,201 @@ def _check_tree(structure: Structure, params: PyTree, inputs: PyTree) -> None:
         )
 
 
-def _take(left: _Left, value: Value, leaf: Any, path: str) -> Any:
-    """An input, without the positions that nothing reads any more."""
-    for at, axis in enumerate(value.axes):
-        if any(variable in left.kept for variable in variables(axis)):
-            leaf = jnp.take(leaf, np.flatnonzero(left.positions(axis)), axis=at)
-    return leaf
-
-
 # ---------------------------------------------------------------- running a program
 
 
-def _run(program: Program, arguments: Sequence[Any], left: _Left) -> list[Any]:
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """An array while a program runs.
+
+    Attributes:
+        array: it; if its value is known, all of it, else what is left.
+        value: what is known of it.
+        left: for what it was computed.
+        again: computes it for something else; None for arguments.
+    """
+
+    array: Any
+    value: Value
+    left: Left
+    again: Callable[[Left], Any] | None = None
+
+    @property
+    def cut(self) -> Any:
+        """What is left of it."""
+        if self.value.known:
+            return _taken(self.array, self.value, self.left)
+        return self.array
+
+
+def _taken(array: Any, value: Value, left: Left) -> Any:
+    """An array that is whole, without the positions that are gone."""
+    for at, axis in enumerate(value.axes):
+        if left.changed([axis]):
+            array = jnp.take(array, np.flatnonzero(left.positions(axis)), axis=at)
+    return array
+
+
+def _for(cell: Cell, asked: Left) -> Any:
+    """An array for something else that is left than what it was computed for: of some
+    axes a closed position is asked for."""
+    value = cell.value
+    if value.known:
+        return _taken(cell.array, value, asked)
+    other = [
+        at for at, axis in enumerate(value.axes) if _differ(axis, cell.left, asked)
+    ]
+    if not other:
+        return cell.array
+    if any(value.zeros[at].slots and not value.zeros[at].within for at in other):
+        shape = [
+            asked.size(axis) if at in other else cell.array.shape[at]
+            for at, axis in enumerate(value.axes)
+        ]
+        return jnp.zeros(shape, cell.array.dtype)
+    if cell.again is None:
+        raise AssertionError("closed units were said to be alike where they aren't")
+    return cell.again(asked)
+
+
+def _differ(axis: Type, left: Left, asked: Left) -> bool:
+    return any(left.kept.get(v) is not asked.kept.get(v) for v in variables(axis))
+
+
+def _run(program: Program, arguments: Sequence[Cell], left: Left) -> list[Cell]:
     jaxpr = program.jaxpr
-    constants = [
-        _constant(left, value, constant)
-        for value, constant in zip(program.ins, program.constants, strict=False)
+    inside = [
+        Cell(array, value, left)
+        for array, value in zip(program.constants, program.ins, strict=False)
     ]
     names = [*jaxpr.constvars, *jaxpr.invars]
-    found = dict(zip(names, [*constants, *arguments], strict=True))
+    found = dict(zip(names, [*inside, *arguments], strict=True))
 
-    def read(atom, value):
+    def cell_of(atom, value):
         if isinstance(atom, jax.extend.core.Literal):
-            return _constant(left, value, atom.val)
+            return Cell(atom.val, value, left)
         return found[atom]
 
     for line in program.lines:
         given = [
-            read(atom, value)
+            cell_of(atom, value)
             for atom, value in zip(line.eqn.invars, line.ins, strict=True)
         ]
         found.update(zip(line.eqn.outvars, _line(line, given, left), strict=True))
     return [
-        read(atom, value)
+        cell_of(atom, value)
         for atom, value in zip(jaxpr.outvars, program.outs, strict=True)
     ]
 
 
-def _constant(left: _Left, value: Value, constant: Any) -> Any:
-    for at, axis in enumerate(value.axes):
-        if left.changed([axis]):
-            constant = np.asarray(constant).take(
-                np.flatnonzero(left.positions(axis)), axis=at
-            )
-    return constant
+def _line(line: Line, given: Sequence[Cell], left: Left) -> Sequence[Cell]:
+    name = line.eqn.primitive.name
+    if not _differs(line, left) or (
+        not line.inner and all(value.known for value in line.outs)
+    ):
+        whole = bind(line.eqn, [cell.array for cell in given])
+        return [Cell(a, v, left) for a, v in zip(whole, line.outs, strict=True)]
+    if line.inner and name not in RUN and line.derivative is None:
+        # A call: what it computes is known inside as it is outside.
+        return _run(line.inner[0], given, left)
+
+    def again(at: int, asked: Left) -> Any:
+        return _compute(line, [_for(cell, asked) for cell in given], asked, given)[at]
+
+    computed = _compute(line, [cell.cut for cell in given], left, given)
+    return [
+        Cell(array, value, left, functools.partial(again, at))
+        for at, (array, value) in enumerate(zip(computed, line.outs, strict=True))
+    ]
 
 
-def _line(line: Line, given: Sequence[Any], left: _Left) -> Sequence[Any]:
-    eqn = line.eqn
-    if not _differs(line, left):
-        return bind(eqn, given)
-    name = eqn.primitive.name
+def _compute(
+    line: Line, given: Sequence[Any], left: Left, cells: Sequence[Cell]
+) -> Sequence[Any]:
+    """What an equation gives of arrays as they are left; `cells` gives them for other
+    things that are left."""
+    name = line.eqn.primitive.name
+    if line.derivative is not None:
+        return _custom(line, given, left)
     if name in RUN:
         return RUN[name](line, given, left)
-    if line.inner:
-        return _run(line.inner[0], given, left)
+    if name in ALIKE:
+        return [_reduced(line, given[0], left, cells[0])]
     changes = SIZES[name](line, given, left) if name in SIZES else {}
-    return bind(eqn, given, changes)
+    return bind(line.eqn, given, changes)
 
 
-def _differs(line: Line, left: _Left) -> bool:
+def _differs(line: Line, left: Left) -> bool:
     """Whether any size differs from the traced one, within the line too."""
     return any(left.changed(value.axes) for value in (*line.ins, *line.outs)) or any(
         _differs(inner, left) for program in line.inner for inner in program.lines
     )
 
 
+# Reductions over units that are alike when they are closed.
+
+ALIKE: dict[str, Callable[[Any, Any, int], Any]] = {
+    "reduce_sum": lambda total, one, times: total + one * jnp.asarray(times, one.dtype),
+    "reduce_max": lambda total, one, times: jnp.maximum(total, one),
+    "reduce_min": lambda total, one, times: jnp.minimum(total, one),
+}
+
+
+def _reduced(line: Line, array: Any, left: Left, cell: Cell) -> Any:
+    """A reduction, and of each axis that lost units what the lost ones add to it."""
+    (value, *_), name = line.ins, line.eqn.primitive.name
+    axes = [
+        value.axes[at]
+        for at in line.eqn.params["axes"]
+        if left.changed([value.axes[at]])
+        and not (name == "reduce_sum" and value.zeros[at].slots)
+    ]
+    total = None
+    for number in range(len(axes) + 1):
+        for closed in itertools.combinations(axes, number):
+            times = 1
+            for axis in closed:
+                flags = left.positions(axis)
+                times *= len(flags) - int(flags.sum())
+            if not times:
+                continue
+            part = _for(cell, left.only(closed)) if closed else array
+            if name != "reduce_sum" and 0 in part.shape:
+                continue
+            (found,) = bind(line.eqn, [part])
+            total = found if total is None else ALIKE[name](total, found, times)
+    assert total is not None
+    return total
+
+
 # Parameters of primitives that hold sizes, at the sizes of this call.
 
-Sizes = Callable[[Line, Sequence[Any], _Left], dict[str, Any]]
+Sizes = Callable[[Line, Sequence[Any], Left], dict[str, Any]]
 
 
 def _out(name: str) -> Sizes:
-    return lambda line, given, left: {name: left.shape(line.outs[0])}
+    return lambda line, given, left: {
+        name: left.shape(line.outs[0], line.eqn.outvars[0])
+    }
 
 
 def _slice(line, given, left):
     starts, limits = [], []
-    for axis, start, limit in zip(
+    params = line.eqn.params
+    strides = params["strides"] or (1,) * len(params["start_indices"])
+    for axis, start, limit, stride in zip(
         line.ins[0].axes,
-        line.eqn.params["start_indices"],
-        line.eqn.params["limit_indices"],
+        params["start_indices"],
+        params["limit_indices"],
+        strides,
         strict=True,
     ):
-        if (start, limit) == (0, axis.size):
-            limit = left.size(axis)
-        elif left.changed([axis]):
-            flags = left.positions(axis)
-            start, limit = int(flags[:start].sum()), int(flags[:limit].sum())
+        if left.changed([axis]):
+            if stride != 1:  # one position of each row of `stride`
+                limit = left.size(axis)
+            else:
+                flags = left.positions(axis)
+                start, limit = int(flags[:start].sum()), int(flags[:limit].sum())
         starts.append(start)
         limits.append(limit)
     return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
@@ -301,42 +462,76 @@ def _pad(line, given, left):
 
 def _split(line, given, left):
     at = line.eqn.params["axis"]
-    return {"sizes": tuple(left.size(out.axes[at]) for out in line.outs)}
-
-
-def _gather(line, given, left):
-    axes = line.ins[0].axes
     return {
-        "slice_sizes": tuple(
-            left.size(axis) if traced == axis.size else traced
-            for axis, traced in zip(axes, line.eqn.params["slice_sizes"], strict=True)
+        "sizes": tuple(
+            left.shape(out, atom)[at]
+            for out, atom in zip(line.outs, line.eqn.outvars, strict=True)
         )
     }
 
 
-def _convolution(line, given, left):
-    numbers = line.eqn.params["dimension_numbers"]
-    x, kernel = given
-    channels, inside = x.shape[numbers.lhs_spec[1]], kernel.shape[numbers.rhs_spec[1]]
-    if line.eqn.params["feature_group_count"] == 1:
-        return {}
-    return {"feature_group_count": channels // inside}
+def _tile(line, given, left):
+    whole = left.shape(line.outs[0], line.eqn.outvars[0])
+    return {
+        "reps": tuple(
+            now // had if had else times
+            for now, had, times in zip(
+                whole, given[0].shape, line.eqn.params["reps"], strict=True
+            )
+        )
+    }
+
+
+def _gather(line, given, left):
+    axes, whole = line.ins[0].axes, line.eqn.invars[0].aval.shape
+    return {
+        "slice_sizes": tuple(
+            left.size(axis) if traced == full and left.changed([axis]) else traced
+            for axis, full, traced in zip(
+                axes, whole, line.eqn.params["slice_sizes"], strict=True
+            )
+        )
+    }
+
+
+def _dynamic_slice(line, given, left):
+    return {"slice_sizes": left.shape(line.outs[0], line.eqn.outvars[0])}
 
 
 SIZES: dict[str, Sizes] = {
     "broadcast_in_dim": _out("shape"),
     "reshape": _out("new_sizes"),
-    "iota": _out("shape"),
-    "dynamic_slice": _out("slice_sizes"),
+    "dynamic_slice": _dynamic_slice,
     "slice": _slice,
     "pad": _pad,
     "split": _split,
+    "tile": _tile,
     "gather": _gather,
-    "conv_general_dilated": _convolution,
 }
 
 
-# Loops and branches.
+def _convolution(line, given, left):
+    (out,), (atom,) = line.outs, line.eqn.outvars
+    shape = left.shape(out, atom)
+    x, kernel = given
+    if 0 in (*x.shape, *kernel.shape, *shape):
+        return [jnp.zeros(shape, atom.aval.dtype)]
+    numbers = line.eqn.params["dimension_numbers"]
+    changes = {}
+    if line.eqn.params["feature_group_count"] != 1:
+        channels = x.shape[numbers.lhs_spec[1]]
+        changes["feature_group_count"] = channels // kernel.shape[numbers.rhs_spec[1]]
+    return bind(line.eqn, given, changes)
+
+
+# Loops, branches, and functions that are differentiated in their own way.
+
+
+def _arrays(program: Program, given: Sequence[Any], left: Left) -> list[Any]:
+    """What a program gives, of arrays whose values are its arguments'."""
+    values = program.ins[len(program.constants) :]
+    cells = [Cell(a, value, left) for a, value in zip(given, values, strict=True)]
+    return [cell.cut for cell in _run(program, cells, left)]
 
 
 def _scan(line, given, left):
@@ -345,7 +540,7 @@ def _scan(line, given, left):
     fixed = given[:consts]
 
     def turn(carry, row):
-        results = _run(body, [*fixed, *carry, *row], left)
+        results = _arrays(body, [*fixed, *carry, *row], left)
         return results[:carried], results[carried:]
 
     carry, rows = jax.lax.scan(
@@ -364,22 +559,85 @@ def _while(line, given, left):
     tested = line.eqn.params["cond_nconsts"]
     turned = tested + line.eqn.params["body_nconsts"]
     return jax.lax.while_loop(
-        lambda carry: _run(test, [*given[:tested], *carry], left)[0],
-        lambda carry: _run(body, [*given[tested:turned], *carry], left),
+        lambda carry: _arrays(test, [*given[:tested], *carry], left)[0],
+        lambda carry: _arrays(body, [*given[tested:turned], *carry], left),
         list(given[turned:]),
     )
 
 
 def _cond(line, given, left):
     branches = [
-        lambda *values, program=program: _run(program, values, left)
+        lambda *values, program=program: _arrays(program, values, left)
         for program in line.inner
     ]
     return jax.lax.switch(given[0], branches, *given[1:])
 
 
-RUN: dict[str, Callable[[Line, Sequence[Any], _Left], Sequence[Any]]] = {
+def _remat(line, given, left):
+    params = line.eqn.params
+    run = functools.partial(_arrays, line.inner[0], left=left)
+    again = jax.checkpoint(
+        lambda *given: run(given),
+        prevent_cse=params["prevent_cse"],
+        policy=params["policy"],
+    )
+    return again(*given)
+
+
+def _custom(line, given, left):
+    """A function with its own derivative, which is one of fewer units too."""
+    derivative, (program,) = line.derivative, line.inner
+    moving = derivative.moving
+    count = len(line.outs)
+
+    def primal(*args):
+        return _arrays(program, args, left)
+
+    if derivative.fails:
+
+        def refuse(*_):
+            raise ValueError(derivative.fails)
+
+        function = jax.custom_vjp(primal)
+        function.defvjp(refuse, refuse)
+    elif is_backward(line.eqn):
+        first, second = derivative.programs
+        reals = [jnp.issubdtype(o.aval.dtype, jnp.inexact) for o in line.eqn.outvars]
+
+        def forward(*args):
+            found = _arrays(first, args, left)
+            return found[:count], found[count:]
+
+        def backward(remembered, cotangents):
+            moved = [c for c, real in zip(cotangents, reals, strict=True) if real]
+            found = iter(_arrays(second, [*remembered, *moved], left))
+            return tuple(next(found) if moves else None for moves in moving)
+
+        function = jax.custom_vjp(primal)
+        function.defvjp(forward, backward)
+    else:
+        (rule,) = derivative.programs
+
+        def tangent(primals, tangents):
+            moved = [t for t, moves in zip(tangents, moving, strict=True) if moves]
+            found = _arrays(rule, [*primals, *moved], left)
+            results, rest = found[:count], iter(found[count:])
+            return results, [
+                next(rest)
+                if jnp.issubdtype(r.dtype, jnp.inexact)
+                else np.zeros(r.shape, jax.dtypes.float0)
+                for r in results
+            ]
+
+        function = jax.custom_jvp(primal)
+        function.defjvp(tangent)
+    return function(*given)
+
+
+RUN: dict[str, Callable[[Line, Sequence[Any], Left], Sequence[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "conv_general_dilated": _convolution,
+    **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
 }

@@ -19,9 +19,10 @@ import numpy as np
 
 from l0jax.axes import Type, Variable, freeze, variables
 from l0jax.program import Line, Program, constants_and_carries
-from l0jax.rules import NARY, REDUCTIONS, SAME, UNARY, Value, names
+from l0jax.rules import NARY, REDUCTIONS, SAME, UNARY, names
+from l0jax.values import Place, Value
 
-Place = tuple[str, int]
+NOTHING: frozenset[Place] = frozenset()
 
 
 class Sign(enum.IntEnum):
@@ -132,15 +133,25 @@ class _Reach:
             for out in line.outs:
                 if any(out is value for value in line.ins):  # handed on as it is
                     continue
-                self.signs[id(out)] = _sign(line.eqn, signs)
+                self.signs[id(out)] = self._sign(line, out, signs)
                 for at, value in enumerate(line.ins):
                     self._flow(value, out, _leads(line.eqn, at))
+
+    @staticmethod
+    def _sign(line: Line, out: Value, signs: Sequence[Sign]) -> Sign:
+        if out.number is not None:
+            return _sign_of(out.number)
+        if line.eqn.primitive.name == "select_n" and line.ins[0].number is not None:
+            return signs[1 + int(line.ins[0].number)]
+        return _sign(line.eqn, signs)
 
     def _run(self, line: Line) -> None:
         """Programs within the equation: loops until nothing more is reached."""
         into, again, out = _ways(line)
         for one, other in into:
             self._flow(one, other)
+        if not again:
+            self._hand_on(into)
         more = True
         while more:
             for program in line.inner:
@@ -148,6 +159,16 @@ class _Reach:
             more = any([self._flow(one, other) for one, other in again])
         for one, other in out:
             self._flow(one, other)
+        if not again:
+            self._hand_on(out)
+
+    def _hand_on(self, pairs: "Ways") -> None:
+        """Signs of values go over to others that are the one or the other of them."""
+        found: dict[int, Sign] = {}
+        for one, other in pairs:
+            sign = self.signs.get(id(one), Sign.ANY)
+            found[id(other)] = min(sign, found.get(id(other), sign))
+        self.signs.update(found)
 
     def _flow(self, one: Value, other: Value, leads: Leads = _anywhere) -> bool:
         """What reaches one value reaches another that is made of it, along axes of the
@@ -177,7 +198,7 @@ Ways = Iterable[tuple[Value, Value]]
 
 def _ways(line: Line) -> tuple[Ways, Ways, Ways]:
     """Pairs of values: into the programs of an equation, from one turn to the next, and
-    out. What a program reads as it is, is one value inside and outside."""
+    out."""
     eqn, ins, inner = line.eqn, line.ins, line.inner
     if eqn.primitive.name == "scan":
         consts, carried = constants_and_carries(eqn)
@@ -187,8 +208,16 @@ def _ways(line: Line) -> tuple[Ways, Ways, Ways]:
         begin = ins[eqn.params["cond_nconsts"] + consts :]
         carried = len(begin)
     else:
+        # What a program reads as it is, is one value inside and outside.
+        given = ins[1:] if eqn.primitive.name == "cond" else ins
         return (
-            (),
+            [
+                pair
+                for program in inner
+                for pair in zip(
+                    given, program.ins[len(program.constants) :], strict=True
+                )
+            ],
             (),
             [
                 pair
@@ -259,7 +288,7 @@ def _sign_of(constant: Any) -> Sign:
 # What gives numbers that are there already.
 MOVES = SAME | names(
     "broadcast_in_dim concatenate cummax cummin expand_dims pad reduce_max reduce_min "
-    "reshape rev slice sort split squeeze tile transpose unstack"
+    "reshape rev slice sort split squeeze stack tile transpose unstack"
 )
 # Functions whose value has the sign of their argument, and sums and products of it.
 KEEPS_SIGN = names(
@@ -282,7 +311,10 @@ def _sign(eqn: Any, signs: Sequence[Sign]) -> Sign:
     elif name == "select_n":
         found = min(signs[1:])
     elif name in ("dynamic_slice", "gather"):  # which may give zero outside of it
+        filled = eqn.params.get("fill_value")
         found = min(signs[0], Sign.NOT_NEGATIVE)
+        if filled is not None and filled < 0:
+            found = Sign.ANY
     elif low is Sign.INFINITE or any(_is_complex(aval) for aval in avals):
         found = Sign.NOT_NEGATIVE if name == "abs" else Sign.ANY
     elif name in ALWAYS_POSITIVE:

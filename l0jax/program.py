@@ -8,16 +8,28 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
 from l0jax.axes import freeze, unify
-from l0jax.rules import NEVER, RULES, Contraction, Reading, Value, frozen, new, opaque
+from l0jax.rules import NARY, RULES, UNARY, frozen
+from l0jax.values import (
+    COTANGENT,
+    NEVER,
+    Contraction,
+    Reading,
+    Value,
+    Zeros,
+    constant,
+    new,
+    opaque,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Line:
         outs: the values that it writes.
         inner: the programs that it runs, if it runs any.
         where: the primitive and the line of the user's code.
+        derivative: of a function that has one of its own.
     """
 
     eqn: Any
@@ -37,6 +50,32 @@ class Line:
     outs: tuple[Value, ...]
     inner: tuple["Program", ...]
     where: str
+    derivative: "Derivative | None" = None
+
+
+@dataclass(eq=False)
+class Derivative:
+    """What the author of a function says is its derivative, as programs.
+
+    Forward (`custom_jvp`): arguments and tangents of those that move, to results and
+    their tangents. Backward (`custom_vjp`): arguments to results and what is
+    remembered; then that and cotangents, to cotangents of the arguments that move.
+
+    Attributes:
+        moving: which arguments are differentiated by: those that hold real numbers.
+        texts: the programs as text, by which one within another is known to be it.
+        ins, outs: values of the call.
+        programs: one program forward, or two backward. Filled in when they are read,
+            for a rule may call the function itself.
+        fails: why there are none, if the rule could not be traced.
+    """
+
+    moving: tuple[bool, ...]
+    texts: tuple[str, ...]
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    programs: list["Program"] = field(default_factory=list)
+    fails: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,13 +95,13 @@ def read(
     """Reads a jaxpr, closed over constants or without any, called in line `caller`."""
     jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
     # The arguments of jaxprs without constants may still come first as `constvars`.
-    inside = [_constant(reading, constant) for constant in constants]
+    inside = [constant(each) for each in constants]
     given = [*inside, *values]
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
 
     def value_of(atom):
         if isinstance(atom, jax.extend.core.Literal):
-            return _constant(reading, atom.val)
+            return constant(atom.val)
         return known[atom]
 
     lines = []
@@ -73,24 +112,46 @@ def read(
         line = line_of(eqn) or caller
         reading.where = where = f"{name} at {line or 'an unknown line'}"
         inner: tuple[Program, ...] = ()
-        if name in RULES:
+        derivative = None
+        if name not in CALLS and not eqn.effects and all(v.known for v in ins):
+            outs = _known(eqn, ins)
+        elif name in RULES:
             outs = RULES[name](reading, eqn, ins)
         elif name in RUNS:
             outs, inner = RUNS[name](reading, eqn, ins, line)
+        elif name in CUSTOM:
+            outs, inner, derivative = _custom(reading, eqn, ins, line)
         else:
             reading.unknown.setdefault(name, line or "an unknown line")
             reading.where = f"no rule for {reading.where}"
             outs = frozen(reading, eqn, ins)
         known.update(zip(eqn.outvars, outs, strict=True))
-        lines.append(Line(eqn, tuple(ins), tuple(outs), inner, where))
+        lines.append(Line(eqn, tuple(ins), tuple(outs), inner, where, derivative))
     outs = tuple(value_of(atom) for atom in jaxpr.outvars)
     return Program(jaxpr, tuple(constants), tuple(given), tuple(lines), outs)
 
 
-def _constant(reading: Reading, constant: Any) -> Value:
-    value = new(np.shape(constant), data=False)
-    reading.constants.append(value)
-    return value
+MOVES_NUMBERS = ("broadcast_in_dim", "reshape", "convert_element_type")
+
+
+def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
+    """Values that depend on no argument of the program: tables, masks, counts."""
+    outs = [
+        new(getattr(out.aval, "shape", ()), data=False, known=True)
+        for out in eqn.outvars
+    ]
+    numbers = [value.number for value in ins]
+    if not numbers or any(number is None for number in numbers):
+        return outs
+    if eqn.primitive.name in MOVES_NUMBERS:
+        number = np.asarray(numbers[0]).astype(eqn.outvars[0].aval.dtype)[()]
+    elif eqn.primitive.name in UNARY | NARY and not outs[0].axes:
+        with jax.ensure_compile_time_eval():
+            (number,) = bind(eqn, [*map(jnp.asarray, numbers)])
+        number = np.asarray(number)[()]
+    else:
+        return outs
+    return [dataclasses.replace(outs[0], number=number)]
 
 
 def line_of(eqn: Any) -> str:
@@ -132,9 +193,51 @@ def _meet(reading: Reading, before: Sequence[Value], after: Sequence[Value]) -> 
             unify(x, y, reading.where)
 
 
-def _forget(value: Value) -> Value:
-    """What a loop changes: zeros that held before it need not hold after a turn."""
-    return Value(value.axes, (NEVER,) * len(value.axes), value.data)
+def _inside(value: Value) -> Value:
+    """An argument of a program that is differentiated, or comes round: cut to what is
+    left, and alike at closed units only where it is zero."""
+    return dataclasses.replace(value, known=False, number=None, even=())
+
+
+def _carried(value: Value, zeros: tuple[Zeros, ...]) -> Value:
+    """What a loop changes: what held before it need not hold after a turn."""
+    return Value(value.axes, zeros, value.data)
+
+
+def _common_zeros(before: Value, after: Value) -> tuple[Zeros, ...]:
+    """What makes both of two values zero, the one before a turn and the one after."""
+    return tuple(
+        NEVER
+        if not a.slots or not b.slots or a.within or b.within
+        else Zeros(a.slots | b.slots)
+        for a, b in zip(before.zeros, after.zeros, strict=True)
+    )
+
+
+def _round(
+    reading: Reading,
+    start: Sequence[Value],
+    turn: Callable[[Reading, list[Value]], Sequence[Value]],
+) -> list[Value]:
+    """What comes round in a loop: with zeros where they are zero to begin with, and
+    after each turn if they were before it.
+
+    Args:
+        reading: what is collected; the turns that are tried are read aside.
+        start: values before the first turn.
+        turn: reads the loop's body for given values, and gives those after it.
+    """
+    zeros = [value.zeros for value in start]
+    for _ in range(3):
+        if not any(one.slots for each in zeros for one in each):
+            break
+        carry = [_carried(v, z) for v, z in zip(start, zeros, strict=True)]
+        found = turn(reading.aside(), carry)
+        common = [_common_zeros(a, b) for a, b in zip(carry, found, strict=True)]
+        if common == zeros:
+            return carry
+        zeros = common
+    return [_carried(value, (NEVER,) * len(value.axes)) for value in start]
 
 
 def constants_and_carries(scan: Any) -> tuple[int, int]:
@@ -149,7 +252,6 @@ def _scan(reading, eqn, values, line):
     consts, carried = constants_and_carries(eqn)
     where, length = reading.where, eqn.params["length"]
     loop = f"{where}: a loop runs over it"
-    carry = [*map(_forget, values[consts : consts + carried])]
     stacked = values[consts + carried :]
     for value in stacked:
         freeze(value.axes[0], loop)
@@ -159,21 +261,31 @@ def _scan(reading, eqn, values, line):
             axes=value.axes[1:],
             zeros=value.zeros[1:],
             parts=value.parts * length,
-            summed=(),
+            even=(),
         )
         for value in stacked
     ]
-    times = reading.times
-    reading.times *= length
-    given = [*values[:consts], *carry, *rows]
-    program = read(reading, eqn.params["jaxpr"], given, line)
-    reading.times = times
-    reading.where = where
+
+    def body(reading, carry):
+        times = reading.times
+        reading.times *= length
+        given = [*values[:consts], *carry, *rows]
+        program = read(reading, eqn.params["jaxpr"], given, line)
+        reading.times, reading.where = times, where
+        return program
+
+    def turn(aside, carry):
+        found = body(aside, carry).outs[:carried]
+        _meet(reading, carry, found)
+        return found
+
+    carry = _round(reading, values[consts : consts + carried], turn)
+    program = body(reading, carry)
     found = program.outs
     _meet(reading, carry, found[:carried])
     (along,) = opaque((length,), loop).axes
     outs = [
-        *map(_forget, found[:carried]),
+        *(_carried(v, c.zeros) for v, c in zip(found[:carried], carry, strict=True)),
         *(Value((along, *v.axes), (NEVER, *v.zeros), v.data) for v in found[carried:]),
     ]
     return outs, (program,)
@@ -182,13 +294,21 @@ def _scan(reading, eqn, values, line):
 def _while(reading, eqn, values, line):
     tested, turned = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     where = reading.where
-    carry = [*map(_forget, values[tested + turned :])]
-    test = read(reading, eqn.params["cond_jaxpr"], [*values[:tested], *carry], line)
     given = values[tested : tested + turned]
+
+    def turn(aside, carry):
+        found = read(aside, eqn.params["body_jaxpr"], [*given, *carry], line).outs
+        reading.where = where
+        _meet(reading, carry, found)
+        return found
+
+    carry = _round(reading, values[tested + turned :], turn)
+    test = read(reading, eqn.params["cond_jaxpr"], [*values[:tested], *carry], line)
     body = read(reading, eqn.params["body_jaxpr"], [*given, *carry], line)
     reading.where = where
     _meet(reading, carry, body.outs)
-    return [*map(_forget, body.outs)], (test, body)
+    outs = [_carried(v, c.zeros) for v, c in zip(body.outs, carry, strict=True)]
+    return outs, (test, body)
 
 
 def _cond(reading, eqn, values, line):
@@ -201,9 +321,19 @@ def _cond(reading, eqn, values, line):
     reading.where = where
     # A network costs what its costliest branch does.
     reading.contractions = before + max(costs, key=_multiply_accumulates)
+    outs = [_carried(value, value.zeros) for value in programs[0].outs]
     for other in programs[1:]:
         _meet(reading, programs[0].outs, other.outs)
-    return [*map(_forget, programs[0].outs)], tuple(programs)
+        outs = [
+            _carried(one, _common_zeros(one, value))
+            for one, value in zip(outs, other.outs, strict=True)
+        ]
+    return outs, tuple(programs)
+
+
+def _remat(reading, eqn, values, line):
+    program = read(reading, eqn.params["jaxpr"], [*map(_inside, values)], line)
+    return [*map(_inside, program.outs)], (program,)
 
 
 def _multiply_accumulates(contractions: Sequence[Contraction]) -> int:
@@ -213,21 +343,155 @@ def _multiply_accumulates(contractions: Sequence[Contraction]) -> int:
     )
 
 
-CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-)
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMATS = ("remat", "remat2", "checkpoint")
 RUNS: dict[str, Runs] = {
     **dict.fromkeys(CALLS, _call),
+    **dict.fromkeys(REMATS, _remat),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
 }
+
+
+# ------------------------------------------------------- functions with own derivatives
+
+CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def _custom(reading, eqn, values, line):
+    """A function and the derivative that it has of its own, which is read too: it may
+    ask of axes what the function does not."""
+    where = reading.where
+    given = [*map(_inside, values)]
+    program = _call(reading, eqn, given, line)[1][0]
+    outs = [*map(_inside, program.outs)]
+    reading.where = where
+    derivative = _derivative(reading, eqn, given, outs, line)
+    reading.where = where
+    return outs, (program,), derivative
+
+
+def is_backward(eqn: Any) -> bool:
+    """Whether the derivative is one of cotangents."""
+    return eqn.primitive.name != "custom_jvp_call"
+
+
+def rules_of(eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
+    """The programs of an equation's own derivative."""
+    return (backward_rule if is_backward(eqn) else forward_rule)(eqn, moving)
+
+
+def _derivative(reading, eqn, given, outs, line) -> Derivative:
+    moving = tuple(jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars)
+    try:
+        jaxprs = rules_of(eqn, moving)
+    except Exception as error:  # the user's code, which may raise what it likes
+        found = Derivative(moving, (), tuple(given), tuple(outs))
+        found.fails = f"{reading.where}: its derivative can't be traced: {error}"
+        return found
+    texts = tuple(str(jaxpr) for jaxpr in jaxprs)
+    for one in reading.derivatives:
+        if one.texts == texts:
+            # The rule calls the function itself, whose derivative is this one.
+            for before, after in ((one.ins, given), (one.outs, outs)):
+                _meet(reading, before, after)
+            return one
+    found = Derivative(moving, texts, tuple(given), tuple(outs))
+    aside = reading.aside()
+    aside.derivatives = [*reading.derivatives, found]
+    moved = [v for v, moves in zip(given, moving, strict=True) if moves]
+    if is_backward(eqn):
+        first = read(aside, jaxprs[0], given, line)
+        found.programs.append(first)
+        _meet(reading, outs, first.outs[: len(outs)])
+        cotangents = [
+            Value(v.axes, (Zeros(frozenset({COTANGENT})),) * len(v.axes), data=True)
+            for v, out in zip(outs, eqn.outvars, strict=True)
+            if jnp.issubdtype(out.aval.dtype, jnp.inexact)
+        ]
+        remembered = [*map(_inside, first.outs[len(outs) :])]
+        second = read(aside, jaxprs[1], [*remembered, *cotangents], line)
+        found.programs.append(second)
+        _meet(reading, moved, second.outs)
+    else:
+        program = read(aside, jaxprs[0], [*given, *moved], line)
+        found.programs.append(program)
+        _meet(reading, outs, program.outs[: len(outs)])
+        _meet(reading, _real(outs, eqn), program.outs[len(outs) :])
+    reading.checks += [*aside.uses, *aside.checks]
+    reading.merged += aside.merged
+    return found
+
+
+def _real(outs: Sequence[Value], eqn: Any) -> list[Value]:
+    """Those that hold real or complex numbers, and so have tangents."""
+    return [
+        value
+        for value, out in zip(outs, eqn.outvars, strict=True)
+        if jnp.issubdtype(out.aval.dtype, jnp.inexact)
+    ]
+
+
+def _shapes(atoms: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in atoms]
+
+
+def _of_moving(eqn: Any, args: Sequence[Any], moving: Sequence[bool]):
+    """The equation as a function of the arguments that move, and these."""
+
+    def function(*moved):
+        rest = iter(moved)
+        given = [
+            next(rest) if moves else a for a, moves in zip(args, moving, strict=True)
+        ]
+        return [*bind(eqn, given)]
+
+    return function, [a for a, moves in zip(args, moving, strict=True) if moves]
+
+
+def _inexact(arrays: Sequence[Any]) -> list[Any]:
+    return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+
+def forward_rule(eqn: Any, moving: Sequence[bool]) -> tuple[Any]:
+    """The program `(*args, *tangents) -> (*results, *tangents)` of an equation."""
+    count = len(moving)
+
+    def rule(*both):
+        function, moved = _of_moving(eqn, both[:count], moving)
+        results, tangents = jax.jvp(function, tuple(moved), tuple(both[count:]))
+        return (*results, *_inexact(tangents))
+
+    moved = [a for a, moves in zip(eqn.invars, moving, strict=True) if moves]
+    return (jax.make_jaxpr(rule)(*_shapes(eqn.invars), *_shapes(moved)),)
+
+
+def backward_rule(eqn: Any, moving: Sequence[bool]) -> tuple[Any, Any]:
+    """The programs `(*args) -> (*results, *remembered)` and `(*remembered,
+    *cotangents) -> (*cotangents)` of an equation."""
+    trees = []
+
+    def first(*args):
+        function, moved = _of_moving(eqn, args, moving)
+        results, pull = jax.vjp(function, *moved)
+        remembered, tree = jax.tree.flatten(pull)
+        trees.append(tree)
+        return (*results, *remembered)
+
+    one, shapes = jax.make_jaxpr(first, return_shape=True)(*_shapes(eqn.invars))
+    remembered = shapes[len(eqn.outvars) :]
+
+    def second(*both):
+        given = iter(both[len(remembered) :])
+        cotangents = [
+            next(given)
+            if jnp.issubdtype(out.aval.dtype, jnp.inexact)
+            else np.zeros(out.aval.shape, jax.dtypes.float0)
+            for out in eqn.outvars
+        ]
+        pull = jax.tree.unflatten(trees[-1], both[: len(remembered)])
+        return [*pull(cotangents)]
+
+    real = [o for o in eqn.outvars if jnp.issubdtype(o.aval.dtype, jnp.inexact)]
+    return one, jax.make_jaxpr(second)(*remembered, *_shapes(real))

@@ -2,120 +2,35 @@
 
 A rule gets the values that an equation reads and gives those that it writes. It unifies
 the axes that the primitive forces to agree, freezes those of which no position can go
-without changing the others, and notes where an axis is *used*: contracted with
-parameters, where the gates of its units belong. A primitive without a rule freezes all
+without changing the others, and notes where an axis is *used*: summed over, so that
+gates belong where they make what is summed zero. A primitive without a rule freezes all
 that it touches. What a rule allows to be removed, it has proved removable.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from l0jax.axes import ONE, Product, Sum, Type, freeze, fresh, split, unify
-
-# ------------------------------------------------------------------------- values
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Which axes of which parameters, if zero at some units, make a value zero there.
-
-    The value is zero at a unit where all those are zero in which the unit lies.
-
-    Attributes:
-        slots: (path, axis) of parameters; empty if nothing is known.
-        within: the parts of the axis whose units this is said of; None is all of it.
-            Others may lie in the same parameters, and still not be zero there.
-    """
-
-    slots: frozenset[tuple[str, int]] = frozenset()
-    within: tuple[Type, ...] | None = None
-
-
-NEVER = Zeros()
-
-
-@dataclass(frozen=True)
-class Value:
-    """What is known of one array.
-
-    Attributes:
-        axes: the type of each axis.
-        zeros: for each axis, what makes the value zero at units along it.
-        data: whether it depends on inputs, not on parameters alone.
-        array: path of the parameter of which it holds all elements, and no others.
-        parts: the number of turns of loops that hold them between them.
-        summed: axes of which it is the plain sum; scaled, it would be their mean.
-    """
-
-    axes: tuple[Type, ...]
-    zeros: tuple[Zeros, ...]
-    data: bool
-    array: str | None = None
-    parts: int = 1
-    summed: tuple[Type, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array as it was traced."""
-        return tuple(axis.size for axis in self.axes)
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A product that was summed over an axis: what a network costs.
-
-    Attributes:
-        primitive: its name.
-        where: the line of the program.
-        factors: axes whose sizes multiply to the number of multiply-accumulates.
-        times: how often it runs: the length of the loops around it.
-        parts: how many of these runs it takes to use the kernel once.
-        kernel: path of the parameter that is one side of it, if one is.
-        rest: those of the factors that are no axes of that parameter.
-        reads: axes of that parameter over which it sums.
-        makes: axes of that parameter that are left.
-    """
-
-    primitive: str
-    where: str
-    factors: tuple[Type, ...]
-    times: int
-    parts: int = 1
-    kernel: str | None = None
-    rest: tuple[Type, ...] = ()
-    reads: tuple[int, ...] = ()
-    makes: tuple[int, ...] = ()
-
-
-@dataclass
-class Reading:
-    """What reading a program collects.
-
-    Attributes:
-        used: axes that were summed over, what makes what is summed zero (any of several
-            does), and where.
-        unknown: primitives without a rule, and the line of the first of each.
-        contractions: for costs.
-        constants: arrays of the program itself.
-        merged: axes that became one; units that lie in it twice are known at neither.
-        where: the primitive and the line that are being read.
-        times: how often that line runs.
-    """
-
-    used: list[tuple[Type, tuple[Zeros, ...], str]] = field(default_factory=list)
-    unknown: dict[str, str] = field(default_factory=dict)
-    contractions: list[Contraction] = field(default_factory=list)
-    constants: list[Value] = field(default_factory=list)
-    merged: list[tuple[Type, str]] = field(default_factory=list)
-    where: str = ""
-    times: int = 1
-
+from l0jax.values import (
+    NEVER,
+    Alike,
+    Contraction,
+    Reading,
+    Use,
+    Value,
+    Zeros,
+    all_alike,
+    elements,
+    fixed,
+    opaque,
+    shapes_out,
+    union,
+)
 
 Rule = Callable[[Reading, Any, list[Value]], list[Value]]
 RULES: dict[str, Rule] = {}
@@ -131,46 +46,22 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def new(shape: Sequence[int], data: bool) -> Value:
-    """A value of which nothing is known."""
-    axes = tuple(fresh(size) for size in shape)
-    return Value(axes, (NEVER,) * len(axes), data)
-
-
-def opaque(shape: Sequence[int], why: str) -> Value:
-    """A value nothing of which may be removed."""
-    value = new(shape, data=True)
-    for axis in value.axes:
-        freeze(axis, why)
-    return value
-
-
-def shapes_out(eqn: Any) -> list[tuple[int, ...]]:
-    """Shapes of what an equation writes."""
-    return [getattr(out.aval, "shape", ()) for out in eqn.outvars]
-
-
-def frozen(reading: Reading, eqn: Any, values: Sequence[Value]) -> list[Value]:
+def frozen(
+    reading: Reading, eqn: Any, values: Sequence[Value], mixes: bool = True
+) -> list[Value]:
     """Nothing that the equation touches may lose units."""
     for value in values:
         for axis in value.axes:
-            freeze(axis, reading.where)
-    return [opaque(shape, reading.where) for shape in shapes_out(eqn)]
+            freeze(axis, reading.where, mixes)
+    return [opaque(shape, reading.where, mixes) for shape in shapes_out(eqn)]
 
 
 def _some_data(values: Sequence[Value]) -> bool:
     return any(value.data for value in values)
 
 
-def _union(zeros: Sequence[Zeros]) -> frozenset[tuple[str, int]]:
-    return frozenset().union(*(one.slots for one in zeros))
-
-
-def _fixed(size: int, why: str) -> Type:
-    """The type of an axis that keeps its size."""
-    axis = fresh(size)
-    freeze(axis, why)
-    return axis
+def _alikes(value: Value) -> tuple[Alike, ...]:
+    return tuple(value.alike(at) for at in range(len(value.axes)))
 
 
 # ------------------------------------------------------------- element by element
@@ -182,19 +73,19 @@ def names(text: str) -> frozenset[str]:
 
 
 ZERO_TO_ZERO = names(
-    "abs asin asinh atan atanh cbrt ceil convert_element_type copy copy_p erf erf_inv "
-    "expm1 floor imag integer_pow log1p name neg real reduce_precision round sign sin "
-    "sinh sqrt square stop_gradient tan tanh"
+    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p erf "
+    "erf_inv expm1 floor imag integer_pow log1p name neg real reduce_precision round "
+    "sign sin sinh sqrt square stop_gradient tan tanh"
 )
 SAME = names("convert_element_type copy copy_p name stop_gradient")
 UNARY = ZERO_TO_ZERO | names(
-    "acos acosh bessel_i0e bessel_i1e clz conj cos cosh digamma erfc exp exp2 "
-    "is_finite lgamma log logistic not population_count rsqrt"
+    "acos acosh bessel_i0e bessel_i1e clz cos cosh digamma erfc exp exp2 is_finite "
+    "lgamma log logistic not population_count rsqrt"
 )
 NARY = names(
-    "add add_any and atan2 clamp complex div eq ge gt igamma igammac le lt max min mul "
-    "ne nextafter or pow rem select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sub xor"
+    "add add_any and atan2 clamp complex div eq eq_to ge gt igamma igammac le le_to lt "
+    "lt_to max min mul ne nextafter or pow rem select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sub xor"
 )
 REDUCTIONS = names(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
@@ -213,9 +104,8 @@ def _unary(reading, eqn, values):
     keeps = eqn.primitive.name in ZERO_TO_ZERO and power > 0
     same = eqn.primitive.name in SAME
     zeros = value.zeros if keeps else (NEVER,) * len(value.axes)
-    summed = value.summed if same else ()
     array = value.array if same else None
-    return [Value(value.axes, zeros, value.data, array, value.parts, summed)]
+    return [Value(value.axes, zeros, value.data, array, value.parts, _alikes(value))]
 
 
 @rule("bitcast_convert_type")
@@ -223,7 +113,8 @@ def _bits(reading, eqn, values):
     (value,), (shape,) = values, shapes_out(eqn)
     if shape != value.shape:
         return frozen(reading, eqn, values)
-    return [Value(value.axes, (NEVER,) * len(value.axes), value.data)]
+    zeros = (NEVER,) * len(value.axes)
+    return [Value(value.axes, zeros, value.data, even=_alikes(value))]
 
 
 @rule("optimization_barrier", "device_put", "sharding_constraint", "pvary")
@@ -235,43 +126,59 @@ def _as_it_is(reading, eqn, values):
 def _nary(reading, eqn, values):
     axes = _aligned(reading, values)
     name = eqn.primitive.name
-    if name in ("mul", "div"):
-        _freeze_means(reading, eqn, values)
-    zeros = []
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
     for at, axis in enumerate(axes):
+        # What has one position along the axis is the same at all its units.
         along = [
             value.zeros[at]
             if len(value.axes) == len(axes) and value.axes[at].size == axis.size
             else NEVER
             for value in values
         ]
-        literals = [_literal(atom) for atom in eqn.invars]
-        if name == "mul":
-            known = [one for one in along if one.slots]
-            whole = [one for one in known if one.within is None]
-            zeros.append((whole + known)[0] if known else NEVER)
-        elif name == "div":
-            zeros.append(along[0])
-        elif name in ("add", "sub", "add_any", "max", "min"):
-            zeros.append(_all_zero(along, [bool(HARMLESS[name](x)) for x in literals]))
-        elif name == "select_n":
-            zeros.append(_all_zero(along[1:], [bool(x == 0) for x in literals[1:]]))
-        elif name == "clamp":
-            low, _, high = literals
-            inside = low is not None and high is not None and low <= 0 <= high
-            zeros.append(along[1] if inside else NEVER)
-        else:
-            zeros.append(NEVER)
-    return [Value(axes, tuple(zeros), _some_data(values))]
+        zeros.append(_zero_of(name, along, [value.number for value in values]))
+        even.append(
+            all_alike([v.alike(at) for v in values if len(v.axes) == len(axes)])
+        )
+    return [Value(axes, tuple(zeros), _some_data(values), even=tuple(even))]
 
 
-# Whether a literal beside zero leaves zero.
+def _zero_of(name: str, along: Sequence[Zeros], numbers: Sequence[Any]) -> Zeros:
+    """What makes zero what is computed of several values, element by element."""
+    if name in ("mul", "and"):
+        known = [one for one in along if one.slots]
+        whole = [one for one in known if one.within is None]
+        return (whole + known)[0] if known else NEVER
+    if name in ("div", "rem", "shift_left", "shift_right_logical"):
+        return along[0]
+    if name == "pow":
+        power = numbers[1]
+        return along[0] if power is not None and power > 0 else NEVER
+    if name in HARMLESS:
+        return _all_zero(
+            along, [n is not None and bool(HARMLESS[name](n)) for n in numbers]
+        )
+    if name == "select_n":
+        return _all_zero(along[1:], [_is_zero(n) for n in numbers[1:]])
+    if name == "clamp":
+        low, _, high = numbers
+        inside = low is not None and high is not None and low <= 0 <= high
+        return along[1] if inside else NEVER
+    return NEVER
+
+
+def _is_zero(number: Any) -> bool:
+    return number is not None and bool(number == 0)
+
+
+# Whether a number beside zero leaves zero.
 HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "add": lambda x: x == 0,
-    "sub": lambda x: x == 0,
-    "add_any": lambda x: x == 0,
-    "max": lambda x: x is not None and x <= 0,
-    "min": lambda x: x is not None and x >= 0,
+    **dict.fromkeys(("add", "sub", "add_any", "ne", "or", "xor", "complex"), _is_zero),
+    "max": lambda number: bool(number <= 0),
+    "min": lambda number: bool(number >= 0),
+    # 0 > number and 0 < number are false.
+    "gt": lambda number: False,
+    "lt": lambda number: False,
 }
 
 
@@ -289,23 +196,6 @@ def _aligned(reading: Reading, values: Sequence[Value]) -> tuple[Type, ...]:
     return tuple(axes)
 
 
-def _freeze_means(reading: Reading, eqn: Any, values: Sequence[Value]) -> None:
-    """A plain sum over units times a number is a mean, whose number would change."""
-    for value in values:
-        others = [other for other in values if other is not value]
-        if value.summed and all(math.prod(o.shape) == 1 and not o.data for o in others):
-            for axis in value.summed:
-                freeze(axis, f"{reading.where}: a mean is taken over it")
-
-
-def _literal(atom: Any) -> Any:
-    """The number that an argument is, or None."""
-    number = getattr(atom, "val", None)
-    if number is None or np.ndim(number) or np.iscomplexobj(number):
-        return None
-    return number
-
-
 def _all_zero(along: Sequence[Zeros], harmless: Sequence[bool]) -> Zeros:
     """Zero where all of several are."""
     along = [one for one, fine in zip(along, harmless, strict=True) if not fine]
@@ -313,7 +203,7 @@ def _all_zero(along: Sequence[Zeros], harmless: Sequence[bool]) -> Zeros:
         return along[0]
     if not along or any(not one.slots or one.within is not None for one in along):
         return NEVER
-    return Zeros(_union(along))
+    return Zeros(union(along))
 
 
 # ------------------------------------------------------------------- axes moved about
@@ -324,12 +214,21 @@ def _broadcast(reading, eqn, values):
     (value, *_) = values
     shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     axes, zeros = [fresh(size) for size in shape], [NEVER] * len(shape)
-    for axis, zero, at in zip(value.axes, value.zeros, places, strict=True):
-        if axis.size == shape[at]:
-            axes[at], zeros[at] = axis, zero
-    whole = math.prod(shape) == math.prod(value.shape)
-    array = value.array if whole else None
-    return [replace(value, axes=tuple(axes), zeros=tuple(zeros), array=array)]
+    even: list[Alike] = [frozenset()] * len(shape)
+    for from_, at in enumerate(places):
+        if value.axes[from_].size == shape[at]:
+            axes[at], zeros[at] = value.axes[from_], value.zeros[from_]
+            even[at] = value.alike(from_)
+    whole = elements(shape) == elements(value.shape)
+    return [
+        replace(
+            value,
+            axes=tuple(axes),
+            zeros=tuple(zeros),
+            even=tuple(even),
+            array=value.array if whole else None,
+        )
+    ]
 
 
 def _at(value: Value, places: Sequence[int]) -> Value:
@@ -338,7 +237,12 @@ def _at(value: Value, places: Sequence[int]) -> Value:
         value,
         axes=tuple(value.axes[at] for at in places),
         zeros=tuple(value.zeros[at] for at in places),
+        even=tuple(value.alike(at) for at in places),
     )
+
+
+def _without(value: Value, gone: Sequence[int]) -> Value:
+    return _at(value, [at for at in range(len(value.axes)) if at not in gone])
 
 
 @rule("transpose")
@@ -348,19 +252,18 @@ def _transpose(reading, eqn, values):
 
 @rule("squeeze")
 def _squeeze(reading, eqn, values):
-    (value,) = values
-    gone = eqn.params["dimensions"]
-    return [_at(value, [at for at in range(len(value.axes)) if at not in gone])]
+    return [_without(values[0], eqn.params["dimensions"])]
 
 
 @rule("expand_dims")
 def _expand(reading, eqn, values):
     (value,) = values
-    axes, zeros = list(value.axes), list(value.zeros)
+    axes, zeros, even = list(value.axes), list(value.zeros), list(_alikes(value))
     for at in sorted(eqn.params["dimensions"]):
         axes.insert(at, ONE)
         zeros.insert(at, NEVER)
-    return [replace(value, axes=tuple(axes), zeros=tuple(zeros))]
+        even.insert(at, frozenset())
+    return [replace(value, axes=tuple(axes), zeros=tuple(zeros), even=tuple(even))]
 
 
 @rule("reshape")
@@ -371,7 +274,15 @@ def _reshape(reading, eqn, values):
         return frozen(reading, eqn, values)
     axes: list[Type] = [ONE] * len(shape)
     zeros = [NEVER] * len(shape)
+    even: list[Alike] = [frozenset()] * len(shape)
     for ins, outs in _pieces(value.shape, shape):
+        if len(ins) == 1:
+            # (Closed positions of an axis that is cut up are alike all over it.)
+            for at in outs:
+                even[at] = value.alike(ins[0])
+        else:
+            for at in outs:
+                even[at] = None
         if len(ins) == 1 and len(outs) == 1:
             axes[outs[0]], zeros[outs[0]] = value.axes[ins[0]], value.zeros[ins[0]]
             continue
@@ -386,7 +297,7 @@ def _reshape(reading, eqn, values):
                 for part in (one.within or (value.axes[at],))
             )
         for at in outs:
-            zeros[at] = Zeros(_union(along), within)
+            zeros[at] = Zeros(union(along), within)
         reading.merged.append((whole, reading.where))
         if len(outs) == 1:
             axes[outs[0]] = whole
@@ -394,7 +305,7 @@ def _reshape(reading, eqn, values):
         for at in outs:
             axes[at] = fresh(shape[at])
         unify(whole, Product(tuple(axes[at] for at in outs)), reading.where)
-    return [replace(value, axes=tuple(axes), zeros=tuple(zeros))]
+    return [replace(value, axes=tuple(axes), zeros=tuple(zeros), even=tuple(even))]
 
 
 def _pieces(
@@ -420,20 +331,21 @@ def _pieces(
 @rule("tile")
 def _tile(reading, eqn, values):
     (value,) = values
-    axes, zeros = [], []
-    for axis, zero, times in zip(
-        value.axes, value.zeros, eqn.params["reps"], strict=True
-    ):
-        again = _fixed(times, reading.where)
-        axes.append(axis if times == 1 else Product((again, axis)))
-        zeros.append(zero)
-    return [Value(tuple(axes), tuple(zeros), value.data)]
+    axes: list[Type] = []
+    even: list[Alike] = []
+    for at, times in enumerate(eqn.params["reps"]):
+        axis = value.axes[at]
+        axes.append(axis if times == 1 else Product((fresh(times), axis)))
+        even.append(value.alike(at) if times == 1 or axis.size == 1 else None)
+    return [Value(tuple(axes), value.zeros, value.data, even=tuple(even))]
 
 
 @rule("concatenate")
 def _concatenate(reading, eqn, values):
     at = eqn.params["dimension"]
-    axes, zeros = [], []
+    axes: list[Type] = []
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
     for axis in range(len(values[0].axes)):
         along = [value.axes[axis] for value in values]
         if axis == at:
@@ -443,27 +355,59 @@ def _concatenate(reading, eqn, values):
                 unify(along[0], other, reading.where)
             axes.append(along[0])
         known = [value.zeros[axis] for value in values]
-        zeros.append(_all_zero(known, [False] * len(known)))
-    return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+        # (Along the axis itself, a part that is zero throughout says nothing of units.)
+        nothing = [axis != at and _is_zero(value.number) for value in values]
+        zeros.append(_all_zero(known, nothing))
+        even.append(None if axis == at else all_alike([v.alike(axis) for v in values]))
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
+
+
+@rule("stack")
+def _stack(reading, eqn, values):
+    at, first = eqn.params["axis"], values[0]
+    axes = _aligned(reading, values)
+    zeros = [
+        _all_zero(
+            [value.zeros[axis] for value in values],
+            [_is_zero(value.number) for value in values],
+        )
+        for axis in range(len(first.axes))
+    ]
+    even = [all_alike([v.alike(axis) for v in values]) for axis in range(len(axes))]
+    stacked = fixed(len(values), f"{reading.where}: it counts what is stacked", False)
+    return [
+        Value(
+            (*axes[:at], stacked, *axes[at:]),
+            (*zeros[:at], NEVER, *zeros[at:]),
+            _some_data(values),
+            even=(*even[:at], None, *even[at:]),
+        )
+    ]
 
 
 @rule("pad")
 def _pad(reading, eqn, values):
-    value, _ = values
-    axes = []
-    for axis, config in zip(value.axes, eqn.params["padding_config"], strict=True):
+    value, filled = values
+    axes: list[Type] = []
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
+    for at, config in enumerate(eqn.params["padding_config"]):
         low, high, interior = map(int, config)
-        if (low, high, interior) == (0, 0, 0):
+        axis = value.axes[at]
+        still = (low, high, interior) == (0, 0, 0)
+        zeros.append(value.zeros[at] if still and _is_zero(filled.number) else NEVER)
+        even.append(value.alike(at) if still else None)
+        if still:
             axes.append(axis)
         elif interior or low < 0 or high < 0:
             freeze(axis, reading.where)
             size = axis.size + low + high + interior * max(axis.size - 1, 0)
-            axes.append(_fixed(size, reading.where))
+            axes.append(fixed(size, reading.where))
         else:
             before = [fresh(low)] if low else []
             after = [fresh(high)] if high else []
             axes.append(Sum((*before, axis, *after)))
-    return [Value(tuple(axes), (NEVER,) * len(axes), _some_data(values))]
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 @rule("slice")
@@ -475,12 +419,15 @@ def _slice(reading, eqn, values):
     for axis, start, limit, stride in zip(
         value.axes, starts, limits, strides, strict=True
     ):
-        middle = _between(axis, start, limit) if stride == 1 else None
+        if stride == 1:
+            middle = _between(axis, start, limit)
+        else:
+            middle = _every(axis, start, limit, stride, reading.where)
         if middle is None:
             freeze(axis, reading.where)
-            middle = _fixed(-(-(limit - start) // stride), reading.where)
+            middle = fixed(-(-(limit - start) // stride), reading.where)
         axes.append(middle)
-    return [Value(tuple(axes), value.zeros, value.data)]
+    return [Value(tuple(axes), value.zeros, value.data, even=_alikes(value))]
 
 
 def _between(axis: Type, start: int, limit: int) -> Type | None:
@@ -498,6 +445,19 @@ def _between(axis: Type, start: int, limit: int) -> Type | None:
     return axis
 
 
+def _every(axis: Type, start: int, limit: int, stride: int, where: str) -> Type | None:
+    """Of rows of `stride` positions the one at `start` of each, or None if that is not
+    what is taken."""
+    rows, beyond = divmod(axis.size, stride)
+    taken = -(-(limit - start) // stride)
+    if beyond or start >= stride or taken != rows or rows < 2:
+        return None
+    outer = fresh(rows)
+    step = fixed(stride, f"{where}: every {stride}th position is taken")
+    unify(axis, Product((outer, step)), where)
+    return outer
+
+
 @rule("split")
 def _split(reading, eqn, values):
     (value,) = values
@@ -505,8 +465,14 @@ def _split(reading, eqn, values):
     pieces = split(value.axes[at], sizes)
     if pieces is None:
         return frozen(reading, eqn, values)
+    even = _alikes(value)
     return [
-        Value((*value.axes[:at], piece, *value.axes[at + 1 :]), value.zeros, value.data)
+        Value(
+            (*value.axes[:at], piece, *value.axes[at + 1 :]),
+            value.zeros,
+            value.data,
+            even=even,
+        )
         for piece in pieces
     ]
 
@@ -516,8 +482,7 @@ def _unstack(reading, eqn, values):
     (value,) = values
     gone = eqn.params["axis"]
     freeze(value.axes[gone], f"{reading.where}: it is indexed")
-    piece = _at(value, [at for at in range(len(value.axes)) if at != gone])
-    return [replace(piece, array=None, summed=())] * len(eqn.outvars)
+    return [replace(_without(value, (gone,)), array=None)] * len(eqn.outvars)
 
 
 @rule("dynamic_slice")
@@ -527,63 +492,113 @@ def _dynamic_slice(reading, eqn, values):
     for axis, size in zip(value.axes, eqn.params["slice_sizes"], strict=True):
         if size != axis.size:
             freeze(axis, f"{reading.where}: it is indexed")
-            axis = _fixed(size, reading.where)
+            axis = fixed(size, reading.where)
         axes.append(axis)
-    return [Value(tuple(axes), value.zeros, _some_data(values))]
+    even = _alikes(value)
+    return [Value(tuple(axes), value.zeros, _some_data(values), even=even)]
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update(reading, eqn, values):
     value, update = values[:2]
-    for axis, part in zip(value.axes, update.axes, strict=True):
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
+    for at, (axis, part) in enumerate(zip(value.axes, update.axes, strict=True)):
         if axis.size == part.size:
             unify(axis, part, reading.where)
         else:
             freeze(axis, f"{reading.where}: it is indexed")
             freeze(part, f"{reading.where}: it is indexed")
-    zeros = [
-        _all_zero([a, b], [False, False])
-        for a, b in zip(value.zeros, update.zeros, strict=True)
-    ]
-    return [Value(value.axes, tuple(zeros), _some_data(values))]
+        both = [value.zeros[at], update.zeros[at]]
+        zeros.append(_all_zero(both, [_is_zero(value.number), _is_zero(update.number)]))
+        even.append(all_alike([value.alike(at), update.alike(at)]))
+    return [Value(value.axes, tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 @rule("gather")
 def _gather(reading, eqn, values):
     operand, indices = values
-    numbers = eqn.params["dimension_numbers"]
-    sizes = eqn.params["slice_sizes"]
-    if getattr(numbers, "operand_batching_dims", ()):
-        return frozen(reading, eqn, values)
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (shape,) = shapes_out(eqn)
     axes: list[Type] = [ONE] * len(shape)
-    zeros = [NEVER] * len(shape)
-    rank = len(operand.axes)
-    window = [at for at in range(rank) if at not in numbers.collapsed_slice_dims]
+    zeros, even = [NEVER] * len(shape), [None] * len(shape)
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    window = [at for at in range(len(operand.axes)) if at not in gone]
     for place, at in zip(numbers.offset_dims, window, strict=True):
-        if sizes[at] == operand.axes[at].size and at not in numbers.start_index_map:
+        # (What is as long as the axis can only begin at its first position.)
+        if sizes[at] == operand.axes[at].size:
             axes[place] = operand.axes[at]
             zeros[place] = operand.zeros[at] if _fills_zeros(eqn) else NEVER
+            even[place] = operand.alike(at)
         else:
-            freeze(operand.axes[at], f"{reading.where}: it is indexed")
-            axes[place] = _fixed(sizes[at], reading.where)
-    for at in {*numbers.start_index_map, *numbers.collapsed_slice_dims}:
-        freeze(operand.axes[at], f"{reading.where}: it is indexed")
+            freeze(operand.axes[at], f"{reading.where}: it is indexed", mixes=False)
+            axes[place] = fixed(sizes[at], reading.where)
+    for at in numbers.collapsed_slice_dims:
+        freeze(operand.axes[at], f"{reading.where}: it is indexed", mixes=False)
     freeze(indices.axes[-1], reading.where)
     others = [place for place in range(len(shape)) if place not in numbers.offset_dims]
-    for place, axis in zip(others, indices.axes[:-1], strict=True):
-        axes[place] = axis
-    return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+    for at, place in enumerate(others):
+        axes[place] = indices.axes[at]
+    for at, along in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        unify(operand.axes[at], indices.axes[along], reading.where)
+        if _fills_zeros(eqn):
+            zeros[others[along]] = operand.zeros[at]
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 def _fills_zeros(eqn: Any) -> bool:
-    """Whether what a gather reads out of bounds is no number but zero (or not one)."""
+    """Whether what a gather reads out of bounds is no number but zero, or not one: an
+    example that does so has no value then, with closed gates and without the units."""
     if eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
         return True
     fill = eqn.params["fill_value"]
-    if fill is None:
+    if fill is None or fill != fill:
         return jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
     return fill == 0
+
+
+SCATTERS = names("scatter scatter-add scatter-mul scatter-min scatter-max scatter_sub")
+
+
+@rule(*SCATTERS)
+def _scatter(reading, eqn, values):
+    operand, indices, updates = values
+    numbers = eqn.params["dimension_numbers"]
+    axes = list(operand.axes)
+    zeros: list[Zeros] = [NEVER] * len(axes)
+    even: list[Alike] = [None] * len(axes)
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    window = [at for at in range(len(axes)) if at not in gone]
+    one_is_enough = eqn.primitive.name == "scatter-mul"
+    for at, place in zip(window, numbers.update_window_dims, strict=True):
+        if updates.axes[place].size != axes[at].size:
+            freeze(axes[at], f"{reading.where}: it is indexed", mixes=False)
+            freeze(updates.axes[place], f"{reading.where}: it is indexed", mixes=False)
+            continue
+        unify(axes[at], updates.axes[place], reading.where)
+        known = [operand.zeros[at], updates.zeros[place]]
+        nothing = [_is_zero(operand.number), _is_zero(updates.number)]
+        zeros[at] = known[0] if one_is_enough else _all_zero(known, nothing)
+        even[at] = all_alike([operand.alike(at), updates.alike(place)])
+    for at in numbers.inserted_window_dims:
+        freeze(axes[at], f"{reading.where}: it is indexed", mixes=False)
+    freeze(indices.axes[-1], reading.where)
+    others = [
+        place
+        for place in range(len(updates.axes))
+        if place not in numbers.update_window_dims
+    ]
+    for along, place in enumerate(others):
+        unify(indices.axes[along], updates.axes[place], reading.where)
+    for at, along in zip(
+        numbers.operand_batching_dims,
+        numbers.scatter_indices_batching_dims,
+        strict=True,
+    ):
+        unify(axes[at], indices.axes[along], reading.where)
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 @rule("rev")
@@ -591,69 +606,97 @@ def _reverse(reading, eqn, values):
     (value,) = values
     for at in eqn.params["dimensions"]:
         freeze(value.axes[at], reading.where)
-    return [value]
+    return [replace(value, array=None, even=_alikes(value))]
 
 
 # ----------------------------------------------------------------- axes taken together
+
+# Reductions of which a part over closed units is known: they all have one value.
+OF_ALIKE = names("reduce_sum reduce_max reduce_min")
 
 
 @rule(*REDUCTIONS)
 def _reduce(reading, eqn, values):
     (value, *_) = values
-    gone = eqn.params["axes"]
-    summed = []
+    gone, name = eqn.params["axes"], eqn.primitive.name
     for at in gone:
-        if eqn.primitive.name == "reduce_sum" and value.zeros[at].slots:
+        zeros, alike = value.zeros[at], value.alike(at)
+        if name == "reduce_sum" and zeros.slots:
             # Nothing is missing from a sum that has lost zeros.
-            reading.used.append((value.axes[at], (value.zeros[at],), reading.where))
-            summed.append(value.axes[at])
+            _uses(reading, value.axes[at], zeros)
+        elif name in OF_ALIKE and alike:
+            # What is missing is one value, so many times as units are closed.
+            _uses(reading, value.axes[at], Zeros(alike))
         else:
             freeze(value.axes[at], f"{reading.where}: it runs over all of it")
     # (The largest of no zeros is minus infinity.)
     some = all(value.axes[at].size for at in gone)
-    keeps = eqn.primitive.name == "reduce_sum" or (
-        some and eqn.primitive.name in ("reduce_max", "reduce_min")
+    keeps = name in ("reduce_sum", "reduce_or") or (
+        some and name in ("reduce_max", "reduce_min", "reduce_prod", "reduce_and")
     )
-    left = _at(value, [at for at in range(len(value.axes)) if at not in gone])
+    left = _without(value, gone)
     zeros = left.zeros if keeps else (NEVER,) * len(left.axes)
-    return [Value(left.axes, zeros, value.data, summed=tuple(summed))]
+    return [Value(left.axes, zeros, value.data, even=left.even)]
+
+
+def _uses(reading: Reading, axis: Type, zeros: Zeros) -> None:
+    reading.uses.append(Use(axis, (zeros,), (False,), reading.where))
+
+
+def _others(value: Value, at: int, keeps: bool) -> Value:
+    """What is computed along one axis, of all others as they are."""
+    alike = _alikes(value)
+    zeros = [z if keeps and i != at else NEVER for i, z in enumerate(value.zeros)]
+    even = [one if i != at else None for i, one in enumerate(alike)]
+    return Value(value.axes, tuple(zeros), value.data, even=tuple(even))
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulative(reading, eqn, values):
     (value,) = values
-    freeze(value.axes[eqn.params["axis"]], reading.where)
-    return [Value(value.axes, (NEVER,) * len(value.axes), value.data)]
+    at = eqn.params["axis"]
+    freeze(value.axes[at], reading.where)
+    return [_others(value, at, eqn.primitive.name != "cumlogsumexp")]
 
 
 @rule("sort")
 def _sort(reading, eqn, values):
     axes = _aligned(reading, values)
-    freeze(axes[eqn.params["dimension"]], reading.where)
-    return [Value(axes, (NEVER,) * len(axes), value.data) for value in values]
+    at = eqn.params["dimension"]
+    freeze(axes[at], reading.where)
+    if len(values) == 1:
+        return [_others(replace(values[0], axes=axes), at, True)]
+    return [Value(axes, (NEVER,) * len(axes), _some_data(values)) for _ in values]
 
 
 @rule("top_k")
 def _top_k(reading, eqn, values):
     (value,) = values
+    at = eqn.params.get("axis", -1) % len(value.axes)
+    freeze(value.axes[at], reading.where)
     axes = [*value.axes]
-    at = eqn.params.get("axis", -1) % len(axes)
-    freeze(axes[at], reading.where)
-    axes[at] = _fixed(eqn.params["k"], reading.where)
-    return [Value(tuple(axes), (NEVER,) * len(axes), value.data)] * 2
+    axes[at] = fixed(eqn.params["k"], reading.where)
+    found = replace(_others(value, at, True), axes=tuple(axes))
+    return [found, replace(found, zeros=(NEVER,) * len(axes))]
 
 
-@rule("iota")
-def _iota(reading, eqn, values):
-    (shape,) = shapes_out(eqn)
-    value = new(shape, data=False)
-    freeze(value.axes[eqn.params["dimension"]], f"{reading.where}: it is counted")
-    return [value]
+@rule("fft")
+def _fft(reading, eqn, values):
+    (value,), (shape,) = values, shapes_out(eqn)
+    first = len(value.axes) - len(eqn.params["fft_lengths"])
+    axes = [*value.axes]
+    for at in range(first, len(axes)):
+        freeze(axes[at], reading.where)
+        axes[at] = fixed(shape[at], reading.where)
+    transformed = range(first, len(axes))
+    zeros = [NEVER if at in transformed else z for at, z in enumerate(value.zeros)]
+    even = [None if at in transformed else a for at, a in enumerate(_alikes(value))]
+    return [Value(tuple(axes), tuple(zeros), value.data, even=tuple(even))]
 
 
 @rule(*RANDOM)
 def _random(reading, eqn, values):
-    return frozen(reading, eqn, values)
+    return frozen(reading, eqn, values, mixes=False)
 
 
 # ------------------------------------------------------------------------ contractions
@@ -667,15 +710,19 @@ def _dot(reading, eqn, values):
         unify(left.axes[i], right.axes[j], reading.where)
     for i, j in zip(con_l, con_r, strict=True):
         _use(reading, left, i, right, j)
-    axes, zeros = [], []
+    axes: list[Type] = []
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
     for i, j in zip(batch_l, batch_r, strict=True):
         axes.append(left.axes[i])
         zeros.append(left.zeros[i] if left.zeros[i].slots else right.zeros[j])
+        even.append(all_alike([left.alike(i), right.alike(j)]))
     free_l = [at for at in range(len(left.axes)) if at not in (*con_l, *batch_l)]
     free_r = [at for at in range(len(right.axes)) if at not in (*con_r, *batch_r)]
     for value, free in ((left, free_l), (right, free_r)):
         axes += [value.axes[at] for at in free]
         zeros += [value.zeros[at] for at in free]
+        even += [value.alike(at) for at in free]
     sides = [(left, con_l, free_l, right, free_r), (right, con_r, free_r, left, free_l)]
     # The side that is a parameter, and of two the one that no data has gone into.
     kernel, sums, makes, other, rest = min(
@@ -694,7 +741,7 @@ def _dot(reading, eqn, values):
             _axes_of(kernel, makes),
         )
     )
-    return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 def _use(reading: Reading, left: Value, i: int, right: Value, j: int) -> None:
@@ -702,12 +749,20 @@ def _use(reading: Reading, left: Value, i: int, right: Value, j: int) -> None:
     # The parameter's own axis rather than whatever made the other side.
     sides = sorted([(left, i), (right, j)], key=lambda side: side[0].data)
     zeros = tuple(value.zeros[at] for value, at in sides)
-    reading.used.append((left.axes[i], zeros, reading.where))
+    severs = tuple(not value.data for value, _ in sides)
+    where = reading.where
+    for value, _ in sides:
+        if value.array in reading.ungated:
+            where += (
+                f", which reads {value.array!r} of {reading.ungated[value.array]}, "
+                "that a gate can't scale"
+            )
+    reading.uses.append(Use(left.axes[i], zeros, severs, where))
 
 
 def _axes_of(kernel: Value, places: Sequence[int]) -> tuple[int, ...]:
     """Axes of the parameter that a value holds, for some of the value's axes."""
-    slots = _union([kernel.zeros[at] for at in places])
+    slots = union([kernel.zeros[at] for at in places])
     return tuple(sorted(axis for path, axis in slots if path == kernel.array))
 
 
@@ -723,7 +778,7 @@ def _convolution(reading, eqn, values):
     window = f"{reading.where}: a window slides over it"
     for axis in [x.axes[at] for at in lhs[2:]] + [kernel.axes[at] for at in rhs[2:]]:
         freeze(axis, window)
-    axes = [_fixed(size, window) for size in shape]
+    axes = [fixed(size, window) for size in shape]
     zeros = [NEVER] * len(shape)
     axes[out[0]], zeros[out[0]] = x.axes[lhs[0]], x.zeros[lhs[0]]
     axes[out[1]], zeros[out[1]] = kernel.axes[rhs[0]], kernel.zeros[rhs[0]]
@@ -737,7 +792,9 @@ def _convolution(reading, eqn, values):
         made = fresh(kernel.axes[rhs[0]].size // groups)
         unify(x.axes[lhs[1]], Product((group, inside)), reading.where)
         unify(kernel.axes[rhs[0]], Product((group, made)), reading.where)
-        reading.used.append((inside, (kernel.zeros[rhs[1]],), reading.where))
+        reading.uses.append(
+            Use(inside, (kernel.zeros[rhs[1]],), (not kernel.data,), reading.where)
+        )
     rest = tuple(axes[at] for at in (out[0], *out[2:]))
     reading.contractions.append(
         Contraction(
@@ -762,7 +819,9 @@ def _window(reading, eqn, values):
         return frozen(reading, eqn, values)
     (shape,) = shapes_out(eqn)
     window = f"{reading.where}: a window slides over it"
-    axes, zeros = [], []
+    axes: list[Type] = []
+    zeros: list[Zeros] = []
+    even: list[Alike] = []
     for at, axis in enumerate(value.axes):
         still = (
             eqn.params["window_dimensions"][at] == 1
@@ -772,9 +831,10 @@ def _window(reading, eqn, values):
         )
         if not still:
             freeze(axis, window)
-        axes.append(axis if still else _fixed(shape[at], window))
+        axes.append(axis if still else fixed(shape[at], window))
         zeros.append(value.zeros[at] if still and _window_of_zeros(eqn) else NEVER)
-    return [Value(tuple(axes), tuple(zeros), _some_data(values))]
+        even.append(value.alike(at) if still else None)
+    return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
 def _window_of_zeros(eqn: Any) -> bool:

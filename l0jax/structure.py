@@ -16,10 +16,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from l0jax.axes import Variable
 from l0jax.polynomials import Polynomial, expected, substitute
-from l0jax.program import Program
-from l0jax.rules import Value
+from l0jax.reading import Traced
 from l0jax.units import (
     Amount,
     Certain,
@@ -95,6 +93,8 @@ class Structure:
         operations: what computes.
         arrays: shape and dtype of each array of the parameters, by path.
         trainable: paths of those that are parameters rather than state.
+        per_example: whether costs are those of one example: whether the leading axis of
+            the inputs is a batch. If not, they are those of what was traced.
         traced: what was read, for `l0jax.narrow`.
         notes: what else one must know of how it was read.
     """
@@ -106,7 +106,8 @@ class Structure:
     operations: tuple[Operation, ...]
     arrays: Mapping[str, jax.ShapeDtypeStruct]
     trainable: tuple[str, ...]
-    traced: "Traced" = field(repr=False)
+    per_example: bool
+    traced: Traced = field(repr=False)
     notes: tuple[str, ...] = ()
 
     # Users' edits. Each gives a new structure.
@@ -238,7 +239,7 @@ class Structure:
                     lambda tree: shrink(tree, keep, self.groups), dict(self.arrays)
                 )
             ),
-            traced=dataclasses.replace(self.traced, members=members),
+            traced=dataclasses.replace(self.traced, members=members, others={}),
         )
 
     def _check(self, names: Iterable[str]) -> None:
@@ -294,7 +295,7 @@ class Structure:
             groups=Found(groups, self.frozen),
             inputs={name: slots for name, slots in inputs.items() if name in groups},
             operations=operations,
-            traced=dataclasses.replace(self.traced, members=members),
+            traced=dataclasses.replace(self.traced, members=members, others={}),
         )
 
     @functools.cached_property
@@ -367,32 +368,6 @@ def expected_macs(
         return expected(op.macs, groups, prob_active)
     size = expected_size_of(structure, op.kernel, prob_active)
     return size * expected(op.positions, groups, prob_active)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What `trace` read.
-
-    Attributes:
-        program: the jaxpr and the types of all its values.
-        params: what is known of each array of the parameters, by path.
-        inputs: the same of the inputs.
-        given: shapes and dtypes of the inputs.
-        in_tree: the tree of `(params, *inputs)`.
-        out_tree: the tree of what the function gives.
-        members: for each variable that is a group, the group and the unit of each of
-            its positions, or `GONE`.
-        resizable: variables of inputs that may have any size: the batch.
-    """
-
-    program: Program
-    params: Mapping[str, Value]
-    inputs: Mapping[str, Value]
-    given: tuple[jax.ShapeDtypeStruct, ...]
-    in_tree: Any
-    out_tree: Any
-    members: Mapping[Variable, tuple[tuple[str, int], ...]]
-    resizable: frozenset[Variable]
 
 
 GONE = ("", -1)

@@ -15,10 +15,20 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from l0jax.program import CALLS, bind, constants_and_carries, line_of
+from l0jax.program import (
+    CALLS,
+    CUSTOM,
+    REMATS,
+    bind,
+    constants_and_carries,
+    line_of,
+)
 
 COMPARE = ("max", "min", "clamp", "lt", "le", "gt", "ge", "eq", "ne", "rem", "sign")
 """Primitives that may change what they give at a number."""
+
+INLINED = (*CALLS, *REMATS, *CUSTOM)
+"""Calls whose value is that of what they call, whatever their derivative is."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class Terms:
 
     def _equation(self, eqn: Any, ins: list[int]) -> Sequence[int]:
         name = eqn.primitive.name
-        if name in CALLS:
+        if name in INLINED:
             return self._inside(_called(eqn), ins)
         if (
             self.fold

@@ -7,10 +7,8 @@ proved removable is frozen, and says why.
 """
 
 import dataclasses
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -19,26 +17,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from l0jax.axes import (
-    Sum,
-    Type,
-    Variable,
-    freeze,
-    meeting_themselves,
-    resolve,
-    unit_of,
-    variables,
-)
-from l0jax.poles import freeze_at_poles
+from l0jax.axes import Sum, Type, Variable, freeze, resolve, unit_of
 from l0jax.polynomials import product
-from l0jax.program import read
-from l0jax.rules import Reading, Value, Zeros, new
-from l0jax.structure import Found, Frozen, Operation, Structure, Traced
+from l0jax.reading import Gated, Traced, places, traced
+from l0jax.reading import TraceError as TraceError
+from l0jax.structure import Found, Frozen, Operation, Structure
 from l0jax.units import Group, Slot, arrays
-
-
-class TraceError(ValueError):
-    """The model can't be traced."""
+from l0jax.values import Place, Reading, Value
 
 
 def trace(
@@ -57,9 +42,11 @@ def trace(
         params: any pytree of arrays or of their shapes: parameters, running statistics.
             All of them may lose units. Of Linen's variables, the collection `params` is
             what is trained.
-        *inputs: pytrees of arrays or of their shapes. The leading axis of each is taken
-            for the batch. If parameters read an axis of an input, its positions are a
-            group too: removing some is feature selection.
+        *inputs: pytrees of arrays or of their shapes. The leading axis of the first,
+            and of those others that have its size, is taken for the batch if examples
+            are computed apart from one another: costs are then those of one. If
+            parameters read an axis of an input, its positions are a group too: removing
+            some is feature selection.
         frozen: paths of arrays, or of what holds arrays, that keep all their units.
 
     Raises:
@@ -108,74 +95,24 @@ def _mode(module: nnx.Module) -> tuple[str, ...]:
 
 
 def _trace(apply, params, inputs, kept) -> Structure:
-    try:
-        closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(params, *inputs)
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ) as error:
-        raise TraceError(
-            f"the model can't be traced: {_culprit(error)} looks at the value of an "
-            "array; use jax.lax.cond, jnp.where or sizes instead"
-        ) from error
+    found, reading = traced(apply, (params, *inputs), tuple(kept))
     leaves = arrays(params)
-    stored = {}
-    for path, leaf in leaves.items():
-        value = new(leaf.shape, data=False)
-        zeros = tuple(Zeros(frozenset({(path, at)})) for at in range(len(leaf.shape)))
-        stored[path] = Value(value.axes, zeros, data=False, array=path)
-    for name in kept:
-        within = [p for p in stored if p == name or p.startswith(f"{name}.")]
-        if not within:
-            raise ValueError(
-                f"frozen: no array at {name!r}; there is {', '.join(stored)}"
-            )
-        for path in within:
-            for axis in stored[path].axes:
-                freeze(axis, "the user froze it")
-    given = {path: new(leaf.shape, data=True) for path, leaf in arrays(inputs).items()}
-    reading = Reading()
-    program = read(reading, closed, [*stored.values(), *given.values()])
-    lies = _places(stored)
-    _freeze_what_meets_itself(reading, stored)
-    gated = _gated(reading, lies)
-    freeze_at_poles(program, stored.values(), gated)
-    fixed = {
-        variable
-        for value in reading.constants
-        for axis in value.axes
-        for variable in variables(axis)
-    }
-    resizable = frozenset(
-        variable
-        for value in given.values()
-        for axis in value.axes
-        for variable in variables(axis)
-        if variable.frozen is None and variable not in lies and variable not in fixed
+    return _collect(found, reading, leaves, _trained(leaves))
+
+
+def _batch(found: Traced, reading: Reading, lies: Gated) -> frozenset[Variable]:
+    """The axis of examples: the leading one of the first input, and of all others of
+    its size; empty if examples are not computed apart from one another."""
+    leading = [value.axes[0] for value in found.inputs.values() if value.axes]
+    batch = {resolve(axis) for axis in leading if 1 < axis.size == leading[0].size}
+    apart = all(
+        isinstance(axis, Variable) and not axis.mixes and axis not in lies
+        for axis in batch
     )
-    for value in program.outs:
-        for axis in value.axes:
-            freeze(axis, "it is an output")
-    batch = frozenset(
-        variable
-        for value in given.values()
-        for axis in value.axes[:1]
-        for variable in variables(axis)
-        if variable in resizable
-    )
-    traced = Traced(
-        program,
-        stored,
-        given,
-        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays(inputs).values()),
-        jax.tree.structure((params, *inputs)),
-        jax.tree.structure(out_shape),
-        {},
-        resizable,
-    )
-    trained = _trained(leaves)
-    return _collect(reading, traced, lies, gated, batch, leaves, trained)
+    for each in reading.contractions:
+        factors = [resolve(axis) for axis in each.factors]
+        apart &= all(factors.count(axis) < 2 for axis in batch)
+    return frozenset(v for v in batch if apart and isinstance(v, Variable))
 
 
 def _trained(leaves: Mapping[str, Any]) -> list[str]:
@@ -190,70 +127,15 @@ def _trained(leaves: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _culprit(error: Exception) -> str:
-    """The last line of the traceback that is neither JAX's nor Flax's nor ours."""
-    inside = [Path(module.__file__ or "").parent for module in (jax, nnx)]
-    inside = [inside[0], inside[1].parent, Path(__file__).parent]
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [
-        frame
-        for frame in frames
-        if not any(Path(frame.filename).is_relative_to(folder) for folder in inside)
-    ]
-    frame = (users or frames)[-1]
-    return f"{frame.filename}:{frame.lineno} ({frame.line})"
-
-
-Place = tuple[str, int]
-
-
-def _places(stored: Mapping[str, Value]) -> dict[Variable, dict[Place, None]]:
-    """Axes of parameters in which each variable lies, in their order."""
-    lies: dict[Variable, dict[Place, None]] = {}
-    for path, value in stored.items():
-        for at, axis in enumerate(value.axes):
-            for variable in dict.fromkeys(variables(axis)):
-                lies.setdefault(variable, {})[path, at] = None
-    return lies
-
-
-def _freeze_what_meets_itself(reading: Reading, stored: Mapping[str, Value]) -> None:
-    """Units that lie twice in one axis: zero at the one place is not at the other."""
-    axes = [(axis, path) for path, value in stored.items() for axis in value.axes]
-    axes += [(axis, where) for axis, _, where in reading.used]
-    for axis, where in axes + reading.merged:
-        for variable in meeting_themselves(axis):
-            freeze(variable, f"{where}: it meets itself in a product")
-
-
-def _gated(
-    reading: Reading, lies: Mapping[Variable, dict[Place, None]]
-) -> dict[Variable, dict[Place, None]]:
-    """Where the gates of each variable belong, in the order of the program."""
-    gated: dict[Variable, dict[Place, None]] = {}
-    for axis, candidates, where in reading.used:
-        for variable in dict.fromkeys(variables(axis)):
-            for zeros in candidates:
-                if zeros.within is not None and not any(
-                    variable in variables(part) for part in zeros.within
-                ):
-                    continue
-                slots = [p for p in sorted(zeros.slots) if p in lies.get(variable, ())]
-                if slots:
-                    gated.setdefault(variable, {}).update(dict.fromkeys(slots))
-                    break
-            else:
-                freeze(variable, f"{where}: no parameter reads it")
-    return gated
-
-
-def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
-    stored, given = traced.params, traced.inputs
-    lies_outside = _places(given)
+def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
+    stored, given, gated = found.params, found.inputs, found.gated
+    lies = places(stored)
+    lies_outside = places(given)
+    batch = _batch(found, reading, lies)
     order = {variable: at for at, variable in enumerate(gated)}
     for variable in lies:
         if variable not in gated and not variable.frozen:
-            freeze(variable, "nothing reads it")
+            freeze(variable, "nothing reads it", mixes=False)
     groups: dict[str, Group] = {}
     inputs: dict[str, tuple[Slot, ...]] = {}
     left_alone: dict[str, Frozen] = {}
@@ -272,17 +154,19 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
         outside = tuple(
             _slot(given, place, variable) for place in lies_outside.get(variable, ())
         )
-        name = _name(made or (() if outside else reads), leaves, names)
+        # What a gate can't scale is read rather than made.
+        makers = [slot for slot in made if slot.path not in reading.ungated]
+        name = _name(makers or (() if outside else reads), leaves, names)
         name_of[variable] = name
         groups[name] = Group(name, variable.size, reads, made)
         if outside:
             inputs[name] = outside
-    for variable, places in lies.items():
+    for variable, where in lies.items():
         if variable.frozen:
-            slots = tuple(_slot(stored, place, variable) for place in places)
+            slots = tuple(_slot(stored, place, variable) for place in where)
             used = gated.get(variable, ())
             made = [
-                s for s, place in zip(slots, places, strict=True) if place not in used
+                s for s, place in zip(slots, where, strict=True) if place not in used
             ]
             name = _name(made or slots, leaves, names)
             reasons = tuple(variable.reasons)
@@ -318,7 +202,8 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
         operations,
         {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in leaves.items()},
         tuple(trained),
-        dataclasses.replace(traced, members=members),
+        bool(batch) or not any(v.axes and v.axes[0].size > 1 for v in given.values()),
+        dataclasses.replace(found, members=members),
     )
 
 

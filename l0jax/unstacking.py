@@ -16,16 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from l0jax.program import CALLS, bind, constants_and_carries
+from l0jax.program import CALLS, REMATS, bind, constants_and_carries
 from l0jax.tracing import evaluated
 from l0jax.units import arrays
-
-REMATS = ("remat", "remat2", "checkpoint")
-INLINED = tuple(
-    name for name in CALLS if name not in REMATS and not name.startswith("custom")
-)
-"""Calls that may be replaced by what they call. Functions with a derivative of their
-own may not."""
 
 BY_ROW = ("convert_element_type", "copy")
 """Primitives that do the same to each row as to all of them."""
@@ -133,7 +126,7 @@ def _follow(
             known[eqn.outvars[0]] = Origin(ins[0].path, axes, ins[0].rows)
         elif name in BY_ROW:
             known[eqn.outvars[0]] = ins[0]
-        elif name in (*INLINED, *REMATS):
+        elif name in (*CALLS, *REMATS):
             _follow(_open(eqn.params["jaxpr"]), ins, found)
         elif name == "scan":
             consts, carried = constants_and_carries(eqn)
@@ -308,7 +301,7 @@ def _scan(eqn, ins):
 
 
 RUN: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
-    **dict.fromkeys(INLINED, _call),
+    **dict.fromkeys(CALLS, _call),
     **dict.fromkeys(REMATS, _remat),
     **dict.fromkeys(BY_ROW, _by_row),
     "transpose": _transpose,
