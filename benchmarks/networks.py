@@ -427,7 +427,7 @@ def normalised(groups):
 @network
 def group_norm():
     a, apply = normalised(3)
-    return Network(apply, dict(a), (normal(2, 4, 4, 3),), 3 + 3)
+    return Network(apply, dict(a), (normal(2, 4, 4, 3),), 3 + 3 + 2)
 
 
 @network
@@ -439,7 +439,7 @@ def instance_norm():
 @network
 def layer_norm():
     a, apply = normalised(1)
-    return Network(apply, dict(a), (normal(2, 4, 4, 3),), 3, (("stem", 3), ("head", 0)))
+    return Network(apply, dict(a), (normal(2, 4, 4, 3),), 3 + 6)
 
 
 def attention(p, x, heads, grouped):
@@ -476,15 +476,15 @@ def encoder(heads, grouped):
         x = x + jax.nn.gelu(standardised(x) @ p["up"]) @ p["down"]
         return standardised(x).mean(1) @ p["head"]
 
-    # Heads (or key heads and query heads of each), two kinds of head dimensions, and
-    # the feed-forward units; the residual stream is frozen by the normalisation.
+    # The stream, heads (or key heads and query heads of each), two kinds of head
+    # dimensions, and the feed-forward units.
     heads = heads if grouped == 1 else heads // grouped + grouped
     return Network(
         apply,
         dict(a),
         (jnp.arange(10).reshape(2, 5) % 11,),
-        heads + dim + dim + 8,
-        (("embedding", 0), ("embedding", 1), ("o", 2), ("head", 0)),
+        size + heads + dim + dim + 8,
+        (("embedding", 0), ("position", 0), ("head", 1)),
     )
 
 
@@ -749,7 +749,7 @@ def of_linen(module, inputs, removable):
 def linen_attention():
     tokens = jnp.arange(8).reshape(2, 4)
     # The stream is normalised once, and read once as it is.
-    return of_linen(LinenEncoder(), (tokens,), 3 + 2 + 2 + 7)
+    return of_linen(LinenEncoder(), (tokens,), 6 + 3 + 2 + 2 + 7)
 
 
 class LinenRecurrent(nn.Module):

@@ -410,7 +410,8 @@ def _reduced(line: Line, array: Any, left: Left, cell: Cell) -> Any:
                 continue
             (found,) = bind(line.eqn, [part])
             total = found if total is None else ALIKE[name](total, found, times)
-    assert total is not None
+    if total is None:  # nothing was there to begin with
+        (total,) = bind(line.eqn, [array])
     return total
 
 

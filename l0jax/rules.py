@@ -52,7 +52,7 @@ def frozen(
     """Nothing that the equation touches may lose units."""
     for value in values:
         for axis in value.axes:
-            freeze(axis, reading.where, mixes)
+            freeze(axis, reading.where, mixes=mixes)
     return [opaque(shape, reading.where, mixes) for shape in shapes_out(eqn)]
 
 
@@ -342,7 +342,7 @@ def _tile(reading, eqn, values):
 
 @rule("concatenate")
 def _concatenate(reading, eqn, values):
-    at = eqn.params["dimension"]
+    at = int(eqn.params["dimension"])
     axes: list[Type] = []
     zeros: list[Zeros] = []
     even: list[Alike] = []

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Value:
         """The shape of the array as it was traced."""
         return tuple(axis.size for axis in self.axes)
 
-    def alike(self, at: int) -> Alike:
+    def alike(self, at: SupportsIndex) -> Alike:
         """What makes the value the same at all closed units along an axis."""
         zeros = self.zeros[at]
         if zeros.slots and zeros.within is None:
@@ -186,14 +186,14 @@ def opaque(shape: Sequence[int], why: str, mixes: bool = True) -> Value:
     """A value nothing of which may be removed."""
     value = new(shape, data=True)
     for axis in value.axes:
-        freeze(axis, why, mixes)
+        freeze(axis, why, mixes=mixes)
     return value
 
 
 def fixed(size: int, why: str, mixes: bool = True) -> Type:
     """The type of an axis that keeps its size."""
     axis = fresh(size)
-    freeze(axis, why, mixes)
+    freeze(axis, why, mixes=mixes)
     return axis
 
 
