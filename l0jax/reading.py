@@ -305,8 +305,9 @@ def _counterparts(
         if before in found.members:
             yield before, after if isinstance(after, Variable) else None
         return
-    if type(before) is type(after) and len(parts(before)) == len(parts(after)):
-        for one, other in zip(parts(before), parts(after), strict=True):
+    inside = () if isinstance(after, Variable) else parts(after)
+    if type(before) is type(after) and len(parts(before)) == len(inside):
+        for one, other in zip(parts(before), inside, strict=True):
             yield from _counterparts(found, one, other)
     else:
         yield from ((v, None) for v in variables(before) if v in found.members)

@@ -521,7 +521,8 @@ def _gather(reading, eqn, values):
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (shape,) = shapes_out(eqn)
     axes: list[Type] = [ONE] * len(shape)
-    zeros, even = [NEVER] * len(shape), [None] * len(shape)
+    zeros = [NEVER] * len(shape)
+    even: list[Alike] = [None] * len(shape)
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     window = [at for at in range(len(operand.axes)) if at not in gone]
     for place, at in zip(numbers.offset_dims, window, strict=True):

@@ -419,12 +419,10 @@ def assert_law_2(apply, params, inputs, structure, keep, tolerance=1e-5):
 
 def loss(outputs):
     """A number that depends on every output, and on none in the same way."""
-    leaves = [
-        a for a in jax.tree.leaves(outputs) if jnp.issubdtype(a.dtype, jnp.inexact)
-    ]
     return sum(
         (jnp.abs(a) * (1 + jnp.arange(a.size).reshape(a.shape) % 7)).sum()
-        for a in leaves
+        for a in jax.tree.leaves(outputs)
+        if jnp.issubdtype(a.dtype, jnp.inexact)
     )
 
 
@@ -1314,6 +1312,6 @@ def test_inputs_of_another_shape_are_refused():
     small(small_params, jnp.ones((9, 3)))
     with pytest.raises(ValueError, match=r"input '0' has shape \(5, 4\)") as error:
         small(small_params, jnp.ones((5, 4)))
-    assert "axis 0 may have any size" in str(error.value)
+    assert "for these it can't be traced: dot_general" in str(error.value)
     with pytest.raises(ValueError, match="the arguments have the structure"):
         small(small_params, X, X)
