@@ -60,6 +60,11 @@ def _some_data(values: Sequence[Value]) -> bool:
     return any(value.data for value in values)
 
 
+def _ints(numbers: Sequence[Any]) -> list[int]:
+    """Of some equations, axes are numbers of NumPy."""
+    return [*map(int, numbers)]
+
+
 def _alikes(value: Value) -> tuple[Alike, ...]:
     return tuple(value.alike(at) for at in range(len(value.axes)))
 
@@ -247,12 +252,12 @@ def _without(value: Value, gone: Sequence[int]) -> Value:
 
 @rule("transpose")
 def _transpose(reading, eqn, values):
-    return [_at(values[0], eqn.params["permutation"])]
+    return [_at(values[0], _ints(eqn.params["permutation"]))]
 
 
 @rule("squeeze")
 def _squeeze(reading, eqn, values):
-    return [_without(values[0], eqn.params["dimensions"])]
+    return [_without(values[0], _ints(eqn.params["dimensions"]))]
 
 
 @rule("expand_dims")
@@ -619,7 +624,7 @@ OF_ALIKE = names("reduce_sum reduce_max reduce_min")
 @rule(*REDUCTIONS)
 def _reduce(reading, eqn, values):
     (value, *_) = values
-    gone, name = eqn.params["axes"], eqn.primitive.name
+    gone, name = _ints(eqn.params["axes"]), eqn.primitive.name
     for at in gone:
         zeros, alike = value.zeros[at], value.alike(at)
         if name == "reduce_sum" and zeros.slots:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Value:
         """The shape of the array as it was traced."""
         return tuple(axis.size for axis in self.axes)
 
-    def alike(self, at: SupportsIndex) -> Alike:
+    def alike(self, at: int) -> Alike:
         """What makes the value the same at all closed units along an axis."""
         zeros = self.zeros[at]
         if zeros.slots and zeros.within is None:
