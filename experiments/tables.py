@@ -267,6 +267,7 @@ KEYS = ("what", "value", "limit", "verdict", "detail")
 BENCHMARKED = {
     "steps": "A training step",
     "structure": "Reading models, counting and removing",
+    "transformers": "Reading a language model of 7 billion parameters",
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
