@@ -290,6 +290,73 @@ def benchmarks() -> str:
     return "\n\n".join(parts)
 
 
+ZOO = (
+    "model",
+    "package",
+    "parameters",
+    "equations",
+    "s",
+    "µs an equation",
+    "groups",
+    "covered",
+    "half",
+    "outputs",
+    "gradients",
+    "no rule for",
+)
+
+
+def zoo() -> str:
+    """Models that others wrote: a line each, those that are covered least first."""
+    rows = json_lines.read(BENCHMARKS / "zoo.jsonl")
+    if not rows:
+        return ""
+    read = [row for row in rows if "error" not in row]
+    read.sort(key=lambda row: (_best(row)["covered"], row["model"]))
+    lines = [_zoo_line(row) for row in read]
+    broken = [f"- `{row['model']}`: {row['broken']}" for row in read if row["broken"]]
+    broken += [f"- `{r['model']}`: {r['error']}" for r in rows if "error" in r]
+    return "\n\n".join(
+        [
+            "## Models that others wrote",
+            f"`python -m benchmarks.zoo --record`: {len(rows)} models with random "
+            "weights, read at their published sizes if they have them. *Covered* is "
+            "the share of the parameters that lie in at least one group, *half* the "
+            "share that goes with half of every group; seconds are those of `trace` "
+            "beyond `jax.make_jaxpr`. Small ones are gated with 40 % of the units "
+            "closed at random, and with one left of each group, and compared with "
+            "what is narrowed, in float32: the largest difference over the largest "
+            "output (limit 1e-5) and over the largest gradient (limit 1e-4), and "
+            "whether the costs are those of the narrowed program.",
+            markdown([*ZOO], lines),
+            *(["Exceptions:\n\n" + "\n".join(broken)] if broken else []),
+        ]
+    )
+
+
+def _best(row: dict) -> dict:
+    return row.get("published", row["small"])
+
+
+def _zoo_line(row: dict) -> list[str]:
+    found, checks = _best(row), row["checks"].values()
+    gradients = [each[k] for each in checks for k in ("gradients", "input gradients")]
+    return [
+        f"`{row['model']}`" + ("" if "published" in row else " (small)"),
+        f"{row['package']} {row['version']}",
+        f"{found['parameters']:,}",
+        f"{found['equations']:,}",
+        f"{found['seconds']:.2f}",
+        f"{found['us_per_equation']:.0f}",
+        str(found["groups"]),
+        f"{100 * found['covered']:.0f} %",
+        f"{100 * found['half']:.0f} %",
+        f"{max(each['outputs'] for each in checks):.0e}",
+        f"{max(gradients):.0e}",
+        ", ".join(found["unknown"]),
+    ]
+
+
 def document() -> str:
     """The text of RESULTS.md."""
     # What nothing is recorded of leaves an empty place.
@@ -346,6 +413,8 @@ Things that are compared take turns in one run, so that ratios can be trusted wh
 absolute times can't.
 
 {benchmarks()}
+
+{zoo()}
 
 {NOTES.read_text().strip() if NOTES.exists() else ""}
 """

@@ -445,7 +445,47 @@ def test_benchmarks_and_notes_are_printed(place):
 
 def test_every_benchmark_is_printed():
     modules = {file.stem for file in tables.BENCHMARKS.parent.glob("*.py")}
-    assert {*tables.BENCHMARKED} == modules - {"__init__", "measure", "networks"}
+    shared = {"__init__", "measure", "networks"}
+    assert {*tables.BENCHMARKED, "zoo"} == modules - shared
+
+
+def zoo_row(model, **more):
+    found = {
+        "parameters": 1234,
+        "equations": 56,
+        "seconds": 0.256,
+        "us_per_equation": 45.4,
+        "groups": 7,
+        "covered": 0.125,
+        "half": 0.0625,
+        "unknown": ["fft", "sort"],
+    }
+    check = {"outputs": 2e-7, "gradients": 3e-7, "input gradients": 4e-6}
+    checks = {"one left": check, "40 % closed": check | {"outputs": 5e-7}}
+    row = {"model": model, "package": "flax", "version": "1.2", "small": found}
+    return row | {"checks": checks, "broken": ""} | more
+
+
+def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
+    """The published size where there is one, and the worst of what was compared."""
+    (place / "benchmarks").mkdir()
+    whole = zoo_row("a")["small"] | {"covered": 1.0, "parameters": 56_789}
+    failed = {"model": "c", "package": "flax", "version": "1", "error": "TypeError: x"}
+    rows = [zoo_row("a", published=whole), zoo_row("b", broken="one left: costs")]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, failed])
+    (place / "benchmarks" / "zoo.jsonl").write_text(text)
+    zoo = tables.zoo()
+    small, published = parsed(re.search(r"\|.*\|", zoo, re.S)[0])
+    assert small["model"] == "`b` (small)"
+    assert small["package"] == "flax 1.2"
+    assert small["covered"] == "12 %"
+    assert (small["outputs"], small["gradients"]) == ("5e-07", "4e-06")
+    assert small["no rule for"] == "fft, sort"
+    assert published["model"] == "`a`"
+    assert published["parameters"] == "56,789"
+    assert published["covered"] == "100 %"
+    assert zoo.endswith("- `b`: one left: costs\n- `c`: TypeError: x")
+    assert zoo in tables.document()
 
 
 def test_in_the_readme_only_the_table_changes(place):

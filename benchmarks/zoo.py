@@ -1,0 +1,394 @@
+"""Models that others wrote: what is found in them, and whether it can be removed.
+
+    python -m benchmarks.zoo                   # of the packages that are installed
+    python -m benchmarks.zoo --only "haiku_*"  # those whose names match
+    python -m benchmarks.zoo --record          # and writes benchmarks/results/zoo.jsonl
+    python -m benchmarks.zoo --record --again  # what is written down already too
+
+Models run in a process beside this one, with a limit on the time of each. Small ones
+are gated at random, narrowed, and compared; of those at published sizes only shapes
+are read.
+The packages, beside those of the tests, are those of the extra `zoo`, which wants an
+environment of its own, with Python 3.11:
+
+    pip install -c constraints.txt -e ".[tests,zoo]"
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import l0jax
+from benchmarks import others
+from benchmarks.measure import RESULTS
+from benchmarks.others import Model
+from experiments import json_lines
+from l0jax import Structure, costs, units
+
+FILE = RESULTS / "zoo.jsonl"
+
+# The largest difference, over the largest output and over the largest gradient.
+LIMITS = {"outputs": 1e-5, "gradients": 1e-4, "input gradients": 1e-4}
+# Of an array whose gradients are noise (the biases of keys under a softmax), they are
+# compared with a share of the largest gradient of all.
+NOISE = 1e-2
+# Compiled fast rather than to run fast.
+QUICK: Any = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+Keep = dict[str, np.ndarray]
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def reading(model: Model, turns: int = 3) -> tuple[Structure, dict[str, Any]]:
+    """What is found in a model, and in what time."""
+    seconds, structure, equations = [], None, 0
+    for _ in range(turns):
+        begun = time.perf_counter()
+        closed = jax.make_jaxpr(model.apply)(model.params, *model.inputs)
+        middle = time.perf_counter()
+        structure = l0jax.trace(model.apply, model.params, *model.inputs)
+        end = time.perf_counter()
+        seconds.append((end - middle) - (middle - begun))
+        equations = count(closed.jaxpr)
+    assert structure is not None
+    spent = max(statistics.median(seconds), 0.0)
+    half = {name: np.arange(g.size) < -(-g.size // 2) for name, g in halved(structure)}
+    whole = costs.exact(structure, cost=costs.params)
+    left = costs.exact(structure, half, costs.params)
+    return structure, {
+        "parameters": whole,
+        "equations": equations,
+        "seconds": round(spent, 3),
+        "us_per_equation": round(1e6 * spent / max(equations, 1), 1),
+        "groups": len(structure.groups),
+        "covered": round(1 - sum(outside(structure).values()) / max(whole, 1), 4),
+        "half": round(1 - left / max(whole, 1), 4),
+        "unknown": sorted(structure.unknown),
+        "frozen": why(structure),
+    }
+
+
+def halved(structure: Structure) -> Iterator[tuple[str, l0jax.Group]]:
+    """Groups of which half can go."""
+    return ((n, group) for n, group in structure.groups.items() if group.size > 1)
+
+
+def count(jaxpr: Any) -> int:
+    """Equations, those of inner jaxprs included."""
+    inner = [
+        getattr(each, "jaxpr", each)
+        for eqn in jaxpr.eqns
+        for value in eqn.params.values()
+        for each in (value if isinstance(value, tuple | list) else (value,))
+        if hasattr(getattr(each, "jaxpr", each), "eqns")
+    ]
+    return len(jaxpr.eqns) + sum(map(count, inner))
+
+
+def outside(structure: Structure) -> dict[str, int]:
+    """How many elements of each trained array lie in no group along any axis."""
+    covered: dict[tuple[str, int | None], np.ndarray] = {}
+    for group in structure.groups.values():
+        for slot in group.slots:
+            there = units.owners(slot, group.size) >= 0
+            before = covered.get((slot.path, slot.axis), np.zeros(len(there), bool))
+            covered[slot.path, slot.axis] = before | there
+    return {
+        path: math.prod(
+            size - int(covered.get((path, axis), np.zeros(0)).sum())
+            for axis, size in enumerate(structure.arrays[path].shape)
+        )
+        for path in structure.trainable
+    }
+
+
+def why(structure: Structure) -> dict[str, float]:
+    """Reasons for what is in no group, and the share of the parameters that each
+    touches; the largest first."""
+    alone, found = outside(structure), {}
+    whole = costs.exact(structure, cost=costs.params)
+    for each in structure.frozen.values():
+        for path in {slot.path for slot in each.slots}:
+            if alone.get(path):
+                found.setdefault(each.why, set()).add(path)
+    shares = {
+        reason: sum(alone[path] for path in paths) / max(whole, 1)
+        for reason, paths in found.items()
+    }
+    order = sorted(shares, key=lambda reason: -shares[reason])
+    return {reason: round(shares[reason], 4) for reason in order if shares[reason]}
+
+
+# -------------------------------------------------------------------------- comparing
+
+
+def keeps(structure: Structure, seed: int = 0) -> dict[str, Keep]:
+    """Six units of ten, at random; and one of each group."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Keep] = {"40 % closed": {}, "one left": {}}
+    for name, group in structure.groups.items():
+        one = np.arange(group.size) == rng.integers(group.size)
+        found["40 % closed"][name] = (rng.random(group.size) < 0.6) | one
+        found["one left"][name] = one
+    return found
+
+
+Results = Callable[[Any, tuple[Any, ...], Any], tuple[list[Any], dict[str, Any]]]
+
+
+def differentiated(apply: Callable, structure: Structure | None = None) -> Results:
+    """`results(params, inputs, z)`, compiled once: floating outputs, and gradients of a
+    random projection of them by all floating arrays, by path; inputs are
+    "input 0.…".
+
+    With a structure the parameters are first gated by `z`, and gradients are taken by
+    the gated ones.
+    """
+
+    def function(params, inputs, z):
+        if structure is not None:
+            params = units.apply_gates(params, z, structure.groups)
+        leaves, tree = jax.tree.flatten((params, inputs))
+        moving = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+        def outputs(values):
+            given = iter(values)
+            every = [
+                next(given) if moves else leaf
+                for moves, leaf in zip(moving, leaves, strict=True)
+            ]
+            params, inputs = jax.tree.unflatten(tree, every)
+            found = jax.tree.leaves(apply(params, *inputs))
+            return [out for out in found if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+        values = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        found, pull = jax.vjp(outputs, values)
+        rng = np.random.default_rng(1)
+        directions = [np.asarray(rng.normal(size=o.shape), o.dtype) for o in found]
+        names = [*units.arrays(params), *(f"input {n}" for n in units.arrays(inputs))]
+        moved = [name for name, moves in zip(names, moving, strict=True) if moves]
+        (gradients,) = pull([*map(jnp.asarray, directions)])
+        return found, dict(zip(moved, gradients, strict=True))
+
+    return jax.jit(function, compiler_options=QUICK)
+
+
+def largest(value: Any) -> float:
+    return float(np.abs(np.asarray(value, np.complex128)).max(initial=0))
+
+
+def apart(ours: Sequence[Any], theirs: Sequence[Any], least: float = 0.0) -> float:
+    """The largest difference of any array over its largest element."""
+    found = [0.0]
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"shapes {a.shape} and {b.shape} are compared")
+        a, b = (np.asarray(each, np.complex128) for each in (a, b))
+        scale = max(largest(a), least)
+        if not np.isfinite(scale):
+            raise ValueError("a network without finite values can't be compared")
+        found.append(largest(a - b) / scale if scale else largest(b))
+    return max(found)
+
+
+def compared(
+    model: Model, structure: Structure, keep: Keep, gated: Results
+) -> dict[str, Any]:
+    """How far gated and narrowed are apart, and whether costs are those of the
+    narrowed program. `gated` is the model's `differentiated`."""
+    z = {name: np.asarray(flags, np.float32) for name, flags in keep.items()}
+    outputs, gradients = gated(model.params, model.inputs, z)
+    small, params = l0jax.narrow(structure, model.params, keep)
+    ours, theirs = differentiated(small)(params, model.inputs, {})
+    moving = {n: np.asarray(gradients[n]) for n in structure.arrays if n in gradients}
+    cut = l0jax.shrink(moving, keep, within(structure, moving))
+    least = NOISE * max(map(largest, cut.values()), default=0.0)
+    given = [name for name in theirs if name.startswith("input ")]
+    left = l0jax.trace(small, params, *model.inputs)
+    return {
+        "outputs": apart(outputs, ours),
+        "gradients": apart([*cut.values()], [theirs[n] for n in cut], least),
+        "input gradients": apart(
+            [gradients[n] for n in given], [theirs[n] for n in given]
+        ),
+        "costs": all(
+            costs.exact(structure, keep, cost) == costs.exact(left, cost=cost)
+            for cost in (costs.params, costs.macs)
+        ),
+    }
+
+
+def within(structure: Structure, paths: Any) -> dict[str, l0jax.Group]:
+    """The groups, in these arrays alone."""
+    return {
+        name: dataclasses.replace(
+            group,
+            used_by=tuple(s for s in group.used_by if s.path in paths),
+            made_by=tuple(s for s in group.made_by if s.path in paths),
+        )
+        for name, group in structure.groups.items()
+    }
+
+
+def checked(model: Model, structure: Structure) -> dict[str, dict[str, Any]]:
+    """`compared` for units at random and for one of each group."""
+    gated = differentiated(model.apply, structure)
+    return {
+        name: compared(model, structure, keep, gated)
+        for name, keep in keeps(structure).items()
+    }
+
+
+def verdict(found: dict[str, dict[str, Any]]) -> str:
+    """Which limits are not kept; empty if all are."""
+    broken = [
+        f"{name}: {what} {value[what]:.1e}"
+        for name, value in found.items()
+        for what, limit in LIMITS.items()
+        if not value[what] <= limit
+    ]
+    broken += [f"{name}: costs" for name, v in found.items() if not v["costs"]]
+    return "; ".join(broken)
+
+
+# --------------------------------------------------------------------------- one model
+
+
+def measured(name: str, small_only: bool) -> dict[str, Any]:
+    """The row of a model."""
+    entry = others.MODELS[name]
+    row: dict[str, Any] = {
+        "model": name,
+        "package": entry.package,
+        "version": importlib.metadata.version(entry.package),
+        "jax": jax.__version__,
+    }
+    small = others.filled(entry.make(False))
+    structure, row["small"] = reading(small, turns=1)
+    row["checks"] = checked(small, structure)
+    row["broken"] = verdict(row["checks"])
+    if entry.published and not small_only:
+        _, row["published"] = reading(entry.make(True))
+    return row
+
+
+class Worker:
+    """A process that measures models of one file, and is ended if one takes longer."""
+
+    def __init__(self, file: str, small_only: bool):
+        self.file = file
+        context = multiprocessing.get_context("spawn")
+        self.ours, its = context.Pipe()
+        self.process = context.Process(target=_serve, args=(its, file, small_only))
+        self.process.start()
+        its.close()
+
+    def row(self, name: str, limit: float) -> dict[str, Any]:
+        """The row of a model, or of what became of it."""
+        self.ours.send(name)
+        # At the end of the process too, there is something to be read: its end.
+        if not self.ours.poll(limit):
+            self.end()
+            return failed(name, f"not done in {limit:.0f} s")
+        try:
+            return self.ours.recv()
+        except EOFError:
+            self.end()
+            return failed(name, f"it ended with status {self.process.exitcode}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Any, file: str, small_only: bool) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    others.load([file])
+    while True:
+        name = connection.recv()
+        try:
+            row = measured(name, small_only)
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            row = failed(name, f"{type(error).__name__}: {text[0][:300]}")
+        connection.send(row)
+        jax.clear_caches()
+
+
+def failed(name: str, error: str) -> dict[str, Any]:
+    package = others.MODELS[name].package
+    version = importlib.metadata.version(package)
+    return {"model": name, "package": package, "version": version, "error": error}
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['model']}: {row['error']}"
+    best = row.get("published", row["small"])
+    worst = {
+        what: max(check[what] for check in row["checks"].values()) for what in LIMITS
+    }
+    return (
+        f"{row['model']}: {best['parameters']:,} parameters, "
+        f"{best['equations']} equations, {best['seconds']:.2f} s, "
+        f"{best['groups']} groups, covered {best['covered']:.1%}, "
+        f"half {best['half']:.1%}; "
+        + ", ".join(f"{what} {value:.1e}" for what, value in worst.items())
+        + (f"; BROKEN {row['broken']}" if row["broken"] else "")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=["*"], help="names or patterns")
+    parser.add_argument("--small", action="store_true", help="no published sizes")
+    parser.add_argument("--record", action="store_true", help="write it down")
+    parser.add_argument("--again", action="store_true", help="also what is recorded")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a model")
+    arguments = parser.parse_args()
+    missing = others.load()
+    if missing:
+        print(f"not installed: {', '.join(missing)}")
+    recorded = json_lines.read(FILE) if arguments.record else []
+    done = {row["model"] for row in recorded if "error" not in row}
+    worker = None
+    for name in others.MODELS:
+        if not any(fnmatch.fnmatch(name, each) for each in arguments.only):
+            continue
+        if name in done and not arguments.again:
+            continue
+        file = others.MODELS[name].file
+        if worker is None or worker.file != file or not worker.process.is_alive():
+            if worker is not None:
+                worker.end()
+            worker = Worker(file, arguments.small)
+        row = worker.row(name, arguments.limit)
+        print(line(row), flush=True)
+        if arguments.record:
+            json_lines.merge(FILE, [row], lambda row: (row["package"], row["model"]))
+    if worker is not None:
+        worker.end()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    main()

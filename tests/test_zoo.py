@@ -1,0 +1,118 @@
+"""Models that others wrote, at small sizes: what is gated is what is narrowed.
+
+`python -m benchmarks.zoo` does the same, and more, for all of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import others, zoo
+from l0jax import costs, trace
+
+others.load(others.LIGHT)
+
+NAMES = (
+    "haiku_transformer",
+    "haiku_lstm_language_model",
+    "haiku_vq_vae",
+    "equinox_gru",
+    "equinox_rope_decoder",
+    "equinox_group_norm_resnet",
+    "linen_ppo_actor_critic",
+    "linen_lm1b_tied",
+    "linen_group_norm_unet",
+    "nnx_gpt_tied_rms_norm",
+    "nnx_gru",
+    "nnx_lora",
+)
+
+
+@pytest.fixture(autouse=True)
+def any_rank():
+    """Other people's code adds vectors to matrices, and counts to numbers."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@functools.cache
+def read(name):
+    small = others.filled(others.MODELS[name].make(False))
+    return small, trace(small.apply, small.params, *small.inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gated_is_narrowed_with_its_gradients_and_costs(name):
+    """With 40 % of the units closed at random, and with one left of each group."""
+    small, structure = read(name)
+    assert structure.groups
+    assert zoo.verdict(zoo.checked(small, structure)) == ""
+
+
+def test_a_structure_of_another_program_is_found_out():
+    """What is gated here has one activation more than what is narrowed."""
+    small, structure = read("nnx_lora")
+    keep = zoo.keeps(structure)["40 % closed"]
+
+    def other(params, *inputs):
+        return jnp.tanh(small.apply(params, *inputs))
+
+    gated = zoo.differentiated(other, structure)
+    broken = zoo.verdict({"changed": zoo.compared(small, structure, keep, gated)})
+    assert "changed: outputs" in broken
+    assert "changed: gradients" in broken
+
+
+def test_a_limit_that_is_no_number_is_not_kept():
+    found = {"outputs": np.nan, "gradients": 0.0, "input gradients": 0.0, "costs": True}
+    assert zoo.verdict({"x": found}) == "x: outputs nan"
+    found = dict.fromkeys(zoo.LIMITS, 0.0) | {"costs": False}
+    assert zoo.verdict({"x": found}) == "x: costs"
+
+
+def test_networks_without_values_are_not_compared():
+    with pytest.raises(ValueError, match="without finite values"):
+        zoo.apart([np.array([np.nan])], [np.array([np.nan])])
+    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
+        zoo.apart([np.zeros(2)], [np.zeros(3)])
+
+
+def test_an_element_is_covered_by_a_unit_along_any_of_its_axes():
+    """x @ one @ two, whose inner axis can go, and whose outputs can't."""
+    shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}
+    shapes["bias"] = others.floats(3)
+    model = others.Model(
+        lambda p, x: jnp.tanh(x @ p["one"]) @ p["two"] + p["bias"],
+        shapes,
+        (others.floats(2, 4),),
+    )
+    structure, row = zoo.reading(model, turns=1)
+    assert zoo.outside(structure) == {"bias": 3, "one": 0, "two": 0}
+    assert row["parameters"] == 20 + 15 + 3
+    assert row["covered"] == round(1 - 3 / 38, 4)
+    # Half of four inputs, and three of five units.
+    assert row["half"] == round(1 - (2 * 3 + 3 * 3 + 3) / 38, 4)
+    assert row["frozen"] == {"it is an output": round(3 / 38, 4)}
+    assert costs.exact(structure, cost=costs.params) == 38
+
+
+def test_random_weights_are_nowhere_zero_and_spreads_positive():
+    for name in NAMES:
+        small, _ = read(name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(small.params):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                assert jnp.isfinite(leaf).all()
+                assert (leaf != 0).all(), path
+                if "var" in jax.tree_util.keystr(path):
+                    assert (leaf > 0).all()
+
+
+def test_two_models_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two models are called 'haiku_mlp'"):
+
+        @others.model("dm-haiku")
+        def haiku_mlp(published):
+            raise NotImplementedError
