@@ -268,6 +268,7 @@ BENCHMARKED = {
     "steps": "A training step",
     "structure": "Reading models, counting and removing",
     "transformers": "Reading a language model of 7 billion parameters",
+    "against_torch_pruning": "Beside Torch-Pruning",
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
