@@ -138,17 +138,18 @@ def reading_seconds(net: Network, turns: int) -> tuple[float, Structure, int]:
         structure = trace(net.apply, net.params, *net.inputs)
         end = time.perf_counter()
         seconds.append((end - middle) - (middle - begun))
-    return statistics.median(seconds), structure, _equations(closed.jaxpr)
+    return statistics.median(seconds), structure, equations(closed.jaxpr)
 
 
-def _equations(jaxpr) -> int:
+def equations(jaxpr) -> int:
+    """How many a jaxpr has, with those of the jaxprs in it."""
     inner = [
         getattr(value, "jaxpr", value)
         for eqn in jaxpr.eqns
         for value in eqn.params.values()
         if hasattr(getattr(value, "jaxpr", value), "eqns")
     ]
-    return len(jaxpr.eqns) + sum(map(_equations, inner))
+    return len(jaxpr.eqns) + sum(map(equations, inner))
 
 
 def reading(turns: int) -> list[dict]:
@@ -159,17 +160,17 @@ def reading(turns: int) -> list[dict]:
     )
     entries = []
     for name, make, limit in cases:
-        seconds, structure, equations = reading_seconds(make(), turns)
+        seconds, structure, count = reading_seconds(make(), turns)
         detail = (
-            f"{len(structure.groups)} groups, {equations} equations, "
+            f"{len(structure.groups)} groups, {count} equations, "
             f"{len(structure.unknown)} primitives without a rule"
         )
         what = f"reading {name}, its jaxpr given"
         entries.append(entry(what, seconds, limit, " s", detail))
     each = {}
     for layers in (10, 30, 100, 300, 1000):
-        seconds, _, equations = reading_seconds(residual(layers), min(turns, 3))
-        each[layers] = 1e6 * seconds / equations
+        seconds, _, count = reading_seconds(residual(layers), min(turns, 3))
+        each[layers] = 1e6 * seconds / count
     entries.append(
         entry(
             "reading 1,000 residual layers over 10, per equation",

@@ -24,3 +24,4 @@ from l0jax.units import apply_gates as apply_gates
 from l0jax.units import in_use as in_use
 from l0jax.units import round_to as round_to
 from l0jax.units import shrink as shrink
+from l0jax.unstacking import unstack as unstack

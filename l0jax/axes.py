@@ -77,7 +77,7 @@ def resolve(of: Type) -> Type:
     A type of which nothing more is known than it says is given back as it is.
     """
     if isinstance(of, Variable):
-        last = _last(of)
+        last = of if of.same is None else _last(of)
         if last.is_now is None:
             return last
         last.is_now = resolve(last.is_now)  # so that it is put together once

@@ -86,7 +86,7 @@ def share(structure: Structure, cost: Cost, whole: float | None = None) -> Amoun
 
     def of(params, prob_active):
         del params  # The structure knows their shapes.
-        return {name: cost(structure, prob_active) / whole}
+        return {name: jnp.asarray(cost(structure, prob_active)) / whole}
 
     return Amounts(of, {name: float(cost(structure, closed)) / whole})
 

@@ -23,8 +23,9 @@ All are of one example if the batch axis of the inputs may have any size, else o
 batch that was traced.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -33,58 +34,67 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from l0jax.polynomials import expected
-from l0jax.structure import Structure, expected_macs
-from l0jax.units import Group, check_lengths, expected_size
+from l0jax.structure import (
+    Found,
+    Structure,
+    expected_macs,
+    expected_size_of,
+    within,
+)
+from l0jax.units import (
+    Amount,
+    Certain,
+    Group,
+    Probabilities,
+    check_lengths,
+    expected_size,
+)
 
-Probabilities = Mapping[str, Float[Array, " units"]]
-Cost = Callable[[Structure, Probabilities], Float[Array, ""]]
+Cost = Callable[[Structure, Probabilities], Amount]
 ALL: Probabilities = {}
 
 
-def params(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+def params(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected number of parameters left (running statistics are none)."""
-    return _total(_size(structure, path, prob_active) for path in structure.trainable)
+    sizes = (expected_size_of(structure, p, prob_active) for p in structure.trainable)
+    return _total(structure, prob_active, sizes)
 
 
-def weights(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+def weights(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected number of weights left: parameters that something is multiplied with."""
     kernels = dict.fromkeys(op.kernel for op in structure.operations if op.kernel)
-    return _total(_size(structure, path, prob_active) for path in kernels)
+    sizes = (expected_size_of(structure, path, prob_active) for path in kernels)
+    return _total(structure, prob_active, sizes)
 
 
-def bytes(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+def bytes(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected bytes of all arrays, state included.
 
     Single elements can't be taken out of an array: their zeros take as many.
     """
-    groups = {
-        name: Group(
-            name,
-            group.size,
-            tuple(slot for slot in group.slots if slot.axis is not None),
-        )
-        for name, group in structure.groups.items()
-    }
     return _total(
-        leaf.dtype.itemsize * expected_size(leaf, path, prob_active, groups)
-        for path, leaf in structure.arrays.items()
+        structure,
+        prob_active,
+        (
+            leaf.dtype.itemsize
+            * _axes_size(structure, path, range(len(leaf.shape)), prob_active)
+            for path, leaf in structure.arrays.items()
+        ),
     )
 
 
-def macs(structure: Structure, prob_active: Probabilities = ALL) -> Float[Array, ""]:
+def macs(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected multiply-accumulates."""
-    return _total(per_operation(structure, prob_active))
+    return _total(structure, prob_active, per_operation(structure, prob_active))
 
 
-def reference_flops(
-    structure: Structure, prob_active: Probabilities = ALL
-) -> Float[Array, ""]:
+def reference_flops(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected operations as the reference code of Louizos et al. (2018) counts them.
 
     A product that is summed over more than one axis is taken for a convolution.
     Products of activations count two operations for a multiply-accumulate.
     """
-    total = jnp.zeros(())
+    total = _total(structure, prob_active, ())
     for op in structure.operations:
         if op.kernel is None:
             total = total + 2 * expected(op.macs, structure.groups, prob_active)
@@ -103,9 +113,7 @@ def reference_flops(
     return total
 
 
-def flops_objective(
-    structure: Structure, prob_active: Probabilities = ALL
-) -> Float[Array, ""]:
+def flops_objective(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected operations as Tang, Adhikari and Lin (2018) count them."""
     total = macs(structure, prob_active)
     for op in structure.operations:
@@ -116,6 +124,8 @@ def flops_objective(
     return total
 
 
+# Each is a sum over operations and arrays: what a group saves is counted over those
+# that it has to do with.
 COSTS: dict[str, Cost] = {
     "params": params,
     "weights": weights,
@@ -195,7 +205,8 @@ def interpolated(tables: Sequence[Table], name: str = "latency") -> Cost:
     """
 
     def cost(structure: Structure, prob_active: Probabilities = ALL):
-        return _total(_seconds(table, structure, prob_active) for table in tables)
+        seconds = (_seconds(table, structure, prob_active) for table in tables)
+        return sum(seconds, start=jnp.zeros(()))
 
     cost.__name__ = name
     return cost
@@ -232,50 +243,78 @@ def exact(
         ValueError: if a group of `keep` is unknown or a vector has the wrong length.
     """
     check_lengths(keep or {}, structure.groups)
-    with jax.enable_x64(True):
-        flags = {n: jnp.asarray(k, jnp.float64) for n, k in (keep or {}).items()}
-        return round(float(cost(structure, flags)))
+    flags = Certain({n: np.asarray(k, np.float64) for n, k in (keep or {}).items()})
+    with jax.enable_x64(True):  # for costs that compute with JAX
+        found = cost(structure, flags)
+        return found if isinstance(found, int) else round(float(found))
 
 
 def per_operation(
     structure: Structure, prob_active: Probabilities = ALL
-) -> list[Float[Array, ""]]:
+) -> list[Amount]:
     """Expected multiply-accumulates of each of `structure.operations`."""
     return [expected_macs(structure, op, prob_active) for op in structure.operations]
 
 
 def per_group(
     structure: Structure, cost: Cost = macs, prob_active: Probabilities = ALL
-) -> dict[str, Float[Array, ""]]:
+) -> dict[str, Amount]:
     """What would be saved by removing all units of each group."""
-    whole = cost(structure, prob_active)
-    return {
-        name: whole - cost(structure, {**prob_active, name: jnp.zeros(group.size)})
-        for name, group in structure.groups.items()
-    }
+    check_lengths(prob_active, structure.groups)
+    saved = {}
+    for name, group in structure.groups.items():
+        # What is the same with the group and without it need not be counted.
+        part = _about(structure, name) if cost in COSTS.values() else structure
+        known = {n: p for n, p in prob_active.items() if n in part.groups}
+        none = {**known, name: jnp.zeros(group.size)}
+        saved[name] = cost(part, known) - cost(part, none)
+    return saved
 
 
-def _size(structure: Structure, path: str, prob_active: Probabilities) -> Array:
-    array = structure.arrays[path]
-    return expected_size(array, path, prob_active, structure.groups)
+def _about(structure: Structure, name: str) -> Structure:
+    """The operations that depend on a group, the arrays in which it lies, and what else
+    is known of these."""
+    operations = structure.computing[name]
+    lies = dict.fromkeys(slot.path for slot in structure.groups[name].slots)
+    paths = lies | dict.fromkeys(op.kernel for op in operations if op.kernel)
+    names = {n: None for op in operations for term in op.macs for n in term}
+    names |= {n: None for op in operations for term in op.positions for n in term}
+    names |= {n: None for path in paths for n in structure.lying_in[path]}
+    return dataclasses.replace(
+        structure,
+        groups=Found({n: structure.groups[n] for n in names}, structure.frozen),
+        operations=operations,
+        arrays={path: structure.arrays[path] for path in paths},
+        trainable=tuple(path for path in structure.trainable if path in lies),
+    )
 
 
 def _axes_size(
     structure: Structure, path: str, axes: Sequence[int], prob_active: Probabilities
-) -> Array:
+) -> Amount:
     """Expected number of positions left along some axes of an array."""
-    array = structure.arrays[path]
+    shape = structure.arrays[path].shape
+    alone = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
+    there = within(structure, path, prob_active)
     along = {
         name: Group(
             name,
-            group.size,
-            tuple(s for s in group.slots if s.path == path and s.axis in axes),
+            structure.groups[name].size,
+            tuple(
+                slot
+                for slot in structure.groups[name].slots
+                if slot.path == path and slot.axis in axes
+            ),
         )
-        for name, group in structure.groups.items()
+        for name in there
     }
-    others = math.prod(n for axis, n in enumerate(array.shape) if axis not in axes)
-    return expected_size(array, path, prob_active, along) / others
+    array = jax.ShapeDtypeStruct(alone, structure.arrays[path].dtype)
+    return expected_size(array, path, there, along)
 
 
-def _total(amounts) -> Array:
-    return sum(amounts, start=jnp.zeros(()))
+def _total(
+    structure: Structure, prob_active: Probabilities, amounts: Iterable[Amount]
+) -> Amount:
+    check_lengths(prob_active, structure.groups)
+    zero = 0 if isinstance(prob_active, Certain) else jnp.zeros(())
+    return sum(amounts, start=zero)

@@ -68,7 +68,7 @@ def difference(
     Raises:
         ValueError: if the structure is not that of these arrays.
     """
-    _check_arrays(structure, params)
+    check_arrays(structure, params)
     shapes = _input_shapes(structure)
     smaller = units.shrink(params, keep, structure.groups)
     small = _of_whole_inputs(small, structure, keep)
@@ -87,9 +87,12 @@ def difference(
     if not knows(structure, keep):
         z = {name: jnp.asarray(flags, jnp.float32) for name, flags in keep.items()}
 
+        # Of a module that was shrunk before, inputs may have lost positions already.
+        before = _of_whole_inputs(whole, structure, {})
+
         def gated(params, *inputs):
             closed = units.apply_gates(params, z, structure.groups)
-            return whole(closed, *inputs)
+            return before(closed, *inputs)
 
         return _apart(found, gated, params, shapes)
     narrowed = _narrowed(structure, keep, params)
@@ -101,7 +104,8 @@ def difference(
     return apart and f"{said}, and {apart}"
 
 
-def _check_arrays(structure: Structure, params: PyTree) -> None:
+def check_arrays(structure: Structure, params: PyTree) -> None:
+    """Raises ValueError unless a structure is of these arrays."""
     found = {path: jnp.shape(leaf) for path, leaf in arrays(params).items()}
     expected = {path: leaf.shape for path, leaf in structure.arrays.items()}
     for path in [*expected, *found]:
@@ -250,9 +254,9 @@ def _near(rng: np.random.Generator, leaf: Any) -> Any:
 def _drawn(rng: np.random.Generator, leaf: Any, scale: float, bound: int) -> Any:
     """Random values of an input."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        seeds = rng.integers(0, 2**31, leaf.shape)
-        impl = jax.random.key_impl(jax.eval_shape(lambda: jnp.empty((), leaf.dtype)))
-        return jax.random.wrap_key_data(seeds, impl=impl)
+        kind = jax.random.key_impl(jnp.empty(leaf.shape, leaf.dtype))
+        key = jax.random.key(int(rng.integers(2**31)), impl=kind)
+        return jax.random.split(key, leaf.shape)
     if leaf.dtype == bool:
         return rng.random(leaf.shape) < 0.7
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -5,15 +5,16 @@ Train with plain `jax.jit` over `nnx.split` and `nnx.merge`; `nnx.jit` costs sev
 times the step of a small network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from l0jax import gating, units
+from l0jax import gating, remembered, units
 from l0jax.equivalence import difference
 from l0jax.gates.gate import Gate
+from l0jax.narrowed import Narrowed as Narrowed
 from l0jax.structure import Structure
 from l0jax.tracing import evaluated
 from l0jax.units import Group, Groups
@@ -117,7 +118,7 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
 
     The result is the same class with smaller arrays, and Flax's own layers say their
     new sizes when they are printed. With closed gates folded in first it has the same
-    outputs.
+    outputs. The scale and ε of an RMS norm that loses units make up for these.
 
     Args:
         module: the module.
@@ -127,9 +128,10 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
             function in evaluation; the mode that the module is in stays.
 
     Raises:
-        ValueError: as `l0jax.units.shrink`; if the module's code computes something
-            else from smaller arrays, as the scale of an attention from the size of its
-            heads: `l0jax.narrow` then gives the smaller function.
+        ValueError: as `l0jax.units.shrink`; if a layer has arrays of other sizes than
+            it says; if the module's code computes something else from smaller arrays,
+            as the scale of an attention from the size of its heads, or it can't be told
+            that it doesn't: `Narrowed` and `l0jax.narrow` give the smaller function.
     """
     structure = groups if isinstance(groups, Structure) else None
     if isinstance(groups, Structure):
@@ -138,16 +140,15 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
     smaller = units.shrink(state, keep, groups)
     masks = units.positions_left(state, keep, groups)
     small = nnx.merge(graph, smaller, copy=True)
-    for path, layer in nnx.iter_modules(small):
-        for kind, mend in MEND.items():
-            if isinstance(layer, kind):
-                mend(layer, ".".join(map(str, path)), masks)
+    rescaled = remembered.tell(module, small, masks)
     if structure is not None:
-        _check_same(module, small, keep, structure)
+        _check_same(module, small, rescaled, keep, structure)
+    if rescaled.factors:
+        nnx.update(small, rescaled.params(nnx.state(small)))
     return small
 
 
-def _check_same(module, small, keep, structure) -> None:
+def _check_same(module, small, rescaled, keep, structure) -> None:
     """Raises ValueError unless a smaller module is the same function."""
     (whole, state), (smaller, _) = map(nnx.split, map(evaluated, (module, small)))
     found = difference(
@@ -155,99 +156,12 @@ def _check_same(module, small, keep, structure) -> None:
         keep,
         lambda state, *inputs: nnx.merge(whole, state)(*inputs),
         state,
-        lambda state, *inputs: nnx.merge(smaller, state)(*inputs),
+        lambda state, *inputs: nnx.merge(smaller, rescaled.params(state))(*inputs),
+        rescaled.numbers,
     )
     if found is not None:
         raise ValueError(
             f"{type(module).__name__} is another function when its arrays are "
-            f"smaller: {found}; use l0jax.narrow, or keep the units of that group"
+            f"smaller: {found}; use l0jax.nnx.Narrowed(structure, module, keep) or "
+            "l0jax.narrow, or keep the units of that group"
         )
-
-
-# Sizes that Flax's layers remember, told anew from their arrays.
-
-
-def _linear(layer, path, masks):
-    layer.in_features, layer.out_features = layer.kernel.shape
-
-
-def _linear_general(layer, path, masks):
-    inside = len(layer.in_features)
-    shape = layer.kernel.shape[
-        len(layer.kernel.shape) - inside - len(layer.out_features) :
-    ]
-    layer.in_features, layer.out_features = shape[:inside], shape[inside:]
-
-
-def _conv(layer, path, masks):
-    *_, inside, outputs = layer.kernel.shape
-    before = layer.feature_group_count
-    if before > 1:
-        flags = masks.get((f"{path}.kernel".lstrip("."), layer.kernel.ndim - 1))
-        if flags is not None:
-            layer.feature_group_count = int(flags.reshape(before, -1).any(1).sum())
-    layer.in_features = inside * layer.feature_group_count
-    layer.out_features = outputs
-    layer.kernel_shape = layer.kernel.shape
-
-
-def _conv_transpose(layer, path, masks):
-    *_, inside, outputs = layer.kernel.shape
-    if layer.transpose_kernel:
-        inside, outputs = outputs, inside
-    layer.in_features, layer.out_features = inside, outputs
-    layer.kernel_shape = layer.kernel.shape
-
-
-def _norm(layer, path, masks):
-    for name in ("scale", "bias", "mean", "var"):
-        values = getattr(layer, name, None)
-        if values is not None:
-            layer.num_features = values.shape[-1]
-
-
-def _group_norm(layer, path, masks):
-    for name in ("scale", "bias"):
-        values = getattr(layer, name, None)
-        if values is not None:
-            layer.num_groups = values.shape[-1] // layer.group_size
-
-
-def _embed(layer, path, masks):
-    layer.num_embeddings, layer.features = layer.embedding.shape
-
-
-def _attention(layer, path, masks):
-    layer.in_features, layer.num_heads, layer.head_dim = layer.query.kernel.shape
-    layer.qkv_features = layer.num_heads * layer.head_dim
-    layer.in_kv_features, layer.num_kv_heads, _ = layer.key.kernel.shape
-    layer.out_features = layer.out.kernel.shape[-1]
-
-
-def _cell(layer, path, masks):
-    for name in ("ii", "ir", "in_", "i", "dense_i"):
-        inputs = getattr(layer, name, None)
-        if inputs is not None:
-            layer.in_features = inputs.kernel.shape[0]
-    for name in ("hi", "hr", "hn", "h", "dense_h"):
-        hidden = getattr(layer, name, None)
-        if hidden is not None:
-            layer.hidden_features = hidden.kernel.shape[0]
-
-
-MEND: dict[type, Callable[[Any, str, units.Masks], None]] = {
-    nnx.Linear: _linear,
-    nnx.LinearGeneral: _linear_general,
-    nnx.Conv: _conv,
-    nnx.ConvTranspose: _conv_transpose,
-    nnx.BatchNorm: _norm,
-    nnx.LayerNorm: _norm,
-    nnx.RMSNorm: _norm,
-    nnx.GroupNorm: _group_norm,
-    nnx.Embed: _embed,
-    nnx.MultiHeadAttention: _attention,
-    nnx.LSTMCell: _cell,
-    nnx.OptimizedLSTMCell: _cell,
-    nnx.GRUCell: _cell,
-    nnx.SimpleCell: _cell,
-}

@@ -8,6 +8,7 @@ positive number can be divided by all the same.
 """
 
 import enum
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -298,7 +299,7 @@ def _sign(eqn: Any, signs: Sequence[Sign]) -> Sign:
         found = min(max(lowest, value), highest)
     elif name in ("conv_general_dilated", "reduce_window_sum", "iota"):
         found = min(low, Sign.NOT_NEGATIVE) if signs else Sign.NOT_NEGATIVE
-    exact = not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    exact = not _is(eqn.outvars[0].aval.dtype, jnp.inexact)
     return min(found, Sign.NOT_NEGATIVE) if exact else found  # a half has become zero
 
 
@@ -314,4 +315,8 @@ def _is_even(eqn: Any) -> bool:
 
 def _is_complex(aval: Any) -> bool:
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+    return dtype is not None and _is(dtype, jnp.complexfloating)
+
+
+# There are few dtypes, and they are asked for in every equation.
+_is = functools.cache(jnp.issubdtype)

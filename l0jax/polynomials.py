@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from l0jax.units import Groups
+from l0jax.units import Amount, Certain, Groups, Probabilities
 
 Polynomial = Mapping[tuple[str, ...], int]
 
@@ -23,10 +23,11 @@ def product(factors: Iterable[Polynomial]) -> dict:
     """The product of polynomials."""
     result: dict[tuple[str, ...], int] = {(): 1}
     for factor in factors:
-        longer: Counter = Counter()
+        longer: dict[tuple[str, ...], int] = {}
         for (a, x), (b, y) in itertools.product(result.items(), factor.items()):
-            longer[tuple(sorted((*a, *b)))] += x * y
-        result = dict(longer)
+            names = tuple(sorted((*a, *b))) if a and b else a or b
+            longer[names] = longer.get(names, 0) + x * y
+        result = longer
     return result
 
 
@@ -39,10 +40,13 @@ def substitute(of: Polynomial, sizes: Mapping[str, Polynomial]) -> dict:
     return dict(total)
 
 
-def expected(
-    of: Polynomial, groups: Groups, prob_active: Mapping[str, Float[Array, " units"]]
-) -> Float[Array, ""]:
+def expected(of: Polynomial, groups: Groups, prob_active: Probabilities) -> Amount:
     """The expectation of a sum of products of group sizes, under independent gates."""
+    if isinstance(prob_active, Certain):
+        return sum(
+            times * math.prod(_open(name, groups, prob_active) for name in names)
+            for names, times in of.items()
+        )
     total = jnp.zeros(())
     for names, times in of.items():
         term = jnp.full((), float(times))
@@ -53,6 +57,12 @@ def expected(
                 term = term * float(groups[name].size) ** power
         total = total + term
     return total
+
+
+def _open(name: str, groups: Groups, certain: Certain) -> int:
+    if name in certain:
+        return int(np.count_nonzero(certain[name]))
+    return groups[name].size
 
 
 def _moment(prob_active: Float[Array, " units"], power: int) -> Float[Array, ""]:

@@ -6,9 +6,9 @@ Primitives have their rules in `l0jax.rules`. Here are those that run other jaxp
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def _constant(reading: Reading, constant: Any) -> Value:
 def line_of(eqn: Any) -> str:
     """`file:line (function)` of the user's code that an equation came from, or ""."""
     line = source_info_util.summarize(eqn.source_info)
-    for folder in ("site-packages/", f"{Path.cwd()}/"):
+    for folder in ("site-packages/", f"{os.getcwd()}/"):
         line = line.rpartition(folder)[2]
     return line.strip(" :")
 

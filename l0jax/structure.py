@@ -5,6 +5,7 @@ and the table that shows it.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
@@ -13,17 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from l0jax.axes import Variable
 from l0jax.polynomials import Polynomial, expected, substitute
 from l0jax.program import Program
 from l0jax.rules import Value
 from l0jax.units import (
+    Amount,
+    Certain,
     Group,
     Keep,
+    Probabilities,
     Slot,
     arrays,
     check,
@@ -295,28 +297,60 @@ class Structure:
             traced=dataclasses.replace(self.traced, members=members),
         )
 
+    @functools.cached_property
+    def lying_in(self) -> Mapping[str, tuple[str, ...]]:
+        """For each array the groups whose units lie in it."""
+        found: dict[str, dict[str, None]] = {path: {} for path in self.arrays}
+        for name, group in self.groups.items():
+            for slot in group.slots:
+                found.setdefault(slot.path, {})[name] = None
+        return {path: tuple(names) for path, names in found.items()}
+
+    @functools.cached_property
+    def computing(self) -> Mapping[str, tuple[Operation, ...]]:
+        """For each group the operations whose costs depend on its size."""
+        found: dict[str, list[Operation]] = {name: [] for name in self.groups}
+        for op in self.operations:
+            names = {n: None for term in (*op.macs, *op.positions) for n in term}
+            if op.kernel is not None:
+                names |= dict.fromkeys(self.lying_in[op.kernel])
+            for name in names:
+                found[name].append(op)
+        return {name: tuple(operations) for name, operations in found.items()}
+
     def __str__(self) -> str:
         return _table(self)
+
+
+def within(
+    structure: Structure, path: str, prob_active: Probabilities
+) -> Probabilities:
+    """The probabilities of groups that lie in one array."""
+    there = {n: prob_active[n] for n in structure.lying_in[path] if n in prob_active}
+    return Certain(there) if isinstance(prob_active, Certain) else there
+
+
+def expected_size_of(
+    structure: Structure, path: str, prob_active: Probabilities
+) -> Amount:
+    """Expected number of elements left of one array, under independent gates."""
+    there = within(structure, path, prob_active)
+    return expected_size(structure.arrays[path], path, there, structure.groups)
 
 
 def expected_macs(
     structure: Structure,
     op: Operation,
-    prob_active: Mapping[str, Float[Array, " units"]],
-) -> Float[Array, ""]:
+    prob_active: Probabilities,
+) -> Amount:
     """Expected multiply-accumulates of one operation, under independent gates."""
     groups = structure.groups
     if op.kernel is None:
         return expected(op.macs, groups, prob_active)
-    inside = {
-        name
-        for name in prob_active
-        if any(slot.path == op.kernel for slot in groups[name].slots)
-    }
+    inside = within(structure, op.kernel, prob_active)
     if any(name in inside for names in op.positions for name in names):
         return expected(op.macs, groups, prob_active)
-    array = structure.arrays[op.kernel]
-    size = expected_size(array, op.kernel, prob_active, groups)
+    size = expected_size_of(structure, op.kernel, prob_active)
     return size * expected(op.positions, groups, prob_active)
 
 
@@ -371,10 +405,14 @@ def _renamed(member, renamed, parts):
 
 def _table(structure: Structure) -> str:
     """Groups with their cost, then what is left alone and why."""
-    total = _macs(structure, {})
+    total = sum(expected_macs(structure, op, Certain()) for op in structure.operations)
     lines = [["group", "units", "made by", "used by", "MACs per unit", "in all"]]
     for name, group in structure.groups.items():
-        saved = total - _macs(structure, {name: jnp.zeros(group.size)})
+        none = Certain({name: np.zeros(group.size)})
+        saved = sum(
+            expected_macs(structure, op, Certain()) - expected_macs(structure, op, none)
+            for op in structure.computing[name]
+        )
         made = [_short(slot) for slot in group.made_by]
         made += ["inputs " + _short(slot) for slot in structure.inputs.get(name, ())]
         lines.append(
@@ -430,12 +468,6 @@ def _left_alone(structure: Structure) -> list[str]:
 
 def _numbers(structure: Structure) -> int:
     return sum(math.prod(structure.arrays[path].shape) for path in structure.trainable)
-
-
-def _macs(structure: Structure, prob_active: Mapping[str, Any]) -> float:
-    return float(
-        sum(expected_macs(structure, op, prob_active) for op in structure.operations)
-    )
 
 
 def _short(slot: Slot) -> str:

@@ -249,6 +249,7 @@ def _gated(
 
 def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
     stored, given = traced.params, traced.inputs
+    lies_outside = _places(given)
     order = {variable: at for at, variable in enumerate(gated)}
     for variable in lies:
         if variable not in gated and not variable.frozen:
@@ -269,10 +270,7 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
         )
         reads = tuple(_slot(stored, place, variable) for place in used)
         outside = tuple(
-            _slot(given, (path, at), variable)
-            for path, value in given.items()
-            for at, axis in enumerate(value.axes)
-            if variable in variables(axis)
+            _slot(given, place, variable) for place in lies_outside.get(variable, ())
         )
         name = _name(made or (() if outside else reads), leaves, names)
         name_of[variable] = name
@@ -309,7 +307,7 @@ def _collect(reading, traced, lies, gated, batch, leaves, trained) -> Structure:
         for each in reading.contractions
     )
     members = {
-        variable: tuple((name, unit) for unit in range(variable.size))
+        variable: tuple(zip((name,) * variable.size, range(variable.size), strict=True))
         for variable, name in name_of.items()
     }
     return Structure(
@@ -340,7 +338,10 @@ def _polynomial(of: Type, named: Callable[[Variable], str | int]) -> dict:
 
 def _slot(stored: Mapping[str, Value], place: Place, variable: Variable) -> Slot:
     path, at = place
-    owner = unit_of(stored[path].axes[at], variable)
+    axis = stored[path].axes[at]
+    if resolve(axis) is variable:
+        return Slot(path, at)
+    owner = unit_of(axis, variable)
     if np.array_equal(owner, np.arange(variable.size)):
         return Slot(path, at)
     return Slot(path, at, tuple(owner.tolist()))

@@ -63,6 +63,19 @@ Keep = Mapping[str, Bool[np.ndarray, " units"]]
 """Of each group that loses units, a flag for each unit."""
 
 
+Probabilities = Mapping[str, Float[Array, " _units"] | Float[np.ndarray, " _units"]]
+"""Of each group the probability that a unit is there; others are there entirely."""
+
+
+class Certain(dict[str, Any]):
+    """Probabilities that are all 0 or 1, in NumPy: what is expected is then counted, in
+    whole numbers of any size, and nothing is compiled."""
+
+
+Amount = Float[Array, ""] | int
+"""What is expected; under `Certain` probabilities a whole number."""
+
+
 def path_of(key_path: tuple[Any, ...]) -> str:
     """The dotted path of a leaf, from its key path in JAX."""
     # Flax boxes its arrays in a node with the one field `value`: not part of the name.
@@ -173,9 +186,9 @@ def apply_gates(
 def expected_size(
     array: Array | np.ndarray | jax.ShapeDtypeStruct,
     path: str,
-    prob_active: Mapping[str, Float[Array, " units"]],
+    prob_active: Probabilities,
     groups: Groups,
-) -> Float[Array, ""]:
+) -> Amount:
     r"""Expected number of elements of one array that are left, under independent gates.
 
     Element (i, k, …) is left if all its units are: along each axis the expected number
@@ -190,11 +203,15 @@ def expected_size(
         groups: where the units lie, on both the making and the using side.
 
     Raises:
-        ValueError: if a group lies along more than two axes of the array.
+        ValueError: if a group lies along more than two axes of the array, unless all
+            is certain.
     """
+    if isinstance(prob_active, Certain):
+        return _size_left(array.shape, path, prob_active, groups)
     axes: dict[int | None, Array] = {}
     both = jnp.ones(())
-    for name, probabilities in prob_active.items():
+    for name, given in prob_active.items():
+        probabilities = jnp.asarray(given)
         slots = [slot for slot in groups[name].slots if slot.path == path]
         places = list(dict.fromkeys(slot.axis for slot in slots))
         if len(places) == len(slots) == 2 and None not in places:
@@ -221,6 +238,27 @@ def expected_size(
     for axis, positions in enumerate(array.shape):
         total = total * (axes[axis].sum() if axis in axes else float(positions))
     return total
+
+
+def _size_left(shape: tuple[int, ...], path: str, certain: Certain, groups: Groups):
+    """The number of elements all of whose units are left."""
+    axes = [np.ones(n, bool) for n in shape]
+    elements = None
+    for name, flags in certain.items():
+        units = np.append(flags, 1) > 0
+        for slot in groups[name].slots:
+            if slot.path != path:
+                continue
+            there = units[owners(slot, len(flags))]
+            if slot.axis is not None:
+                axes[slot.axis] &= there
+            else:
+                elements = there if elements is None else elements & there
+    if elements is not None:
+        for axis, along in enumerate(axes):
+            elements = elements.reshape(shape) & _placed(along, axis, shape)
+        return int(np.count_nonzero(elements))
+    return math.prod(int(np.count_nonzero(along)) for along in axes)
 
 
 def _on_both(probabilities, one: Slot, other: Slot, shape, size: int) -> Array:

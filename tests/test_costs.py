@@ -388,16 +388,23 @@ def test_unknown_costs_are_named():
 
 
 @pytest.mark.parametrize("convention", COSTS)
-def test_what_a_group_saves_is_what_is_missing_without_it(convention):
-    structure, cost = network("small"), costs.make(convention)
-    active = {name: jnp.full(g.size, 0.7) for name, g in structure.groups.items()}
-    found = costs.per_group(structure, cost, active)
-    assert found.keys() == structure.groups.keys()
-    for name, saved in found.items():
-        without = {**active, name: jnp.zeros(structure.groups[name].size)}
-        expected = cost(structure, active) - cost(structure, without)
-        np.testing.assert_allclose(saved, expected, rtol=1e-6)
-        assert saved > 0
+@pytest.mark.parametrize("name", TRACED)
+def test_what_a_group_saves_is_what_is_missing_without_it(name, convention):
+    structure, cost = traced(name), costs.make(convention)
+    rng = np.random.default_rng(0)
+    # (The difference of two large costs has few digits in float32.)
+    with jax.enable_x64(True):
+        active = {
+            name: jnp.asarray(rng.random(g.size))
+            for name, g in structure.groups.items()
+        }
+        found = costs.per_group(structure, cost, active)
+        assert found.keys() == structure.groups.keys()
+        for name, saved in found.items():
+            without = {**active, name: jnp.zeros(structure.groups[name].size)}
+            expected = cost(structure, active) - cost(structure, without)
+            np.testing.assert_allclose(saved, expected, rtol=1e-9)
+            assert saved > 0
 
 
 # ------------------------------------------------------------- tables of seconds
@@ -500,3 +507,90 @@ def test_a_table_of_another_network_is_refused():
     cost = costs.interpolated([table(SECONDS, groups=("hidden", "heads"))])
     with pytest.raises(ValueError, match=r"'heads'.*there is conv1, conv2, features"):
         cost(network("small"))
+
+
+# ------------------------------------------------------------------- whole numbers
+
+
+def some(groups, seed, share=0.6):
+    rng = np.random.default_rng(seed)
+    keep = {name: rng.random(group.size) < share for name, group in groups.items()}
+    return {name: flags for name, flags in keep.items() if rng.random() < 0.8}
+
+
+def with_elements(structure):
+    """With single weights of the first kernel as a group of their own."""
+    path = next(op.kernel for op in structure.operations if op.kernel)
+    size = math.prod(structure.arrays[path].shape)
+    return structure.add(units.Group("elements", size, (units.Slot(path, None),)))
+
+
+@pytest.mark.parametrize("edit", [lambda s: s, with_elements], ids=["found", "added"])
+@pytest.mark.parametrize("convention", COSTS)
+@pytest.mark.parametrize("name", TRACED)
+def test_whole_numbers_are_what_is_expected_in_float64(name, convention, edit):
+    structure, cost = edit(traced(name)), COSTS[convention]
+    for seed in range(4):
+        keep = some(structure.groups, seed)
+        found = costs.exact(structure, keep, cost)
+        assert type(found) is int
+        with jax.enable_x64(True):
+            flags = {n: jnp.asarray(k, jnp.float64) for n, k in keep.items()}
+            assert found == pytest.approx(float(cost(structure, flags)), rel=1e-12)
+
+
+def test_what_groups_save_by_a_cost_that_is_no_sum():
+    structure = traced("small")
+
+    def squared(structure, prob_active):
+        return costs.macs(structure, prob_active) ** 2
+
+    whole = squared(structure, {})
+    for group, amount in costs.per_group(structure, squared).items():
+        none = {group: jnp.zeros(structure.groups[group].size)}
+        np.testing.assert_allclose(amount, whole - squared(structure, none))
+
+
+def test_the_table_tells_what_groups_save():
+    for name in TRACED:
+        structure = traced(name)
+        rows = str(structure).splitlines()[3 : 3 + len(structure.groups)]
+        for row, (group, found) in zip(rows, structure.groups.items(), strict=True):
+            none = {group: np.zeros(found.size, bool)}
+            saved = costs.exact(structure) - costs.exact(structure, none)
+            per_unit, share, _ = row.split()[-3:]
+            assert per_unit == f"{saved / found.size:,.0f}"
+            assert share == f"{100 * saved / costs.exact(structure):.1f}"
+
+
+def test_numbers_that_no_float_holds_are_exact():
+    size = 7
+
+    def apply(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    shapes = {"a": (size, 5), "b": (5, size)}
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((2, size), jnp.float32)
+    structure = trace(apply, params, x)
+    cubed = {**structure.operations[0].macs, ("a",) * 40: 1}
+    longer = dataclasses.replace(structure.operations[0], macs=cubed, kernel=None)
+    structure = only(structure, longer)
+    keep = {"a": np.array([True, False, True, True, False])}
+    assert costs.exact(structure, keep) == 3 * size + 3**40
+    assert costs.exact(structure) == 5 * size + 5**40
+
+
+@pytest.mark.parametrize("convention", COSTS)
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        ({"hiden": jnp.ones(3)}, "unknown group 'hiden'"),
+        ({"conv1": jnp.ones(7)}, "has 3 units, got values of shape"),
+    ],
+)
+def test_probabilities_that_do_not_fit_are_refused(convention, p, message):
+    with pytest.raises(ValueError, match=message):
+        COSTS[convention](traced("small"), p)
+    with pytest.raises(ValueError, match=message):
+        costs.per_group(traced("small"), COSTS[convention], p)

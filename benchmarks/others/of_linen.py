@@ -168,7 +168,8 @@ class LM1B(nn.Module):
         )
         for _ in range(self.layers):
             attention = nn.MultiHeadDotProductAttention(self.heads, use_bias=False)
-            y = y + attention(nn.LayerNorm()(y), mask=mask)
+            attended: Any = attention(nn.LayerNorm()(y), mask=mask)
+            y = y + attended
             y = y + MLPBlock(self.width)(nn.LayerNorm()(y))
         y = nn.LayerNorm()(y)
         if self.tied:
@@ -201,7 +202,7 @@ class WMT(nn.Module):
     def __call__(self, source, target):
         embedding = nn.Embed(self.vocabulary, self.size)
 
-        def attend(x, *others, mask):
+        def attend(x, *others, mask) -> Any:
             attention = nn.MultiHeadDotProductAttention(self.heads, use_bias=False)
             return attention(nn.LayerNorm()(x), *others, mask=mask)
 

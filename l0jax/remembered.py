@@ -1,0 +1,269 @@
+"""Sizes that Flax's NNX layers remember, told anew from their arrays.
+
+Layers that were made by `nnx.vmap` have arrays with more axes than they know of, one
+for each stack: they remember the sizes of a single layer.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import FrozenDict
+from jaxtyping import PyTree
+
+from l0jax.units import Masks, path_of
+
+
+@dataclass
+class Rescaled:
+    """What makes up for sizes that norms divide by.
+
+    Attributes:
+        factors: of arrays, by path.
+        numbers: in which the programs of the layers differ: sizes, ε, and factors.
+    """
+
+    factors: dict[str, float] = field(default_factory=dict)
+    numbers: set[float] = field(default_factory=set)
+
+    def params(self, tree: PyTree) -> PyTree:
+        """`tree` with its arrays multiplied."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                leaf * np.asarray(self.factors[path_of(path)], leaf.dtype)
+                if path_of(path) in self.factors
+                else leaf
+            ),
+            tree,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, before and after its arrays became smaller.
+
+    Attributes:
+        before: the layer before.
+        after: the layer whose arrays are smaller, and whose sizes are still those of
+            `before`.
+        path: where it is, as `"blocks.0.conv"`.
+        masks: which positions are left of the arrays.
+        rescaled: by what arrays must be multiplied, by path, and numbers that make up
+            for it.
+    """
+
+    before: Any
+    after: Any
+    path: str
+    masks: Masks
+    rescaled: "Rescaled"
+
+    def path_of(self, name: str) -> str:
+        """The path of one of its arrays."""
+        return f"{self.path}.{name}".lstrip(".")
+
+    def axes(self, name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Which axes of an array are the layer's own; the others are of stacks.
+
+        Raises:
+            ValueError: if the array has no axes of these sizes.
+        """
+        old, new = (getattr(each, name).shape for each in (self.before, self.after))
+        changed = {at for at, (a, b) in enumerate(zip(old, new, strict=True)) if a != b}
+        # The last ones, where several do: stacks come first, if nothing is said. Where
+        # a stack is as large as the layer, its own axes are those that lost units.
+        for axes in itertools.combinations(range(len(old))[::-1], len(sizes)):
+            axes = axes[::-1]
+            if tuple(old[at] for at in axes) == tuple(sizes) and changed <= {*axes}:
+                return axes
+        raise ValueError(
+            f"{type(self.after).__name__} at {self.path!r} remembers the sizes "
+            f"{tuple(sizes)} of {name}, which had the shape {old} and now has {new}"
+        )
+
+    def sizes(self, name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+        """What is left of the sizes that the layer remembers of an array.
+
+        Raises:
+            ValueError: as `axes`.
+        """
+        shape = getattr(self.after, name).shape
+        return tuple(shape[at] for at in self.axes(name, sizes))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an array."""
+        return getattr(self.after, name, None) is not None
+
+
+def tell(before: nnx.Module, after: nnx.Module, masks: Masks) -> "Rescaled":
+    """Tells the layers of a module what their sizes are.
+
+    A norm by the mean square of d numbers, of which d' are left and the others were
+    zero, is the norm of these d' with the scale times √(d/d') and ε times d/d'.
+
+    Args:
+        before: a module.
+        after: a copy of it with smaller arrays, which is changed.
+        masks: which positions are left of the arrays.
+
+    Returns:
+        By what arrays of `after` must be multiplied so that it is the same function.
+
+    Raises:
+        ValueError: if an array of a layer does not have the sizes that the layer says.
+    """
+    rescaled = Rescaled()
+    for kinds in (LAYERS, OF_LAYERS):
+        for (path, old), (_, new) in zip(
+            nnx.iter_modules(before), nnx.iter_modules(after), strict=True
+        ):
+            for kind, told in kinds.items():
+                if isinstance(new, kind):
+                    told(Layer(old, new, ".".join(map(str, path)), masks, rescaled))
+    return rescaled
+
+
+def _linear(layer: Layer) -> None:
+    new = layer.after
+    new.in_features, new.out_features = layer.sizes(
+        "kernel", (new.in_features, new.out_features)
+    )
+
+
+def _linear_general(layer: Layer) -> None:
+    new = layer.after
+    batch = tuple(new.batch_axis.values())
+    left = layer.sizes("kernel", (*batch, *new.in_features, *new.out_features))
+    inside = len(batch) + len(new.in_features)
+    new.batch_axis = FrozenDict(zip(new.batch_axis, left[: len(batch)], strict=True))
+    new.in_features, new.out_features = left[len(batch) : inside], left[inside:]
+
+
+def _einsum(layer: Layer) -> None:
+    new = layer.after
+    new.kernel_shape = layer.sizes("kernel", new.kernel_shape)
+    if new.bias_shape is not None:
+        new.bias_shape = layer.sizes("bias", new.bias_shape)
+
+
+def _conv(layer: Layer) -> None:
+    new = layer.after
+    before = new.feature_group_count
+    axes = layer.axes("kernel", new.kernel_shape)
+    *_, inside, outputs = new.kernel_shape = layer.sizes("kernel", new.kernel_shape)
+    flags = layer.masks.get((layer.path_of("kernel"), axes[-1]))
+    if before > 1 and flags is not None:
+        new.feature_group_count = int(flags.reshape(before, -1).any(1).sum())
+    new.in_features = inside * new.feature_group_count
+    new.out_features = outputs
+
+
+def _conv_transpose(layer: Layer) -> None:
+    new = layer.after
+    *_, inside, outputs = new.kernel_shape = layer.sizes("kernel", new.kernel_shape)
+    if new.transpose_kernel:
+        inside, outputs = outputs, inside
+    new.in_features, new.out_features = inside, outputs
+
+
+def _norm(layer: Layer) -> None:
+    for name in ("scale", "bias", "mean", "var"):
+        if layer.has(name):
+            (left,) = layer.sizes(name, (layer.before.num_features,))
+            layer.after.num_features = left
+
+
+def _rms_norm(layer: Layer) -> None:
+    new, before = layer.after, layer.before.num_features
+    _norm(layer)
+    features, over = (
+        {*axes} if isinstance(axes, Sequence) else {axes}
+        for axes in (new.feature_axes, new.reduction_axes)
+    )
+    left = new.num_features
+    if left == before or not features <= over:
+        return
+    new.epsilon = layer.before.epsilon * before / left
+    factor = math.sqrt(before / left)
+    layer.rescaled.factors[layer.path_of("scale")] = factor
+    layer.rescaled.numbers.update(
+        (float(before), float(left), factor, layer.before.epsilon, new.epsilon)
+    )
+
+
+def _group_norm(layer: Layer) -> None:
+    size = layer.before.group_size
+    for name in ("scale", "bias"):
+        if layer.has(name):
+            (left,) = layer.sizes(name, (layer.before.num_groups * size,))
+            layer.after.num_groups = left // size
+
+
+def _embed(layer: Layer) -> None:
+    new = layer.after
+    new.num_embeddings, new.features = layer.sizes(
+        "embedding", (new.num_embeddings, new.features)
+    )
+
+
+def _lora(layer: Layer) -> None:
+    new = layer.after
+    # The rank is remembered by nobody; where a stack is last, another axis is taken for
+    # it, which has no sizes to tell either.
+    rank = layer.before.lora_a.shape[-1]
+    new.in_features, _ = layer.sizes("lora_a", (new.in_features, rank))
+    _, new.out_features = layer.sizes("lora_b", (rank, new.out_features))
+
+
+# What consists of layers, which know their sizes by now.
+
+
+def _attention(layer: Layer) -> None:
+    new = layer.after
+    (new.in_features,), (new.num_heads, new.head_dim) = (
+        new.query.in_features,
+        new.query.out_features,
+    )
+    new.qkv_features = math.prod(new.query.out_features)
+    (new.in_kv_features,), (new.num_kv_heads, _) = (
+        new.key.in_features,
+        new.key.out_features,
+    )
+    (new.out_features,) = new.out.out_features
+
+
+def _cell(inputs: str, hidden: str) -> Callable[[Layer], None]:
+    def told(layer: Layer) -> None:
+        new = layer.after
+        new.in_features = getattr(new, inputs).in_features
+        new.hidden_features = getattr(new, hidden).in_features
+
+    return told
+
+
+LAYERS: dict[type, Callable[[Layer], None]] = {
+    nnx.Linear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+    nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv_transpose,
+    nnx.BatchNorm: _norm,
+    nnx.LayerNorm: _norm,
+    nnx.RMSNorm: _rms_norm,
+    nnx.InstanceNorm: _norm,
+    nnx.GroupNorm: _group_norm,
+    nnx.Embed: _embed,
+    nnx.LoRA: _lora,
+}
+OF_LAYERS: dict[type, Callable[[Layer], None]] = {
+    nnx.MultiHeadAttention: _attention,
+    nnx.LSTMCell: _cell("ii", "hi"),
+    nnx.OptimizedLSTMCell: _cell("dense_i", "dense_h"),
+    nnx.GRUCell: _cell("dense_i", "dense_h"),
+    nnx.SimpleCell: _cell("dense_i", "dense_h"),
+}
