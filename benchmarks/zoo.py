@@ -268,6 +268,29 @@ def verdict(found: dict[str, dict[str, Any]]) -> str:
     return "; ".join(broken)
 
 
+def batch(model: Model, structure: Structure) -> str:
+    """Whether what is narrowed takes a batch of another size: "any", or "fixed"."""
+    small, params = l0jax.narrow(structure, model.params, {})
+
+    def longer(leaf):
+        shape = (leaf.shape[0] + 1, *leaf.shape[1:]) if leaf.ndim else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    try:
+        jax.eval_shape(small, params, *jax.tree.map(longer, model.inputs))
+    except ValueError as error:
+        if "the program was traced with" not in str(error):
+            raise
+        return "fixed"
+    return "any"
+
+
+def floating(model: Model) -> bool:
+    """Whether there are inputs in which it can be differentiated."""
+    leaves = jax.tree.leaves(model.inputs)
+    return any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+
+
 # --------------------------------------------------------------------------- one model
 
 
@@ -282,6 +305,8 @@ def measured(name: str, small_only: bool) -> dict[str, Any]:
     }
     small = others.filled(entry.make(False))
     structure, row["small"] = reading(small, turns=1)
+    row["batch"] = batch(small, structure)
+    row["floating inputs"] = floating(small)
     row["checks"] = checked(small, structure)
     row["broken"] = verdict(row["checks"])
     if entry.published and not small_only:

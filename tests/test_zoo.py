@@ -80,6 +80,27 @@ def test_networks_without_values_are_not_compared():
         zoo.apart([np.zeros(2)], [np.zeros(3)])
 
 
+def test_batches_of_any_size_are_told_from_fixed_ones():
+    """A table of two rows is added to the one, and nothing to the other."""
+    shapes = {"one": others.floats(4, 5), "rows": others.floats(2, 5)}
+    for rows, expected in ((True, "fixed"), (False, "any")):
+        model = others.Model(
+            lambda p, x, rows=rows: x @ p["one"] + (p["rows"] if rows else 0),
+            shapes,
+            (others.floats(2, 4),),
+        )
+        assert zoo.batch(model, trace(model.apply, shapes, *model.inputs)) == expected
+
+
+def test_inputs_that_are_numbers_of_words_have_no_gradient():
+    words = others.Model(
+        lambda p, x: p[x], others.floats(3, 2), (others.tokens(False),)
+    )
+    assert not zoo.floating(words)
+    sums = others.Model(lambda p, x: p + x, words.params, (others.floats(3, 2),))
+    assert zoo.floating(sums)
+
+
 def test_an_element_is_covered_by_a_unit_along_any_of_its_axes():
     """x @ one @ two, whose inner axis can go, and whose outputs can't."""
     shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}
