@@ -268,6 +268,7 @@ KEYS = ("what", "value", "limit", "verdict", "detail")
 BENCHMARKED = {
     "steps": "A training step",
     "structure": "Reading models, counting and removing",
+    "reading": "Reading large programs",
     "transformers": "Reading a language model of 7 billion parameters",
     "against_torch_pruning": "Beside Torch-Pruning",
     "compaction": "Training that compacts",
@@ -320,6 +321,11 @@ def zoo() -> str:
     whole = ", ".join(f"`{r['model']}`" for r in read if not r["floating inputs"])
     broken = [f"- `{row['model']}`: {row['broken']}" for row in read if row["broken"]]
     broken += [f"- `{r['model']}`: {r['error']}" for r in rows if "error" in r]
+    remarks = []
+    if whole:
+        remarks.append(f"Inputs are whole numbers, without gradients: {whole}.")
+    if broken:
+        remarks.append("Exceptions:\n\n" + "\n".join(broken))
     return "\n\n".join(
         [
             "## Models that others wrote",
@@ -334,8 +340,7 @@ def zoo() -> str:
             "whether the costs are those of the narrowed program.",
             *([_zoo_limits(read)] if read else []),
             markdown([*ZOO], lines),
-            *([f"Inputs are whole numbers, without gradients: {whole}."] if whole else []),
-            *(["Exceptions:\n\n" + "\n".join(broken)] if broken else []),
+            *remarks,
         ]
     )
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -317,6 +317,21 @@ class Structure:
             for name in names:
                 found[name].append(op)
         return {name: tuple(operations) for name, operations in found.items()}
+
+    # Edits give new structures, so that one may be in several places.
+
+    def __copy__(self) -> "Structure":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Structure":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Structure can't be pickled, for it holds the traced program; pickle "
+            "structure.groups, by which units are gated and taken out, or call "
+            "l0jax.trace again where it is loaded"
+        )
 
     def __str__(self) -> str:
         return _table(self)

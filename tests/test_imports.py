@@ -43,7 +43,7 @@ ONLY_IN = {
     # To read and write bytes, of which storage makes files.
     "encoding": {"hashlib", "json"},
     # To say on which line of the user's code something is.
-    "program": {"pathlib"},
+    "program": {"os"},
     "tracing": {"pathlib", "traceback"},
     # To measure, and to draw.
     "report": {"time", "statistics", "matplotlib"},

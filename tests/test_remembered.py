@@ -277,6 +277,7 @@ LAYERS = {
 # Nothing of these can go: means are taken over their units.
 WHOLE = ("layer norm", "rms norm", "weight norm")
 WITHOUT_SIZES = {
+    "RoPE",
     "Dropout",
     "PReLU",
     "SpectralNorm",

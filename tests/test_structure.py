@@ -4,8 +4,10 @@ Over the networks of `networks.py`, and over random ones: composed of layers who
 reads all sizes from its arrays, so that the same function runs on smaller ones too.
 """
 
+import copy
 import functools
 import os
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -1112,7 +1114,24 @@ def test_prints_a_table():
     assert "test_structure.py" in str(unknown)
 
 
+def test_a_copy_of_a_structure_is_the_structure():
+    """Edits give new ones."""
+    _, params, structure = two_layers()
+    both = copy.deepcopy({"structure": structure, "params": params})
+    assert both["structure"] is copy.copy(structure) is structure
+    assert copy.deepcopy(structure.groups) == structure.groups
+
+
 # ----------------------------------------------------------------------- bad input
+
+
+def test_a_structure_is_not_pickled_but_its_groups_are():
+    _, _, structure = two_layers()
+    with pytest.raises(TypeError, match=r"call l0jax\.trace again"):
+        pickle.dumps(structure)
+    groups = pickle.loads(pickle.dumps(structure.groups))
+    assert groups == structure.groups
+    assert groups.frozen == structure.frozen
 
 
 def test_a_model_that_looks_at_values_is_refused_with_the_line():
