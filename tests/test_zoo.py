@@ -67,10 +67,25 @@ def test_a_structure_of_another_program_is_found_out():
 
 
 def test_a_limit_that_is_no_number_is_not_kept():
-    found = {"outputs": np.nan, "gradients": 0.0, "input gradients": 0.0, "costs": True}
-    assert zoo.verdict({"x": found}) == "x: outputs nan"
-    found = dict.fromkeys(zoo.LIMITS, 0.0) | {"costs": False}
-    assert zoo.verdict({"x": found}) == "x: costs"
+    kept = dict.fromkeys(zoo.LIMITS, 0.0) | {"costs": True, "largest gradient": 1.0}
+    assert zoo.verdict({"x": kept}) == ""
+    assert zoo.verdict({"x": kept | {"outputs": np.nan}}) == "x: outputs nan"
+    assert zoo.verdict({"x": kept | {"costs": False}}) == "x: costs"
+
+
+def test_nothing_is_said_of_networks_without_gradients():
+    """Behind units that are all dead, everything agrees."""
+    shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}
+    model = others.Model(
+        lambda p, x: jax.nn.relu(jnp.tanh(x @ p["one"]) @ p["two"] - 1e6),
+        shapes,
+        (others.floats(2, 4),),
+    )
+    small = others.filled(model)
+    structure = trace(small.apply, small.params, *small.inputs)
+    found = zoo.checked(small, structure)["40 % closed"]
+    assert max(found[what] for what in zoo.LIMITS) == 0
+    assert zoo.verdict({"x": found}) == "x: no gradients to compare"
 
 
 def test_networks_without_values_are_not_compared():
@@ -129,6 +144,13 @@ def test_random_weights_are_nowhere_zero_and_spreads_positive():
                 assert (leaf != 0).all(), path
                 if "var" in jax.tree_util.keystr(path):
                     assert (leaf > 0).all()
+
+
+def test_errors_are_told_in_one_line():
+    """Keras says what happened in its second line, in bold."""
+    error = ValueError("while calling it\n\n\x1b[1mthe size must be even\x1b[0m\n")
+    assert zoo.said(error) == "ValueError: while calling it the size must be even"
+    assert zoo.said(KeyError()) == "KeyError:"
 
 
 def test_two_models_of_one_name_are_refused():
