@@ -21,6 +21,7 @@ import importlib.metadata
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,9 @@ LIMITS = {"outputs": 1e-5, "gradients": 1e-4, "input gradients": 1e-4}
 # Of an array whose gradients are noise (the biases of keys under a softmax), they are
 # compared with a share of the largest gradient of all.
 NOISE = 1e-2
+# Where all gradients are smaller than this (behind a softmax that is saturated), that
+# they agree says nothing.
+LEAST = 1e-20
 # Compiled fast rather than to run fast.
 QUICK: Any = {
     "xla_backend_optimization_level": 0,
@@ -219,15 +223,16 @@ def compared(
     ours, theirs = differentiated(small)(params, model.inputs, {})
     moving = {n: np.asarray(gradients[n]) for n in structure.arrays if n in gradients}
     cut = l0jax.shrink(moving, keep, within(structure, moving))
-    least = NOISE * max(map(largest, cut.values()), default=0.0)
+    most = max(map(largest, cut.values()), default=0.0)
     given = [name for name in theirs if name.startswith("input ")]
     left = l0jax.trace(small, params, *model.inputs)
     return {
         "outputs": apart(outputs, ours),
-        "gradients": apart([*cut.values()], [theirs[n] for n in cut], least),
+        "gradients": apart([*cut.values()], [theirs[n] for n in cut], NOISE * most),
         "input gradients": apart(
             [gradients[n] for n in given], [theirs[n] for n in given]
         ),
+        "largest gradient": most,
         "costs": all(
             costs.exact(structure, keep, cost) == costs.exact(left, cost=cost)
             for cost in (costs.params, costs.macs)
@@ -264,8 +269,36 @@ def verdict(found: dict[str, dict[str, Any]]) -> str:
         for what, limit in LIMITS.items()
         if not value[what] <= limit
     ]
+    broken += [
+        f"{name}: no gradients to compare"
+        for name, value in found.items()
+        if not value["largest gradient"] >= LEAST
+    ]
     broken += [f"{name}: costs" for name, v in found.items() if not v["costs"]]
     return "; ".join(broken)
+
+
+def batch(model: Model, structure: Structure) -> str:
+    """Whether what is narrowed takes a batch of another size: "any", or "fixed"."""
+    small, params = l0jax.narrow(structure, model.params, {})
+
+    def longer(leaf):
+        shape = (leaf.shape[0] + 1, *leaf.shape[1:]) if leaf.ndim else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    try:
+        jax.eval_shape(small, params, *jax.tree.map(longer, model.inputs))
+    except ValueError as error:
+        if "the program was traced with" not in str(error):
+            raise
+        return "fixed"
+    return "any"
+
+
+def floating(model: Model) -> bool:
+    """Whether there are inputs in which it can be differentiated."""
+    leaves = jax.tree.leaves(model.inputs)
+    return any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 # --------------------------------------------------------------------------- one model
@@ -282,6 +315,8 @@ def measured(name: str, small_only: bool) -> dict[str, Any]:
     }
     small = others.filled(entry.make(False))
     structure, row["small"] = reading(small, turns=1)
+    row["batch"] = batch(small, structure)
+    row["floating inputs"] = floating(small)
     row["checks"] = checked(small, structure)
     row["broken"] = verdict(row["checks"])
     if entry.published and not small_only:
@@ -326,10 +361,15 @@ def _serve(connection: Any, file: str, small_only: bool) -> None:
         try:
             row = measured(name, small_only)
         except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            row = failed(name, f"{type(error).__name__}: {text[0][:300]}")
+            row = failed(name, said(error))
         connection.send(row)
         jax.clear_caches()
+
+
+def said(error: Exception) -> str:
+    """An error in one line, without colors."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:300].strip()
 
 
 def failed(name: str, error: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ The README quotes the table between its two markers, and the same command fills 
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,8 @@ BENCHMARKED = {
     "steps": "A training step",
     "structure": "Reading models, counting and removing",
     "reading": "Reading large programs",
+    "transformers": "Reading a language model of 7 billion parameters",
+    "against_torch_pruning": "Beside Torch-Pruning",
     "compaction": "Training that compacts",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
@@ -302,6 +305,7 @@ ZOO = (
     "half",
     "outputs",
     "gradients",
+    "batch",
     "no rule for",
 )
 
@@ -314,8 +318,14 @@ def zoo() -> str:
     read = [row for row in rows if "error" not in row]
     read.sort(key=lambda row: (_best(row)["covered"], row["model"]))
     lines = [_zoo_line(row) for row in read]
+    whole = ", ".join(f"`{r['model']}`" for r in read if not r["floating inputs"])
     broken = [f"- `{row['model']}`: {row['broken']}" for row in read if row["broken"]]
     broken += [f"- `{r['model']}`: {r['error']}" for r in rows if "error" in r]
+    remarks = []
+    if whole:
+        remarks.append(f"Inputs are whole numbers, without gradients: {whole}.")
+    if broken:
+        remarks.append("Exceptions:\n\n" + "\n".join(broken))
     return "\n\n".join(
         [
             "## Models that others wrote",
@@ -328,8 +338,9 @@ def zoo() -> str:
             "what is narrowed, in float32: the largest difference over the largest "
             "output (limit 1e-5) and over the largest gradient (limit 1e-4), and "
             "whether the costs are those of the narrowed program.",
+            *([_zoo_limits(read)] if read else []),
             markdown([*ZOO], lines),
-            *(["Exceptions:\n\n" + "\n".join(broken)] if broken else []),
+            *remarks,
         ]
     )
 
@@ -353,8 +364,59 @@ def _zoo_line(row: dict) -> list[str]:
         f"{100 * found['half']:.0f} %",
         f"{max(each['outputs'] for each in checks):.0e}",
         f"{max(gradients):.0e}",
+        row["batch"],
         ", ".join(found["unknown"]),
     ]
+
+
+def _zoo_limits(rows: list[dict]) -> str:
+    """The worst of all models beside the limits."""
+    header = ["what", "measured", "limit", "", "the worst"]
+    covered = [row["model"] for row in rows if _best(row)["covered"] >= 0.99]
+    least = min(rows, key=lambda row: _best(row)["covered"])
+    lines = [
+        [
+            "models with 99 % of the parameters in groups",
+            f"{len(covered)} of {len(rows)}",
+            "≥ 40",
+            "within" if len(covered) >= 40 else "NOT within",
+            f"`{least['model']}`, {100 * _best(least)['covered']:.0f} %",
+        ]
+    ]
+    for what, form, limit, value in (
+        ("gated against narrowed, outputs", ".0e", 1e-5, _farthest("outputs")),
+        ("gated against narrowed, gradients", ".0e", 1e-4, _farthest("gradients")),
+        (
+            "gated against narrowed, gradients in inputs",
+            ".0e",
+            1e-4,
+            _farthest("input gradients"),
+        ),
+        (
+            "µs of reading an equation",
+            ".0f",
+            100,
+            lambda row: _best(row)["us_per_equation"],
+        ),
+    ):
+        worst = max(rows, key=value)
+        beyond = sum(not value(row) <= limit for row in rows)
+        kept = "NOT within" if beyond else "within"
+        more = f"; {beyond} beyond the limit" if beyond else ""
+        lines.append(
+            [
+                what,
+                f"{value(worst):{form}}",
+                f"≤ {limit:{form}}",
+                kept,
+                f"`{worst['model']}`{more}",
+            ]
+        )
+    return markdown(header, lines)
+
+
+def _farthest(what: str) -> Callable[[dict], float]:
+    return lambda row: max(check[what] for check in row["checks"].values())
 
 
 def document() -> str:

@@ -67,10 +67,25 @@ def test_a_structure_of_another_program_is_found_out():
 
 
 def test_a_limit_that_is_no_number_is_not_kept():
-    found = {"outputs": np.nan, "gradients": 0.0, "input gradients": 0.0, "costs": True}
-    assert zoo.verdict({"x": found}) == "x: outputs nan"
-    found = dict.fromkeys(zoo.LIMITS, 0.0) | {"costs": False}
-    assert zoo.verdict({"x": found}) == "x: costs"
+    kept = dict.fromkeys(zoo.LIMITS, 0.0) | {"costs": True, "largest gradient": 1.0}
+    assert zoo.verdict({"x": kept}) == ""
+    assert zoo.verdict({"x": kept | {"outputs": np.nan}}) == "x: outputs nan"
+    assert zoo.verdict({"x": kept | {"costs": False}}) == "x: costs"
+
+
+def test_nothing_is_said_of_networks_without_gradients():
+    """Behind units that are all dead, everything agrees."""
+    shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}
+    model = others.Model(
+        lambda p, x: jax.nn.relu(jnp.tanh(x @ p["one"]) @ p["two"] - 1e6),
+        shapes,
+        (others.floats(2, 4),),
+    )
+    small = others.filled(model)
+    structure = trace(small.apply, small.params, *small.inputs)
+    found = zoo.checked(small, structure)["40 % closed"]
+    assert max(found[what] for what in zoo.LIMITS) == 0
+    assert zoo.verdict({"x": found}) == "x: no gradients to compare"
 
 
 def test_networks_without_values_are_not_compared():
@@ -78,6 +93,27 @@ def test_networks_without_values_are_not_compared():
         zoo.apart([np.array([np.nan])], [np.array([np.nan])])
     with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
         zoo.apart([np.zeros(2)], [np.zeros(3)])
+
+
+def test_batches_of_any_size_are_told_from_fixed_ones():
+    """A table of two rows is added to the one, and nothing to the other."""
+    shapes = {"one": others.floats(4, 5), "rows": others.floats(2, 5)}
+    for rows, expected in ((True, "fixed"), (False, "any")):
+        model = others.Model(
+            lambda p, x, rows=rows: x @ p["one"] + (p["rows"] if rows else 0),
+            shapes,
+            (others.floats(2, 4),),
+        )
+        assert zoo.batch(model, trace(model.apply, shapes, *model.inputs)) == expected
+
+
+def test_inputs_that_are_numbers_of_words_have_no_gradient():
+    words = others.Model(
+        lambda p, x: p[x], others.floats(3, 2), (others.tokens(False),)
+    )
+    assert not zoo.floating(words)
+    sums = others.Model(lambda p, x: p + x, words.params, (others.floats(3, 2),))
+    assert zoo.floating(sums)
 
 
 def test_an_element_is_covered_by_a_unit_along_any_of_its_axes():
@@ -108,6 +144,13 @@ def test_random_weights_are_nowhere_zero_and_spreads_positive():
                 assert (leaf != 0).all(), path
                 if "var" in jax.tree_util.keystr(path):
                     assert (leaf > 0).all()
+
+
+def test_errors_are_told_in_one_line():
+    """Keras says what happened in its second line, in bold."""
+    error = ValueError("while calling it\n\n\x1b[1mthe size must be even\x1b[0m\n")
+    assert zoo.said(error) == "ValueError: while calling it the size must be even"
+    assert zoo.said(KeyError()) == "KeyError:"
 
 
 def test_two_models_of_one_name_are_refused():

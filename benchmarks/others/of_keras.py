@@ -50,13 +50,21 @@ class Ordered(dict):
         return cls(zip(keys, leaves, strict=True))
 
 
+def fresh() -> None:
+    """Keras as it was at first: it numbers layers, and draws what they start from."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+
+
 def application(function, side: int = 32, full: int = 224, **small):
     """A model of `keras.applications`: published, and with few classes and pixels."""
 
     def make(published: bool) -> Model:
-        keras.backend.clear_session()
+        fresh()
         size = full if published else side
         options = {} if published else {"classes": 5, **small}
+        # (Logits, of which gradients are left where a softmax would be saturated.)
+        options["classifier_activation"] = None
         module = function(weights=None, input_shape=(size, size, 3), **options)
         return functional(module, image(published, side, full))
 

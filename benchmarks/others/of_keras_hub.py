@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.others import Model, floats, model
-from benchmarks.others.of_keras import functional
+from benchmarks.others.of_keras import fresh, functional
 
 # isort: split
-import keras
 import keras_hub.models as hub
 
 
 def made(backbone, *, published: bool, images=None, **sizes) -> Model:
     """A backbone as a function of its inputs in the order of their names."""
-    keras.backend.clear_session()
+    fresh()
     module = backbone(**sizes)
     if images is not None:
         return functional(module, floats(2, images, images, 3))
@@ -32,7 +31,7 @@ def decoder(published: bool) -> dict[str, int]:
         "num_layers": 4 if published else 1,
         "num_query_heads": 8 if published else 4,
         "num_key_value_heads": 2,
-        "hidden_dim": 512 if published else 12,
+        "hidden_dim": 512 if published else 24,
         "intermediate_dim": 1024 if published else 10,
     }
 
@@ -71,7 +70,7 @@ def keras_hub_f_net(published):
     sizes = {
         "vocabulary_size": 8_000 if published else 11,
         "num_layers": 4 if published else 1,
-        "hidden_dim": 512 if published else 12,
+        "hidden_dim": 512 if published else 24,
         "intermediate_dim": 1024 if published else 10,
         "max_sequence_length": 32 if published else 6,
     }
@@ -84,7 +83,7 @@ def keras_hub_deberta_v3(published):
         "vocabulary_size": 8_000 if published else 11,
         "num_layers": 4 if published else 1,
         "num_heads": 8 if published else 3,
-        "hidden_dim": 512 if published else 12,
+        "hidden_dim": 512 if published else 24,
         "intermediate_dim": 1024 if published else 10,
         "max_sequence_length": 32 if published else 6,
         "bucket_size": 16 if published else 4,
