@@ -42,6 +42,8 @@ FILE = RESULTS / "zoo.jsonl"
 
 # The largest difference, over the largest output and over the largest gradient.
 LIMITS = {"outputs": 1e-5, "gradients": 1e-4, "input gradients": 1e-4}
+# Differences beyond this may be of rounding: they are measured again in float64.
+ROUNDING = 1e-5
 # Of an array whose gradients are noise (the biases of keys under a softmax, or inputs
 # before a norm of which one unit is left), they are compared with a share of the
 # largest gradient of all.
@@ -63,17 +65,11 @@ Keep = dict[str, np.ndarray]
 
 def reading(model: Model, turns: int = 3) -> tuple[Structure, dict[str, Any]]:
     """What is found in a model, and in what time of the processor."""
-    seconds, structure, equations = [], None, 0
-    for _ in range(turns):
-        begun = time.process_time()
-        closed = jax.make_jaxpr(model.apply)(model.params, *model.inputs)
-        middle = time.process_time()
-        structure = l0jax.trace(model.apply, model.params, *model.inputs)
-        end = time.process_time()
-        seconds.append((end - middle) - (middle - begun))
-        equations = count(closed.jaxpr)
-    assert structure is not None
-    spent = max(statistics.median(seconds), 0.0)
+    arguments = model.params, *model.inputs
+    equations = count(jax.make_jaxpr(model.apply)(*arguments).jaxpr)
+    alone, _ = taken(turns, lambda: jax.make_jaxpr(model.apply)(*arguments))
+    both, structure = taken(turns, lambda: l0jax.trace(model.apply, *arguments))
+    spent = max(both - alone, 0.0)
     half = {name: np.arange(g.size) < -(-g.size // 2) for name, g in halved(structure)}
     whole = costs.exact(structure, cost=costs.params)
     left = costs.exact(structure, half, costs.params)
@@ -88,6 +84,16 @@ def reading(model: Model, turns: int = 3) -> tuple[Structure, dict[str, Any]]:
         "unknown": sorted(structure.unknown),
         "frozen": why(structure),
     }
+
+
+def taken(turns: int, function: Callable) -> tuple[float, Any]:
+    """The median time of the processor in which a function is done, and its result."""
+    seconds, found = [], None
+    for _ in range(turns):
+        begun = time.process_time()
+        found = function()
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds), found
 
 
 def halved(structure: Structure) -> Iterator[tuple[str, l0jax.Group]]:
@@ -262,6 +268,31 @@ def checked(model: Model, structure: Structure) -> dict[str, dict[str, Any]]:
     }
 
 
+def worst(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The largest difference of each kind."""
+    return {what: max(check[what] for check in found.values()) for what in LIMITS}
+
+
+def doubled(model: Model) -> Model:
+    """The model with arrays of float64 for those of float32."""
+
+    def double(leaf):
+        return np.asarray(leaf, np.float64) if leaf.dtype == np.float32 else leaf
+
+    arrays = model.params, model.inputs
+    params, inputs = jax.tree.map(double, arrays)
+    return dataclasses.replace(model, params=params, inputs=inputs)
+
+
+def in_float64(model: Model) -> dict[str, float]:
+    """The largest differences in float64; as in float32 if the model itself asks for
+    float32."""
+    with jax.enable_x64(True):
+        model = doubled(model)
+        structure = l0jax.trace(model.apply, model.params, *model.inputs)
+        return worst(checked(model, structure))
+
+
 def verdict(found: dict[str, dict[str, Any]]) -> str:
     """Which limits are not kept; empty if all are."""
     broken = [
@@ -320,6 +351,8 @@ def measured(name: str, small_only: bool) -> dict[str, Any]:
     row["floating inputs"] = floating(small)
     row["checks"] = checked(small, structure)
     row["broken"] = verdict(row["checks"])
+    if not max(worst(row["checks"]).values()) <= ROUNDING:
+        row["in float64"] = in_float64(small)
     if not small_only:
         row["published"] = entry.published
         _, row["large"] = reading(entry.make(True))
@@ -384,15 +417,12 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['model']}: {row['error']}"
     best = row.get("large", row["small"])
-    worst = {
-        what: max(check[what] for check in row["checks"].values()) for what in LIMITS
-    }
     return (
         f"{row['model']}: {best['parameters']:,} parameters, "
         f"{best['equations']} equations, {best['seconds']:.2f} s, "
         f"{best['groups']} groups, covered {best['covered']:.1%}, "
         f"half {best['half']:.1%}; "
-        + ", ".join(f"{what} {value:.1e}" for what, value in worst.items())
+        + ", ".join(f"{k} {value:.1e}" for k, value in worst(row["checks"]).items())
         + (f"; BROKEN {row['broken']}" if row["broken"] else "")
     )
 

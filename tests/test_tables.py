@@ -459,6 +459,7 @@ def zoo_row(model, **more):
         "covered": 0.125,
         "half": 0.0625,
         "unknown": ["fft", "sort"],
+        "frozen": {"it is an output": 0.5, "it is indexed": 0.25},
     }
     check = {"outputs": 2e-7, "gradients": 3e-7, "input gradients": 4e-6}
     checks = {"one left": check, "40 % closed": check | {"outputs": 5e-7}}
@@ -468,16 +469,19 @@ def zoo_row(model, **more):
 
 
 def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
-    """The published size where there is one, and the worst of what was compared."""
+    """The large size where there is one, and the worst of what was compared."""
     (place / "benchmarks").mkdir()
     whole = zoo_row("a")["small"] | {"covered": 1.0, "parameters": 56_789}
     failed = {"model": "c", "package": "flax", "version": "1", "error": "TypeError: x"}
-    rows = [zoo_row("a", published=whole), zoo_row("b", broken="one left: costs")]
+    rows = [zoo_row("a", large=whole, published=True)]
+    rows += [zoo_row("b", broken="one left: costs")]
+    rounded = {"outputs": 1e-15, "gradients": 3e-13}
+    rows += [zoo_row("d", large=whole, published=False, **{"in float64": rounded})]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, failed])
     (place / "benchmarks" / "zoo.jsonl").write_text(text)
     zoo = tables.zoo()
     _, table = re.findall(r"(?:\|.*\|\n)+", zoo)
-    small, published = parsed(table)
+    small, published, ours = parsed(table)
     assert small["model"] == "`b` (small)"
     assert small["package"] == "flax 1.2"
     assert small["covered"] == "12 %"
@@ -486,7 +490,10 @@ def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
     assert published["model"] == "`a`"
     assert published["parameters"] == "56,789"
     assert published["covered"] == "100 %"
-    assert zoo.endswith("- `b`: one left: costs\n- `c`: TypeError: x")
+    assert ours["model"] == "`d` (our sizes)"
+    assert "themselves): `d` 3e-13." in zoo
+    assert "- `b`: one left: costs\n- `c`: TypeError: x\n\n" in zoo
+    assert zoo.endswith("\n\n- `b`: 50.0 %: it is an output; 25.0 %: it is indexed")
     assert zoo in tables.document()
 
 

@@ -73,6 +73,20 @@ def test_a_limit_that_is_no_number_is_not_kept():
     assert zoo.verdict({"x": kept | {"costs": False}}) == "x: costs"
 
 
+def test_rounding_is_told_from_wrong_rules_in_float64():
+    """Differences in float32 vanish, and those of another program don't."""
+    small, _ = read("nnx_lora")
+    assert max(zoo.in_float64(small).values()) < 1e-12
+    assert zoo.doubled(small).inputs[0].dtype == np.float64
+
+
+def test_input_gradients_that_are_noise_are_compared_with_the_largest():
+    """One input's gradient is 1e-9 of the parameters', and rounded otherwise."""
+    ours, theirs = [np.array([1e-9, 2e-9])], [np.array([1e-9, 3e-9])]
+    assert zoo.apart(ours, theirs) > 0.4
+    assert zoo.apart(ours, theirs, zoo.NOISE * 1.0) < 2e-7
+
+
 def test_nothing_is_said_of_networks_without_gradients():
     """Behind units that are all dead, everything agrees."""
     shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}

@@ -1,9 +1,9 @@
 """Models that others wrote, as their packages give them: `MODELS[name].make(size)`.
 
 Each is a function of its arrays and of inputs, with sizes of two kinds: small ones
-that are run, and large ones, of which shapes are enough. Large ones are those that were
-published: in a paper, by the package, or in an example of it. Where there are none, they
-are ours, and the model says so (`published=False`).
+that are run, and large ones, of which shapes are enough. Large ones are those that
+were published: in a paper, by the package, or in an example of it. Where there are
+none, they are ours, and the model says so (`published=False`).
 """
 
 import dataclasses

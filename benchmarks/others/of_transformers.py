@@ -6,7 +6,6 @@ import types
 import jax
 import jax.numpy as jnp
 import transformers as hf
-from transformers.models.t5 import modeling_flax_t5
 
 from benchmarks.others import Model, image, model, tokens
 
@@ -14,7 +13,7 @@ INT = jnp.int32
 LOGITS = operator.attrgetter("logits")
 
 # T5 names the bound of `jnp.clip` as JAX did before 0.4.27.
-modeling_flax_t5.jnp = types.SimpleNamespace(
+hf.models.t5.modeling_flax_t5.jnp = types.SimpleNamespace(
     **vars(jnp) | {"clip": lambda x, a_max: jnp.minimum(x, a_max)}
 )
 
@@ -406,4 +405,5 @@ def transformers_wav2vec2(published):
     }
     config = hf.Wav2Vec2Config(**(usual if published else small))
     sound = jax.ShapeDtypeStruct((2, 16_000 if published else 100), jnp.float32)
-    return made(hf.FlaxWav2Vec2ForCTC, config, sound)
+    first = operator.itemgetter(0)
+    return made(hf.FlaxWav2Vec2ForCTC, config, sound, unpack=first)
