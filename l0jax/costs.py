@@ -27,12 +27,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from l0jax.narrow import emptied, knows, narrow
 from l0jax.polynomials import expected
 from l0jax.structure import (
     Found,
@@ -41,6 +43,7 @@ from l0jax.structure import (
     expected_size_of,
     within,
 )
+from l0jax.tracing import trace
 from l0jax.units import (
     Amount,
     Certain,
@@ -239,14 +242,38 @@ def exact(
     """A cost that is counted, after removal of the units that are not kept, as a whole
     number. (In float32, numbers beyond 16 million are rounded.)
 
+    Of a group that keeps no unit goes what was computed for it alone: this is counted
+    on the narrowed program, if the cost is one of `COSTS` and no group was stated by
+    hand.
+
     Raises:
         ValueError: if a group of `keep` is unknown or a vector has the wrong length.
     """
-    check_lengths(keep or {}, structure.groups)
-    flags = Certain({n: np.asarray(k, np.float64) for n, k in (keep or {}).items()})
+    keep = keep or {}
+    check_lengths(keep, structure.groups)
+    if cost in COSTS.values() and emptied(structure, keep) and knows(structure, keep):
+        structure, keep = _narrowed(structure, keep), {}
+    flags = Certain({n: np.asarray(k, np.float64) for n, k in keep.items()})
     with jax.enable_x64(True):  # for costs that compute with JAX
         found = cost(structure, flags)
         return found if isinstance(found, int) else round(float(found))
+
+
+def _narrowed(structure: Structure, keep: Mapping[str, Any]) -> Structure:
+    """What is left, read again."""
+    found = structure.traced
+    tree = jax.tree.structure(found.shapes[0])
+    params = jax.tree.unflatten(tree, [structure.arrays[p] for p in found.params])
+    functions = []
+
+    def narrowed(params):
+        function, smaller = narrow(structure, params, keep)
+        functions.append(function)
+        return smaller
+
+    smaller = jax.eval_shape(narrowed, params)
+    left = trace(functions[0], smaller, *found.shapes[1:])
+    return dataclasses.replace(left, trainable=structure.trainable)
 
 
 def per_operation(

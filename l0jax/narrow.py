@@ -13,7 +13,7 @@ times the number of units that are gone. It is computed on the side.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from l0jax.axes import (
     size,
     variables,
 )
+from l0jax.liveness import is_nothing, live
 from l0jax.program import (
     Line,
     Program,
@@ -41,6 +42,7 @@ from l0jax.program import (
     is_backward,
 )
 from l0jax.structure import Structure
+from l0jax.symbolic import is_symbolic
 from l0jax.units import Keep, arrays
 from l0jax.values import Value
 
@@ -54,19 +56,22 @@ def narrow(
         structure: of the function, by `trace`.
         params: the parameters, with test-time gates folded in: what is removed is then
             exactly what contributes nothing.
-        keep: a boolean vector for each group that loses units.
+        keep: a boolean vector for each group that loses units. If a group loses all,
+            what was computed for it alone goes with it: of a block whose branch has no
+            units, nothing is left but the constants that it adds to the stream.
 
     Returns:
         `(small, small_params)`: `small(small_params, *inputs)` takes the same inputs as
         the traced function, of any size for which that can be traced and has the same
-        units (it is traced again for each size), and reads of them what is left.
+        units (it is traced again for each size), and reads of them what is left. Arrays
+        that nothing reads any more have no elements.
 
     Raises:
         ValueError: as `l0jax.shrink`; if a group was said by hand to lie where the
             program can't lose units; and, when called, for inputs for which the
             function can't be traced or has other units.
     """
-    units.check_keep(keep, structure.groups)
+    units.check_lengths(keep, structure.groups)
     unknown = _lost_unknown(structure, keep)
     if unknown is not None:
         name, path, axis = unknown
@@ -76,14 +81,18 @@ def narrow(
             "closed gates to zero"
         )
     small_params = units.shrink(params, keep, structure.groups)
+    unread = _unread(structure, keep, small_params)
+    small_params = units.replace(
+        small_params, {path: arrays(small_params)[path][:0] for path in unread}
+    )
 
     def small(params: PyTree, *inputs: PyTree) -> PyTree:
         _check_tree(structure, params, inputs)
         given = arrays(inputs)
         now, left = _at(structure, keep, given)
-        _check_shapes(now, left, arrays(params))
+        whole = _whole(now, left, arrays(params), unread)
         cells = [
-            *(Cell(a, v, left) for a, v in _pair(arrays(params), now.params)),
+            *(Cell(a, v, left) for a, v in _pair(whole, now.params)),
             *(
                 Cell(_taken(leaf, value, left), value, left)
                 for leaf, value in _pair(given, now.inputs)
@@ -93,6 +102,46 @@ def narrow(
         return jax.tree.unflatten(now.out_tree, results)
 
     return small, small_params
+
+
+def emptied(structure: Structure, keep: Keep) -> bool:
+    """Whether any group has no units, or none that is kept."""
+    return any(
+        not np.any(keep.get(name, np.ones(group.size, bool)))
+        for name, group in structure.groups.items()
+    )
+
+
+def _unread(structure: Structure, keep: Keep, params: PyTree) -> list[str]:
+    """Arrays that nothing reads any more, since what they went into lost all units."""
+    if not emptied(structure, keep):
+        return []
+    found, left = structure.traced, left_of(structure, keep)
+
+    def small(params, inputs):
+        leaves = [*arrays(params).values(), *arrays(inputs).values()]
+        values = [*found.params.values(), *found.inputs.values()]
+        cells = [
+            Cell(a if v.array else _taken(a, v, left), v, left)
+            for a, v in zip(leaves, values, strict=True)
+        ]
+        return [cell.cut for cell in _run(found.program, cells, left)]
+
+    after = jax.make_jaxpr(small)(params, found.shapes[1:]).jaxpr
+    now = _read(arrays(params), after)
+    return [
+        path for path in _read(found.params, found.program.jaxpr) if path not in now
+    ]
+
+
+def _read(paths: Iterable[str], jaxpr: Any) -> list[str]:
+    """The arrays of the parameters that a program reads, but numbers."""
+    needed = live(jaxpr)[1]
+    return [
+        path
+        for path, atom in zip(paths, jaxpr.invars, strict=False)
+        if atom in needed and atom.aval.shape
+    ]
 
 
 def knows(structure: Structure, keep: Keep) -> bool:
@@ -166,11 +215,23 @@ class Left:
         return any(v in self.kept for axis in axes for v in variables(axis))
 
     def shape(self, value: Value, atom: Any) -> tuple[Any, ...]:
-        """The shape that is left of an array, of which the whole is `atom`'s."""
-        return tuple(
-            self.size(axis) if self.changed([axis]) else whole
-            for axis, whole in zip(value.axes, atom.aval.shape, strict=True)
-        )
+        """The shape that is left of an array, of which the whole is `atom`'s.
+
+        Raises:
+            ValueError: if a size can't be said of what may have any.
+        """
+        found = []
+        for axis, whole in zip(value.axes, atom.aval.shape, strict=True):
+            if not self.changed([axis]):
+                found.append(whole)
+                continue
+            if is_symbolic(whole) and Left({}, self.sizes).size(axis) != whole:
+                raise ValueError(
+                    f"what is left of an axis of {whole} positions can't be said for "
+                    "any size of the inputs"
+                )
+            found.append(self.size(axis))
+        return tuple(found)
 
     def only(self, axes: Sequence[Type]) -> "Left":
         """With one closed position of each of some axes in the place of all others."""
@@ -227,14 +288,25 @@ def _at(
     return now, dataclasses.replace(_left(now, keep), sizes=now.sizes)
 
 
-def _check_shapes(now: reading.Traced, left: Left, params: Mapping[str, Any]) -> None:
+def _whole(
+    now: reading.Traced, left: Left, params: Mapping[str, Any], unread: Sequence[str]
+) -> dict[str, Any]:
+    """The arrays, with zeros for those that nothing reads.
+
+    Raises:
+        ValueError: if one has another shape than what is left of it.
+    """
+    whole = {}
     for path, value in now.params.items():
-        expected = tuple(left.size(axis) for axis in value.axes)
-        if tuple(jnp.shape(params[path])) != expected:
+        shape, leaf = tuple(left.size(axis) for axis in value.axes), params[path]
+        expected = (0, *shape[1:]) if path in unread else shape
+        if tuple(jnp.shape(leaf)) != expected:
             raise ValueError(
-                f"parameter {path!r} has shape {jnp.shape(params[path])}; of what is "
-                f"kept it is {expected}"
+                f"parameter {path!r} has shape {jnp.shape(leaf)}; of what is kept it "
+                f"is {expected}"
             )
+        whole[path] = jnp.zeros(shape, leaf.dtype) if path in unread else leaf
+    return whole
 
 
 def _check_tree(structure: Structure, params: PyTree, inputs: PyTree) -> None:
@@ -323,9 +395,10 @@ def _run(program: Program, arguments: Sequence[Cell], left: Left) -> list[Cell]:
         return found[atom]
 
     for line in program.lines:
+        # What is zero whatever it reads, reads nothing.
+        atoms = line.eqn.invars if line.ins else ()
         given = [
-            cell_of(atom, value)
-            for atom, value in zip(line.eqn.invars, line.ins, strict=True)
+            cell_of(atom, value) for atom, value in zip(atoms, line.ins, strict=True)
         ]
         found.update(zip(line.eqn.outvars, _line(line, given, left), strict=True))
     return [
@@ -336,6 +409,10 @@ def _run(program: Program, arguments: Sequence[Cell], left: Left) -> list[Cell]:
 
 def _line(line: Line, given: Sequence[Cell], left: Left) -> Sequence[Cell]:
     name = line.eqn.primitive.name
+    if is_nothing(line.eqn):
+        avals = [out.aval for out in line.eqn.outvars]
+        whole = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+        return [Cell(a, v, left) for a, v in zip(whole, line.outs, strict=True)]
     if not _differs(line, left) or (
         not line.inner and all(value.known for value in line.outs)
     ):
@@ -525,6 +602,15 @@ def _convolution(line, given, left):
     return bind(line.eqn, given, changes)
 
 
+def _product(line, given, left):
+    (axes, _), _ = line.eqn.params["dimension_numbers"]
+    if 0 in (given[0].shape[at] for at in axes):
+        # Nothing need be computed of what it would read.
+        (out,), (atom,) = line.outs, line.eqn.outvars
+        return [jnp.zeros(left.shape(out, atom), atom.aval.dtype)]
+    return bind(line.eqn, given)
+
+
 # Loops, branches, and functions that are differentiated in their own way.
 
 
@@ -640,5 +726,6 @@ RUN: dict[str, Callable[[Line, Sequence[Any], Left], Sequence[Any]]] = {
     "while": _while,
     "cond": _cond,
     "conv_general_dilated": _convolution,
+    "dot_general": _product,
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
 }

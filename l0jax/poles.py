@@ -121,6 +121,8 @@ class _Reach:
         for value, constant in zip(program.ins, program.constants, strict=False):
             self.signs[id(value)] = _sign_of(constant)
         for line in program.lines:
+            if len(line.ins) != len(line.eqn.invars):  # zero whatever it reads
+                continue
             for atom, value in zip(line.eqn.invars, line.ins, strict=True):
                 if isinstance(atom, jax.extend.core.Literal):
                     self.signs[id(value)] = _sign_of(atom.val)
@@ -128,7 +130,7 @@ class _Reach:
                 self._run(line)
                 continue
             signs = [self.signs.get(id(value), Sign.ANY) for value in line.ins]
-            for at in _outside(line.eqn, signs):
+            for at in _outside(line, signs):
                 self.poles.append((line.ins[at], line.where))
             for out in line.outs:
                 if any(out is value for value in line.ins):  # handed on as it is
@@ -141,8 +143,13 @@ class _Reach:
     def _sign(line: Line, out: Value, signs: Sequence[Sign]) -> Sign:
         if out.number is not None:
             return _sign_of(out.number)
-        if line.eqn.primitive.name == "select_n" and line.ins[0].number is not None:
+        name = line.eqn.primitive.name
+        if name == "select_n" and line.ins[0].number is not None:
             return signs[1 + int(line.ins[0].number)]
+        if name == "pow" and line.ins[1].number is not None:
+            # A square, whatever it is the square of.
+            even = signs[0] is not Sign.INFINITE and line.ins[1].number % 2 == 0
+            return max(signs[0], Sign.NOT_NEGATIVE) if even else signs[0]
         return _sign(line.eqn, signs)
 
     def _run(self, line: Line) -> None:
@@ -250,8 +257,9 @@ BOUNDED = names("acos acosh asin atanh digamma erf_inv igamma igammac lgamma")
 PRODUCTS = names("mul dot_general conv_general_dilated")
 
 
-def _outside(eqn: Any, signs: Sequence[Sign]) -> Iterable[int]:
+def _outside(line: Line, signs: Sequence[Sign]) -> Iterable[int]:
     """Which arguments of an equation may lie where it has no value."""
+    eqn = line.eqn
     name = eqn.primitive.name
     if name in BOUNDED:
         return range(len(signs))
@@ -260,10 +268,14 @@ def _outside(eqn: Any, signs: Sequence[Sign]) -> Iterable[int]:
     if name == "integer_pow" and eqn.params["y"] < 0:
         return (0,) if signs[0] < Sign.POSITIVE else ()
     if name == "pow":
-        exponent = eqn.invars[1]
-        # Zero to the power of a positive number is zero.
-        grows = isinstance(exponent, jax.extend.core.Literal) and exponent.val > 0
-        needed = Sign.NOT_NEGATIVE if grows else Sign.POSITIVE
+        exponent = line.ins[1].number
+        if exponent is None or exponent <= 0:
+            needed = Sign.POSITIVE
+        elif exponent % 1:
+            # Zero to the power of a positive number is zero.
+            needed = Sign.NOT_NEGATIVE
+        else:
+            return ()
         return (0, 1) if signs[0] < needed else ()
     if name in PRODUCTS and min(signs) is Sign.INFINITE:  # zero times infinity
         return range(len(signs))

@@ -18,7 +18,9 @@ import numpy as np
 from jax.extend import source_info_util
 
 from l0jax.axes import freeze, unify
+from l0jax.liveness import is_nothing, live
 from l0jax.rules import NARY, RULES, UNARY, frozen
+from l0jax.symbolic import seen
 from l0jax.values import (
     COTANGENT,
     NEVER,
@@ -29,6 +31,7 @@ from l0jax.values import (
     constant,
     new,
     opaque,
+    shapes_out,
 )
 
 
@@ -38,7 +41,7 @@ class Line:
 
     Attributes:
         eqn: the equation.
-        ins: the values that it reads.
+        ins: the values that it reads; none if it is zero whatever these are.
         outs: the values that it writes.
         inner: the programs that it runs, if it runs any.
         where: the primitive and the line of the user's code.
@@ -105,33 +108,44 @@ def read(
         return known[atom]
 
     lines = []
-    for eqn in jaxpr.eqns:
-        ins = [value_of(atom) for atom in eqn.invars]
-        name = eqn.primitive.name
+    for equation in live(jaxpr)[0]:
+        eqn, name = seen(equation, reading.numbers), equation.primitive.name
         # What a library compiled before has no line of its own, but that of the call.
-        line = line_of(eqn) or caller
+        line = line_of(equation) or caller
         reading.where = where = f"{name} at {line or 'an unknown line'}"
         inner: tuple[Program, ...] = ()
         derivative = None
-        if name not in CALLS and not eqn.effects and all(v.known for v in ins):
+        nothing = is_nothing(equation)
+        ins = [] if nothing else [value_of(atom) for atom in equation.invars]
+        known_whole = name not in CALLS and not equation.effects
+        if nothing:
+            outs = _zeros(eqn)
+        elif known_whole and all(value.known for value in ins):
             outs = _known(eqn, ins)
         elif name in RULES:
             outs = RULES[name](reading, eqn, ins)
         elif name in RUNS:
             outs, inner = RUNS[name](reading, eqn, ins, line)
         elif name in CUSTOM:
-            outs, inner, derivative = _custom(reading, eqn, ins, line)
+            outs, inner, derivative = _custom(reading, equation, ins, line)
         else:
             reading.unknown.setdefault(name, line or "an unknown line")
             reading.where = f"no rule for {reading.where}"
             outs = frozen(reading, eqn, ins)
-        known.update(zip(eqn.outvars, outs, strict=True))
-        lines.append(Line(eqn, tuple(ins), tuple(outs), inner, where, derivative))
+        known.update(zip(equation.outvars, outs, strict=True))
+        lines.append(Line(equation, tuple(ins), tuple(outs), inner, where, derivative))
     outs = tuple(value_of(atom) for atom in jaxpr.outvars)
     return Program(jaxpr, tuple(constants), tuple(given), tuple(lines), outs)
 
 
 MOVES_NUMBERS = ("broadcast_in_dim", "reshape", "convert_element_type")
+
+
+def _zeros(eqn: Any) -> list[Value]:
+    return [
+        dataclasses.replace(new(shape, data=False, known=True), number=np.zeros(())[()])
+        for shape in shapes_out(eqn)
+    ]
 
 
 def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
@@ -385,12 +399,12 @@ def rules_of(eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
 def _derivative(reading, eqn, given, outs, line) -> Derivative:
     moving = tuple(jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars)
     try:
-        jaxprs = rules_of(eqn, moving)
+        jaxprs = _traced_once(reading, eqn, moving)
     except Exception as error:  # the user's code, which may raise what it likes
         found = Derivative(moving, (), tuple(given), tuple(outs))
         found.fails = f"{reading.where}: its derivative can't be traced: {error}"
         return found
-    texts = tuple(str(jaxpr) for jaxpr in jaxprs)
+    texts = tuple(map(str, jaxprs))
     for one in reading.derivatives:
         if one.texts == texts:
             # The rule calls the function itself, whose derivative is this one.
@@ -422,6 +436,21 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
     reading.checks += [*aside.uses, *aside.checks]
     reading.merged += aside.merged
     return found
+
+
+def _traced_once(reading: Reading, eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
+    """The programs of a derivative: of one function at the same sizes they are one.
+
+    JAX keeps what it has traced, so that the functions of two such equations are the
+    same objects.
+    """
+    avals = tuple(str(atom.aval) for atom in eqn.invars)
+    parts = tuple(id(part) for part in eqn.params.values())
+    key = (eqn.primitive.name, parts, avals)
+    if key not in reading.rules:
+        # (With the equation, so that no other object gets the identity of a part.)
+        reading.rules[key] = (eqn, rules_of(eqn, moving))
+    return reading.rules[key][1]
 
 
 def _real(outs: Sequence[Value], eqn: Any) -> list[Value]:

@@ -28,6 +28,7 @@ from l0jax.axes import (
 )
 from l0jax.poles import freeze_at_poles
 from l0jax.program import Program, read
+from l0jax.symbolic import is_symbolic, number, numbers_for
 from l0jax.units import arrays
 from l0jax.values import COTANGENT, Place, Reading, Value, Zeros, new
 
@@ -56,7 +57,7 @@ class Traced:
         members: for each variable that is a group, the group and the unit of each of
             its positions, or `GONE`.
         others: the function at other sizes of its inputs, as far as they were asked.
-        sizes: of variables that stand for any size.
+        sizes: of axes that may have any size, what these are.
     """
 
     apply: Callable[..., PyTree]
@@ -98,7 +99,9 @@ def traced(
     """
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
     closed, out_shape = jaxpr_of(apply, shapes)
-    reading = Reading()
+    given = arrays(shapes[1:])
+    numbers = numbers_for(leaf.shape for leaf in given.values())
+    reading = Reading(numbers=numbers)
     stored = {}
     for path, leaf in arrays(shapes[0]).items():
         value = new(leaf.shape, data=False)
@@ -111,10 +114,11 @@ def traced(
     for path in _within(kept, stored):
         for axis in stored[path].axes:
             freeze(axis, "the user froze it", mixes=False)
-    given = {
-        path: new(leaf.shape, data=True) for path, leaf in arrays(shapes[1:]).items()
+    outside = {
+        path: new(number(leaf.shape, numbers), data=True)
+        for path, leaf in given.items()
     }
-    program = read(reading, closed, [*stored.values(), *given.values()])
+    program = read(reading, closed, [*stored.values(), *outside.values()])
     for value in program.outs:
         for axis in value.axes:
             freeze(axis, "it is an output", mixes=False)
@@ -128,11 +132,31 @@ def traced(
         shapes,
         program,
         stored,
-        given,
+        outside,
         jax.tree.structure(out_shape),
         gated,
+        sizes=_symbolic_sizes(program) if numbers else {},
     )
     return found, reading
+
+
+def _symbolic_sizes(program: Program) -> dict[Variable, Any]:
+    """For each axis of any size the expression of its size."""
+    atoms = [*program.jaxpr.constvars, *program.jaxpr.invars]
+    pairs = [*zip(program.ins, atoms, strict=True)]
+    for line in program.lines:
+        pairs += zip(line.outs, line.eqn.outvars, strict=True)
+    sizes: dict[Variable, Any] = {}
+    for value, atom in pairs:
+        for axis, size in zip(value.axes, getattr(atom.aval, "shape", ()), strict=True):
+            variable = resolve(axis)
+            if is_symbolic(size) and isinstance(variable, Variable):
+                sizes.setdefault(variable, size)
+    for line in program.lines:
+        for inner in line.inner:
+            for variable, size in _symbolic_sizes(inner).items():
+                sizes.setdefault(variable, size)
+    return sizes
 
 
 def jaxpr_of(apply: Callable[..., PyTree], shapes: PyTree) -> tuple[Any, PyTree]:
@@ -217,7 +241,9 @@ def _gated(reading: Reading, lies: Gated) -> Gated:
                 _holds(variable, zeros, lies, gated, severed)
                 for zeros in use.candidates
             ):
-                freeze(variable, f"{use.where}: a derivative runs over all of it")
+                # (A gradient is summed over examples, which stay apart all the same.)
+                why = f"{use.where}: a derivative runs over all of it"
+                freeze(variable, why, mixes=False)
     return gated
 
 
@@ -262,7 +288,7 @@ def at_sizes(found: Traced, shapes: Mapping[str, Any]) -> Traced:
 
 
 def _again(found: Traced, shapes: Mapping[str, Any]) -> Traced:
-    leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shapes.values()]
+    leaves = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in shapes.values()]
     tree = jax.tree.structure(found.shapes[1:])
     arguments = (found.shapes[0], *jax.tree.unflatten(tree, leaves))
     try:

@@ -275,7 +275,7 @@ def _expand(reading, eqn, values):
 def _reshape(reading, eqn, values):
     (value, *_) = values
     shape = eqn.params["new_sizes"]
-    if eqn.params.get("dimensions") is not None or 0 in shape:
+    if eqn.params.get("dimensions") is not None:
         return frozen(reading, eqn, values)
     axes: list[Type] = [ONE] * len(shape)
     zeros = [NEVER] * len(shape)
@@ -369,7 +369,7 @@ def _concatenate(reading, eqn, values):
 
 @rule("stack")
 def _stack(reading, eqn, values):
-    at, first = eqn.params["axis"], values[0]
+    at, first = int(eqn.params["axis"]), values[0]
     axes = _aligned(reading, values)
     zeros = [
         _all_zero(
@@ -418,7 +418,9 @@ def _pad(reading, eqn, values):
 @rule("slice")
 def _slice(reading, eqn, values):
     (value,) = values
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    starts, limits = map(
+        _ints, (eqn.params["start_indices"], eqn.params["limit_indices"])
+    )
     strides = eqn.params["strides"] or (1,) * len(starts)
     axes = []
     for axis, start, limit, stride in zip(
@@ -466,7 +468,7 @@ def _every(axis: Type, start: int, limit: int, stride: int, where: str) -> Type 
 @rule("split")
 def _split(reading, eqn, values):
     (value,) = values
-    at, sizes = eqn.params["axis"], [int(size) for size in eqn.params["sizes"]]
+    at, sizes = int(eqn.params["axis"]), _ints(eqn.params["sizes"])
     pieces = split(value.axes[at], sizes)
     if pieces is None:
         return frozen(reading, eqn, values)
@@ -485,7 +487,7 @@ def _split(reading, eqn, values):
 @rule("unstack")
 def _unstack(reading, eqn, values):
     (value,) = values
-    gone = eqn.params["axis"]
+    gone = int(eqn.params["axis"])
     freeze(value.axes[gone], f"{reading.where}: it is indexed")
     return [replace(_without(value, (gone,)), array=None)] * len(eqn.outvars)
 
@@ -660,7 +662,7 @@ def _others(value: Value, at: int, keeps: bool) -> Value:
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulative(reading, eqn, values):
     (value,) = values
-    at = eqn.params["axis"]
+    at = int(eqn.params["axis"])
     freeze(value.axes[at], reading.where)
     return [_others(value, at, eqn.primitive.name != "cumlogsumexp")]
 
@@ -668,7 +670,7 @@ def _cumulative(reading, eqn, values):
 @rule("sort")
 def _sort(reading, eqn, values):
     axes = _aligned(reading, values)
-    at = eqn.params["dimension"]
+    at = int(eqn.params["dimension"])
     freeze(axes[at], reading.where)
     if len(values) == 1:
         return [_others(replace(values[0], axes=axes), at, True)]

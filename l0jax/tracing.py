@@ -142,7 +142,7 @@ def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
     names: Counter = Counter()
     name_of: dict[Variable, str] = {}
     for variable in sorted(order.keys() & lies.keys(), key=order.__getitem__):
-        if variable.frozen:
+        if variable.frozen or not variable.size:
             continue
         used = {place: None for place in gated[variable] if place in lies[variable]}
         made = tuple(
@@ -162,7 +162,7 @@ def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
         if outside:
             inputs[name] = outside
     for variable, where in lies.items():
-        if variable.frozen:
+        if variable.frozen and variable.size:
             slots = tuple(_slot(stored, place, variable) for place in where)
             used = gated.get(variable, ())
             made = [

@@ -137,18 +137,6 @@ def check_lengths(values: Mapping[str, Any], groups: Groups) -> None:
         _check_length(groups[name], vector)
 
 
-def check_keep(keep: Mapping[str, Any], groups: Groups) -> None:
-    """Raises ValueError unless `keep` has a flag for every unit of each of its groups,
-    and keeps at least one of each."""
-    check_lengths(keep, groups)
-    for name, flags in keep.items():
-        if not np.asarray(flags).any():
-            raise ValueError(
-                f"group {name!r}: keep holds none of its {groups[name].size} units; "
-                "an array can't be empty, so keep at least one"
-            )
-
-
 def apply_gates(
     params: PyTree, z: Mapping[str, Float[Array, " units"]], groups: Groups
 ) -> PyTree:
@@ -350,23 +338,32 @@ def left(
 ) -> dict[str, Bool[np.ndarray, " _units"]]:
     """Which units of every group are left if those that are not kept are taken out.
 
-    Beside the units that are not kept these are those all of whose uses go with them: a
-    position of a flattened feature map goes with the map.
+    Beside the units that are not kept, those go all of whose uses go with them: a
+    position of a flattened feature map goes with the map, and what is read by an array
+    alone of which nothing is left goes with that.
 
     Raises:
         ValueError: as `shrink`.
     """
-    masks = positions_left(tree, keep, groups)
+    check_lengths(keep, groups)
     shapes = {path: jnp.shape(leaf) for path, leaf in arrays(tree).items()}
-    flags = {}
-    for name, group in groups.items():
-        reached = np.zeros(group.size + 1, bool)
-        for slot in group.used_by:
-            there = _left_along(slot, shapes[slot.path], masks)
-            reached[owners(slot, group.size)[there]] = True
-        kept = np.asarray(keep.get(name, True), bool)
-        flags[name] = kept & reached[:-1]
-    return flags
+    flags = {
+        name: np.array(keep.get(name, np.ones(group.size, bool)), bool)
+        for name, group in groups.items()
+    }
+    while True:
+        masks = positions_left(tree, flags, groups)
+        empty = {path for (path, _), there in masks.items() if not there.any()}
+        before = sum(int(each.sum()) for each in flags.values())
+        for name, group in groups.items():
+            reached = np.zeros(group.size + 1, bool)
+            for slot in group.used_by:
+                if slot.path not in empty:
+                    there = _left_along(slot, shapes[slot.path], masks)
+                    reached[owners(slot, group.size)[there]] = True
+            flags[name] &= reached[:-1]
+        if sum(int(each.sum()) for each in flags.values()) == before:
+            return flags
 
 
 def shrink(tree: PyTree, keep: Keep, groups: Groups) -> PyTree:
@@ -381,11 +378,12 @@ def shrink(tree: PyTree, keep: Keep, groups: Groups) -> PyTree:
         groups: where the units lie.
 
     Returns:
-        A new pytree of the same structure with smaller arrays.
+        A new pytree of the same structure with smaller arrays; of a group that keeps no
+        unit, with arrays that have no elements.
 
     Raises:
-        ValueError: if a group is unknown, a vector has the wrong length or keeps
-            nothing, a slot does not fit its array, or nothing is left of an array.
+        ValueError: if a group is unknown, a vector has the wrong length, or a slot does
+            not fit its array.
     """
     masks, elements = _positions(tree, keep, groups)
 
@@ -433,21 +431,10 @@ Masks = dict[tuple[str, int], np.ndarray]
 
 
 def take(leaf: Any, path: str, masks: Masks) -> Any:
-    """What is left of the array at `path`.
-
-    Raises:
-        ValueError: if nothing is.
-    """
+    """What is left of the array at `path`."""
     for axis in range(jnp.ndim(leaf)):
-        if (path, axis) not in masks:
-            continue
-        there = np.flatnonzero(masks[path, axis])
-        if not there.size:
-            raise ValueError(
-                f"nothing is left of axis {axis} of {path!r}: each of its "
-                "positions belongs to a unit that is not kept"
-            )
-        leaf = leaf.take(there, axis=axis)
+        if (path, axis) in masks:
+            leaf = leaf.take(np.flatnonzero(masks[path, axis]), axis=axis)
     return leaf
 
 
@@ -464,7 +451,7 @@ def _positions(
     tree: PyTree, keep: Mapping[str, Any], groups: Groups
 ) -> tuple[Masks, dict[str, np.ndarray]]:
     """Positions of axes that are left, and elements that are, where they are units."""
-    check_keep(keep, groups)
+    check_lengths(keep, groups)
     check(tree, {name: groups[name] for name in keep})
     masks: Masks = {}
     elements: dict[str, np.ndarray] = {}

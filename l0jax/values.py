@@ -1,7 +1,7 @@
 """What is known of the arrays within a program, and what reading it collects."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +138,8 @@ class Reading:
         where: the primitive and the line that are being read.
         times: how often that line runs.
         derivatives: those within which we are.
+        numbers: what stands for the symbols in sizes.
+        rules: of each function with a derivative of its own, the programs of that.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -149,10 +151,18 @@ class Reading:
     where: str = ""
     times: int = 1
     derivatives: list[Any] = field(default_factory=list)
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    rules: dict[Any, Any] = field(default_factory=dict)
 
     def aside(self) -> "Reading":
         """For what is read beside the program: it costs nothing there."""
-        return Reading(ungated=self.ungated, unknown=self.unknown, where=self.where)
+        return Reading(
+            ungated=self.ungated,
+            unknown=self.unknown,
+            where=self.where,
+            numbers=self.numbers,
+            rules=self.rules,
+        )
 
 
 def new(shape: Sequence[int], data: bool, known: bool = False) -> Value:

@@ -14,10 +14,13 @@ FILES = {
 }
 # From the ground up; a module imports from lower layers, or from its own package.
 LAYERS = (
-    ("units", "gates", "axes"),
-    ("rules", "polynomials", "encoding"),
+    ("units", "gates", "axes", "symbolic", "liveness"),
+    ("values", "polynomials", "encoding"),
+    ("rules",),
     ("program",),
-    ("structure", "poles", "terms"),
+    ("poles", "terms"),
+    ("reading",),
+    ("structure",),
     ("tracing", "narrow", "dataflow"),
     ("gating", "costs", "equivalence", "unstacking"),
     (
@@ -44,7 +47,9 @@ ONLY_IN = {
     "encoding": {"hashlib", "json"},
     # To say on which line of the user's code something is.
     "program": {"os"},
-    "tracing": {"pathlib", "traceback"},
+    "reading": {"pathlib", "traceback"},
+    # To find the symbols in a size, and what it is.
+    "symbolic": {"ast", "re"},
     # To measure, and to draw.
     "report": {"time", "statistics", "matplotlib"},
     # To find the sharpness at which a pair leaves as much as it is told.
