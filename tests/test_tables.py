@@ -475,8 +475,9 @@ def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
     failed = {"model": "c", "package": "flax", "version": "1", "error": "TypeError: x"}
     rows = [zoo_row("a", large=whole, published=True)]
     rows += [zoo_row("b", broken="one left: costs")]
-    rounded = {"outputs": 1e-15, "gradients": 3e-13}
-    rows += [zoo_row("d", large=whole, published=False, **{"in float64": rounded})]
+    exact = {"outputs": 1e-15, "gradients": 3e-13, "input gradients": 0.0}
+    more = {"in float64": {"one left": exact}, "published": False}
+    rows += [zoo_row("d", large=whole, **more)]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, failed])
     (place / "benchmarks" / "zoo.jsonl").write_text(text)
     zoo = tables.zoo()
@@ -492,6 +493,7 @@ def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
     assert published["covered"] == "100 %"
     assert ours["model"] == "`d` (our sizes)"
     assert "themselves): `d` 3e-13." in zoo
+    assert ours["gradients"] == "4e-06"
     assert "- `b`: one left: costs\n- `c`: TypeError: x\n\n" in zoo
     assert zoo.endswith("\n\n- `b`: 50.0 %: it is an output; 25.0 %: it is indexed")
     assert zoo in tables.document()
@@ -521,6 +523,9 @@ def test_the_zoo_is_held_against_its_limits(place):
     assert reading["measured"] == "120"
     assert reading["the worst"] == "`m0`; 40 beyond the limit"
     assert "without gradients: `b`." in tables.zoo()
+    near = {"in float64": {"one left": dict.fromkeys(far, 1e-9)}}
+    _, outputs, gradients, *_ = limits([*rows[:-1], rows[-1] | near])
+    assert (outputs["measured"], outputs[""]) == ("5e-07", "within")
     covered, outputs, *_ = limits(rows[1:41])
     assert covered["measured"] == "39 of 40"
     assert (covered[""], outputs[""]) == ("NOT within", "within")
