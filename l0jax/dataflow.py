@@ -17,7 +17,8 @@ import jax
 import jax.extend
 from jaxtyping import Array, PyTree
 
-from l0jax.program import CALLS, REMATS, bind, line_of
+from l0jax.derivatives import bind
+from l0jax.program import CALLS, REMATS, line_of
 from l0jax.units import arrays
 
 INLINED = (*CALLS, *REMATS)

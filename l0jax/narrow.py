@@ -33,14 +33,9 @@ from l0jax.axes import (
     size,
     variables,
 )
+from l0jax.derivatives import bind, is_backward
 from l0jax.liveness import is_nothing, live
-from l0jax.program import (
-    Line,
-    Program,
-    bind,
-    constants_and_carries,
-    is_backward,
-)
+from l0jax.program import Line, Program, constants_and_carries
 from l0jax.structure import Structure
 from l0jax.symbolic import is_symbolic
 from l0jax.units import Keep, arrays
@@ -233,29 +228,32 @@ class Left:
             found.append(self.size(axis))
         return tuple(found)
 
-    def only(self, axes: Sequence[Type]) -> "Left":
-        """With one closed position of each of some axes in the place of all others."""
-        kept = dict(self.kept)
-        for axis in axes:
-            gone = int(np.flatnonzero(~self.positions(axis))[0])
-            _choose(resolve(axis), gone, kept)
-        return Left(kept, self.sizes)
+    def only(self, axes: Mapping[int, Type]) -> tuple["Left", dict[int, int]]:
+        """With a closed position of each of some axes, and of these as few others as
+        there may be; and where among what is left of each that position is."""
+        kept, chosen = dict(self.kept), {}
+        for at, axis in axes.items():
+            chosen[at] = int(np.flatnonzero(~self.positions(axis))[0])
+            kept |= {v: np.zeros(v.size, bool) for v in variables(axis)}
+            _choose(resolve(axis), chosen[at], kept)
+        found = Left(kept, self.sizes)
+        before = {at: found.positions(axis)[: chosen[at]] for at, axis in axes.items()}
+        return found, {at: int(flags.sum()) for at, flags in before.items()}
 
 
-def _choose(axis: Type, position: int | None, kept: dict[Variable, np.ndarray]) -> None:
-    """Leaves one position of an axis, or none."""
+def _choose(axis: Type, position: int, kept: dict[Variable, np.ndarray]) -> None:
+    """Leaves one position of an axis."""
     if isinstance(axis, Variable):
-        kept[axis] = np.arange(axis.size) == (-1 if position is None else position)
+        kept[axis] = np.arange(axis.size) == position
     elif isinstance(axis, Sum):
         for part in axis.parts:
-            part = resolve(part)
-            inside = position is not None and 0 <= position < part.size
-            _choose(part, position if inside else None, kept)
-            position = None if position is None else position - part.size
+            if position < part.size:
+                _choose(resolve(part), position, kept)
+                return
+            position -= part.size
     else:
         for factor in reversed(axis.factors):
-            at = None if position is None else position % factor.size
-            position = None if position is None else position // factor.size
+            position, at = divmod(position, factor.size)
             _choose(resolve(factor), at, kept)
 
 
@@ -468,7 +466,7 @@ def _reduced(line: Line, array: Any, left: Left, cell: Cell) -> Any:
     """A reduction, and of each axis that lost units what the lost ones add to it."""
     (value, *_), name = line.ins, line.eqn.primitive.name
     axes = [
-        value.axes[at]
+        int(at)
         for at in line.eqn.params["axes"]
         if left.changed([value.axes[at]])
         and not (name == "reduce_sum" and value.zeros[at].slots)
@@ -476,13 +474,18 @@ def _reduced(line: Line, array: Any, left: Left, cell: Cell) -> Any:
     total = None
     for number in range(len(axes) + 1):
         for closed in itertools.combinations(axes, number):
-            times = 1
-            for axis in closed:
-                flags = left.positions(axis)
-                times *= len(flags) - int(flags.sum())
-            if not times:
-                continue
-            part = _for(cell, left.only(closed)) if closed else array
+            times, part = 1, array
+            if closed:
+                along = {at: value.axes[at] for at in closed}
+                for axis in along.values():
+                    flags = left.positions(axis)
+                    times *= len(flags) - int(flags.sum())
+                if not times:
+                    continue
+                asked, places = left.only(along)
+                part = _for(cell, asked)
+                for at, place in places.items():
+                    part = jax.lax.slice_in_dim(part, place, place + 1, axis=at)
             if name != "reduce_sum" and 0 in part.shape:
                 continue
             (found,) = bind(line.eqn, [part])

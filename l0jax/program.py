@@ -7,7 +7,7 @@ Primitives have their rules in `l0jax.rules`. Here are those that run other jaxp
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from l0jax.axes import freeze, unify
+from l0jax.derivatives import bind, is_backward, rule_of, rules_of
 from l0jax.liveness import is_nothing, live
 from l0jax.rules import NARY, RULES, UNARY, frozen
 from l0jax.symbolic import seen
@@ -174,16 +175,6 @@ def line_of(eqn: Any) -> str:
     for folder in ("site-packages/", f"{os.getcwd()}/"):
         line = line.rpartition(folder)[2]
     return line.strip(" :")
-
-
-def bind(
-    eqn: Any, given: Sequence[Any], changes: Mapping[str, Any] | None = None
-) -> Sequence[Any]:
-    """What an equation gives for other arguments, with some parameters changed."""
-    params = eqn.primitive.get_bind_params({**eqn.params, **(changes or {})})
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*given, **params)
-    return results if eqn.primitive.multiple_results else [results]
 
 
 Runs = Callable[
@@ -386,25 +377,14 @@ def _custom(reading, eqn, values, line):
     return outs, (program,), derivative
 
 
-def is_backward(eqn: Any) -> bool:
-    """Whether the derivative is one of cotangents."""
-    return eqn.primitive.name != "custom_jvp_call"
-
-
-def rules_of(eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
-    """The programs of an equation's own derivative."""
-    return (backward_rule if is_backward(eqn) else forward_rule)(eqn, moving)
-
-
 def _derivative(reading, eqn, given, outs, line) -> Derivative:
     moving = tuple(jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars)
     try:
-        jaxprs = _traced_once(reading, eqn, moving)
+        jaxprs, texts = _traced_once(reading, eqn, moving)
     except Exception as error:  # the user's code, which may raise what it likes
         found = Derivative(moving, (), tuple(given), tuple(outs))
         found.fails = f"{reading.where}: its derivative can't be traced: {error}"
         return found
-    texts = tuple(map(str, jaxprs))
     for one in reading.derivatives:
         if one.texts == texts:
             # The rule calls the function itself, whose derivative is this one.
@@ -438,19 +418,16 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
     return found
 
 
-def _traced_once(reading: Reading, eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
-    """The programs of a derivative: of one function at the same sizes they are one.
-
-    JAX keeps what it has traced, so that the functions of two such equations are the
-    same objects.
-    """
-    avals = tuple(str(atom.aval) for atom in eqn.invars)
-    parts = tuple(id(part) for part in eqn.params.values())
-    key = (eqn.primitive.name, parts, avals)
-    if key not in reading.rules:
-        # (With the equation, so that no other object gets the identity of a part.)
-        reading.rules[key] = (eqn, rules_of(eqn, moving))
-    return reading.rules[key][1]
+def _traced_once(reading: Reading, eqn: Any, moving: Sequence[bool]):
+    """The programs of a derivative, and their texts."""
+    rule = rule_of(eqn)
+    key = (rule, tuple(str(atom.aval) for atom in eqn.invars))
+    if rule is None or key not in reading.rules:
+        jaxprs = rules_of(eqn, moving)
+        # (With the equation, so that what the key identifies lives on.)
+        reading.rules[key] = eqn, jaxprs, tuple(map(str, jaxprs))
+    _, jaxprs, texts = reading.rules[key]
+    return jaxprs, texts
 
 
 def _real(outs: Sequence[Value], eqn: Any) -> list[Value]:
@@ -460,67 +437,3 @@ def _real(outs: Sequence[Value], eqn: Any) -> list[Value]:
         for value, out in zip(outs, eqn.outvars, strict=True)
         if jnp.issubdtype(out.aval.dtype, jnp.inexact)
     ]
-
-
-def _shapes(atoms: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in atoms]
-
-
-def _of_moving(eqn: Any, args: Sequence[Any], moving: Sequence[bool]):
-    """The equation as a function of the arguments that move, and these."""
-
-    def function(*moved):
-        rest = iter(moved)
-        given = [
-            next(rest) if moves else a for a, moves in zip(args, moving, strict=True)
-        ]
-        return [*bind(eqn, given)]
-
-    return function, [a for a, moves in zip(args, moving, strict=True) if moves]
-
-
-def _inexact(arrays: Sequence[Any]) -> list[Any]:
-    return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
-
-
-def forward_rule(eqn: Any, moving: Sequence[bool]) -> tuple[Any]:
-    """The program `(*args, *tangents) -> (*results, *tangents)` of an equation."""
-    count = len(moving)
-
-    def rule(*both):
-        function, moved = _of_moving(eqn, both[:count], moving)
-        results, tangents = jax.jvp(function, tuple(moved), tuple(both[count:]))
-        return (*results, *_inexact(tangents))
-
-    moved = [a for a, moves in zip(eqn.invars, moving, strict=True) if moves]
-    return (jax.make_jaxpr(rule)(*_shapes(eqn.invars), *_shapes(moved)),)
-
-
-def backward_rule(eqn: Any, moving: Sequence[bool]) -> tuple[Any, Any]:
-    """The programs `(*args) -> (*results, *remembered)` and `(*remembered,
-    *cotangents) -> (*cotangents)` of an equation."""
-    trees = []
-
-    def first(*args):
-        function, moved = _of_moving(eqn, args, moving)
-        results, pull = jax.vjp(function, *moved)
-        remembered, tree = jax.tree.flatten(pull)
-        trees.append(tree)
-        return (*results, *remembered)
-
-    one, shapes = jax.make_jaxpr(first, return_shape=True)(*_shapes(eqn.invars))
-    remembered = shapes[len(eqn.outvars) :]
-
-    def second(*both):
-        given = iter(both[len(remembered) :])
-        cotangents = [
-            next(given)
-            if jnp.issubdtype(out.aval.dtype, jnp.inexact)
-            else np.zeros(out.aval.shape, jax.dtypes.float0)
-            for out in eqn.outvars
-        ]
-        pull = jax.tree.unflatten(trees[-1], both[: len(remembered)])
-        return [*pull(cotangents)]
-
-    real = [o for o in eqn.outvars if jnp.issubdtype(o.aval.dtype, jnp.inexact)]
-    return one, jax.make_jaxpr(second)(*remembered, *_shapes(real))

@@ -15,7 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from l0jax.axes import ONE, Product, Sum, Type, freeze, fresh, split, unify
+from l0jax.axes import (
+    ONE,
+    Product,
+    Sum,
+    Type,
+    freeze,
+    fresh,
+    split,
+    unify,
+)
 from l0jax.values import (
     NEVER,
     Alike,
@@ -633,7 +642,12 @@ def _reduce(reading, eqn, values):
             # Nothing is missing from a sum that has lost zeros.
             _uses(reading, value.axes[at], zeros)
         elif name in OF_ALIKE and alike:
-            # What is missing is one value, so many times as units are closed.
+            # What is missing is one value, so many times as units are closed: that of
+            # one of them alone, which lies along no other axis.
+            others = [axis for other, axis in enumerate(value.axes) if other != at]
+            for axis in others:
+                both = Product((value.axes[at], axis))
+                reading.merged.append((both, reading.where))
             _uses(reading, value.axes[at], Zeros(alike))
         else:
             freeze(value.axes[at], f"{reading.where}: it runs over all of it")

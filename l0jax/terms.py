@@ -15,14 +15,8 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from l0jax.program import (
-    CALLS,
-    CUSTOM,
-    REMATS,
-    bind,
-    constants_and_carries,
-    line_of,
-)
+from l0jax.derivatives import bind
+from l0jax.program import CALLS, CUSTOM, REMATS, constants_and_carries, line_of
 
 COMPARE = ("max", "min", "clamp", "lt", "le", "gt", "ge", "eq", "ne", "rem", "sign")
 """Primitives that may change what they give at a number."""

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from l0jax.program import CALLS, REMATS, bind, constants_and_carries
+from l0jax.derivatives import bind
+from l0jax.program import CALLS, REMATS, constants_and_carries
 from l0jax.tracing import evaluated
 from l0jax.units import arrays
 

@@ -14,7 +14,7 @@ FILES = {
 }
 # From the ground up; a module imports from lower layers, or from its own package.
 LAYERS = (
-    ("units", "gates", "axes", "symbolic", "liveness"),
+    ("units", "gates", "axes", "symbolic", "liveness", "derivatives"),
     ("values", "polynomials", "encoding"),
     ("rules",),
     ("program",),

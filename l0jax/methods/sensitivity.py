@@ -16,10 +16,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from l0jax.derivatives import bind
 from l0jax.methods.batches import mean_over_batches
 from l0jax.methods.keeping import check_scores
 from l0jax.methods.task import Read, Task
-from l0jax.program import bind
 
 
 def taylor(task: Task, *, normalise: bool = True) -> dict[str, Float[Array, " units"]]:
