@@ -149,6 +149,17 @@ def test_an_element_is_covered_by_a_unit_along_any_of_its_axes():
     assert costs.exact(structure, cost=costs.params) == 38
 
 
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("linen_resnet50", 25_557_032), ("nnx_vision_transformer", 86_567_656)],
+)
+def test_published_sizes_have_the_published_number_of_parameters(name, parameters):
+    assert others.MODELS[name].published
+    _, row = zoo.reading(others.MODELS[name].make(True), turns=1)
+    assert row["parameters"] == parameters
+    assert row["covered"] > 0.99
+
+
 def test_random_weights_are_nowhere_zero_and_spreads_positive():
     for name in NAMES:
         small, _ = read(name)
