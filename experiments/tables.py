@@ -328,6 +328,12 @@ def zoo() -> str:
     remarks = []
     if whole:
         remarks.append(f"Inputs are whole numbers, without gradients: {whole}.")
+    without = [f"`{r['model']}`" for r in read if len(r["checks"]) < 3]
+    if without:
+        remarks.append(
+            "Without a value when the groups drawn are gone, and not compared there: "
+            f"{', '.join(without)}."
+        )
     again = [*map(_zoo_again, (row for row in read if "in float64" in row))]
     if again:
         remarks.append(

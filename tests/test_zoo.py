@@ -76,7 +76,8 @@ def test_a_limit_that_is_no_number_is_not_kept():
 def test_rounding_is_told_from_wrong_rules_in_float64():
     """Differences in float32 vanish, and those of another program don't."""
     small, _ = read("nnx_lora")
-    assert max(zoo.worst(zoo.in_float64(small)).values()) < 1e-12
+    found = zoo.in_float64(others.MODELS["nnx_lora"].make)
+    assert max(zoo.worst(found).values()) < 1e-12
     assert zoo.doubled(small).inputs[0].dtype == np.float64
 
 
@@ -107,6 +108,25 @@ def test_networks_without_values_are_not_compared():
         zoo.apart([np.array([np.nan])], [np.array([np.nan])])
     with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
         zoo.apart([np.zeros(2)], [np.zeros(3)])
+
+
+def test_vectors_over_their_lengths_are_not_compared_with_all_units_gone():
+    """0 / 0; with some units left they are."""
+
+    def unit(p, x):
+        y = x @ p["one"]
+        return y / jnp.linalg.norm(y, axis=-1, keepdims=True) @ p["two"]
+
+    shapes = {"one": others.floats(4, 5), "two": others.floats(5, 3)}
+    small = others.filled(others.Model(unit, shapes, (others.floats(2, 4),)))
+    structure = trace(small.apply, small.params, *small.inputs)
+    gone = {name: np.zeros(g.size, bool) for name, g in structure.groups.items()}
+    gated = zoo.differentiated(unit, structure)
+    with pytest.raises(zoo.NoValueError):
+        zoo.compared(small, structure, gone, gated)
+    found = zoo.checked(small, structure)
+    assert zoo.verdict(found) == ""
+    assert {"40 % closed", "one left"} <= found.keys()
 
 
 def test_batches_of_any_size_are_told_from_fixed_ones():
@@ -150,7 +170,7 @@ def test_an_element_is_covered_by_a_unit_along_any_of_its_axes():
 
 
 @pytest.mark.parametrize(
-    "name, parameters",
+    ("name", "parameters"),
     [("linen_resnet50", 25_557_032), ("nnx_vision_transformer", 86_567_656)],
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, parameters):

@@ -21,7 +21,8 @@ hf.models.t5.modeling_flax_t5.jnp = types.SimpleNamespace(
 def made(network, config, *inputs, unpack=LOGITS, **named) -> Model:
     """`network(config)` without weights, called as its module is; its hidden states
     are no outputs."""
-    wrapped = network(config, _do_init=False)
+    # (In float64 where that is enabled.)
+    wrapped = network(config, dtype=jnp.result_type(float), _do_init=False)
     module = wrapped.module
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(
