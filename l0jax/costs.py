@@ -25,16 +25,15 @@ batch that was traced.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from l0jax.narrow import emptied, knows, narrow
+from l0jax.narrow import emptied, knows, unread
 from l0jax.polynomials import expected
 from l0jax.structure import (
     Found,
@@ -43,7 +42,6 @@ from l0jax.structure import (
     expected_size_of,
     within,
 )
-from l0jax.tracing import trace
 from l0jax.units import (
     Amount,
     Certain,
@@ -51,6 +49,7 @@ from l0jax.units import (
     Probabilities,
     check_lengths,
     expected_size,
+    left,
 )
 
 Cost = Callable[[Structure, Probabilities], Amount]
@@ -242,38 +241,41 @@ def exact(
     """A cost that is counted, after removal of the units that are not kept, as a whole
     number. (In float32, numbers beyond 16 million are rounded.)
 
-    Of a group that keeps no unit goes what was computed for it alone: this is counted
-    on the narrowed program, if the cost is one of `COSTS` and no group was stated by
-    hand.
+    With a group that keeps no unit, all goes that was there for it alone: other units,
+    arrays that nothing reads, and what is computed of them; unless a group was stated
+    by hand.
 
     Raises:
         ValueError: if a group of `keep` is unknown or a vector has the wrong length.
     """
     keep = keep or {}
     check_lengths(keep, structure.groups)
-    if cost in COSTS.values() and emptied(structure, keep) and knows(structure, keep):
-        structure, keep = _narrowed(structure, keep), {}
+    if emptied(structure, keep) and knows(structure, keep):
+        keep = left(dict(structure.arrays), keep, structure.groups)
+        structure = _without(structure, unread(structure, keep))
     flags = Certain({n: np.asarray(k, np.float64) for n, k in keep.items()})
     with jax.enable_x64(True):  # for costs that compute with JAX
         found = cost(structure, flags)
         return found if isinstance(found, int) else round(float(found))
 
 
-def _narrowed(structure: Structure, keep: Mapping[str, Any]) -> Structure:
-    """What is left, read again."""
-    found = structure.traced
-    tree = jax.tree.structure(found.shapes[0])
-    params = jax.tree.unflatten(tree, [structure.arrays[p] for p in found.params])
-    functions = []
-
-    def narrowed(params):
-        function, smaller = narrow(structure, params, keep)
-        functions.append(function)
-        return smaller
-
-    smaller = jax.eval_shape(narrowed, params)
-    left = trace(functions[0], smaller, *found.shapes[1:])
-    return dataclasses.replace(left, trainable=structure.trainable)
+def _without(structure: Structure, unread: Collection[str]) -> Structure:
+    """Without arrays that nothing reads, and the products of these."""
+    groups = {
+        name: dataclasses.replace(
+            group,
+            used_by=tuple(slot for slot in group.used_by if slot.path not in unread),
+            made_by=tuple(slot for slot in group.made_by if slot.path not in unread),
+        )
+        for name, group in structure.groups.items()
+    }
+    return dataclasses.replace(
+        structure,
+        groups=Found(groups, structure.frozen),
+        operations=tuple(op for op in structure.operations if op.kernel not in unread),
+        arrays={p: leaf for p, leaf in structure.arrays.items() if p not in unread},
+        trainable=tuple(p for p in structure.trainable if p not in unread),
+    )
 
 
 def per_operation(

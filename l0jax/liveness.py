@@ -4,22 +4,31 @@ What is multiplied by nothing at all (a kernel that has lost all rows) is zero, 
 it is. So a branch that has lost all its units is dead with its norms and biases.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.extend
 
 
+def reached(jaxpr: Any) -> list[Any]:
+    """The equations that results depend on by their names, in their order."""
+    return _live(jaxpr, lambda eqn: False)[0]
+
+
 def live(jaxpr: Any) -> tuple[list[Any], Collection[Any]]:
-    """The equations that anything depends on, in their order, and the variables that
-    they and the results read."""
+    """The equations that results depend on by their values, in their order, and the
+    variables that these and the results read."""
+    return _live(jaxpr, is_nothing)
+
+
+def _live(jaxpr: Any, ends: Callable[[Any], bool]) -> tuple[list[Any], Collection[Any]]:
     needed = {atom for atom in jaxpr.outvars if _is_variable(atom)}
     equations = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
             equations.append(eqn)
-            if not is_nothing(eqn):
+            if not ends(eqn):
                 needed.update(filter(_is_variable, eqn.invars))
     return equations[::-1], needed
 

@@ -34,7 +34,7 @@ from l0jax.axes import (
     variables,
 )
 from l0jax.derivatives import bind, is_backward
-from l0jax.liveness import is_nothing, live
+from l0jax.liveness import live
 from l0jax.program import Line, Program, constants_and_carries
 from l0jax.structure import Structure
 from l0jax.symbolic import is_symbolic
@@ -76,16 +76,17 @@ def narrow(
             "closed gates to zero"
         )
     small_params = units.shrink(params, keep, structure.groups)
-    unread = _unread(structure, keep, small_params)
+    gone = unread(structure, keep)
+    leaves = arrays(small_params)
     small_params = units.replace(
-        small_params, {path: arrays(small_params)[path][:0] for path in unread}
+        small_params, {path: leaves[path][:0] for path in gone}
     )
 
     def small(params: PyTree, *inputs: PyTree) -> PyTree:
         _check_tree(structure, params, inputs)
         given = arrays(inputs)
         now, left = _at(structure, keep, given)
-        whole = _whole(now, left, arrays(params), unread)
+        whole = _whole(now, left, arrays(params), gone)
         cells = [
             *(Cell(a, v, left) for a, v in _pair(whole, now.params)),
             *(
@@ -107,26 +108,25 @@ def emptied(structure: Structure, keep: Keep) -> bool:
     )
 
 
-def _unread(structure: Structure, keep: Keep, params: PyTree) -> list[str]:
+def unread(structure: Structure, keep: Keep) -> list[str]:
     """Arrays that nothing reads any more, since what they went into lost all units."""
     if not emptied(structure, keep):
         return []
     found, left = structure.traced, left_of(structure, keep)
 
     def small(params, inputs):
-        leaves = [*arrays(params).values(), *arrays(inputs).values()]
+        leaves = [*params, *arrays(inputs).values()]
         values = [*found.params.values(), *found.inputs.values()]
         cells = [
-            Cell(a if v.array else _taken(a, v, left), v, left)
-            for a, v in zip(leaves, values, strict=True)
+            Cell(_taken(leaf, value, left), value, left)
+            for leaf, value in zip(leaves, values, strict=True)
         ]
         return [cell.cut for cell in _run(found.program, cells, left)]
 
-    after = jax.make_jaxpr(small)(params, found.shapes[1:]).jaxpr
-    now = _read(arrays(params), after)
-    return [
-        path for path in _read(found.params, found.program.jaxpr) if path not in now
-    ]
+    whole = arrays(found.shapes[0])
+    jaxpr = jax.make_jaxpr(small)([*whole.values()], found.shapes[1:]).jaxpr
+    before, now = _read(whole, found.program.jaxpr), _read(whole, jaxpr)
+    return [path for path in before if path not in now]
 
 
 def _read(paths: Iterable[str], jaxpr: Any) -> list[str]:
@@ -287,7 +287,7 @@ def _at(
 
 
 def _whole(
-    now: reading.Traced, left: Left, params: Mapping[str, Any], unread: Sequence[str]
+    now: reading.Traced, left: Left, params: Mapping[str, Any], gone: Sequence[str]
 ) -> dict[str, Any]:
     """The arrays, with zeros for those that nothing reads.
 
@@ -297,13 +297,13 @@ def _whole(
     whole = {}
     for path, value in now.params.items():
         shape, leaf = tuple(left.size(axis) for axis in value.axes), params[path]
-        expected = (0, *shape[1:]) if path in unread else shape
+        expected = (0, *shape[1:]) if path in gone else shape
         if tuple(jnp.shape(leaf)) != expected:
             raise ValueError(
                 f"parameter {path!r} has shape {jnp.shape(leaf)}; of what is kept it "
                 f"is {expected}"
             )
-        whole[path] = jnp.zeros(shape, leaf.dtype) if path in unread else leaf
+        whole[path] = jnp.zeros(shape, leaf.dtype) if path in gone else leaf
     return whole
 
 
@@ -393,10 +393,9 @@ def _run(program: Program, arguments: Sequence[Cell], left: Left) -> list[Cell]:
         return found[atom]
 
     for line in program.lines:
-        # What is zero whatever it reads, reads nothing.
-        atoms = line.eqn.invars if line.ins else ()
         given = [
-            cell_of(atom, value) for atom, value in zip(atoms, line.ins, strict=True)
+            cell_of(atom, value)
+            for atom, value in zip(line.eqn.invars, line.ins, strict=True)
         ]
         found.update(zip(line.eqn.outvars, _line(line, given, left), strict=True))
     return [
@@ -407,10 +406,6 @@ def _run(program: Program, arguments: Sequence[Cell], left: Left) -> list[Cell]:
 
 def _line(line: Line, given: Sequence[Cell], left: Left) -> Sequence[Cell]:
     name = line.eqn.primitive.name
-    if is_nothing(line.eqn):
-        avals = [out.aval for out in line.eqn.outvars]
-        whole = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
-        return [Cell(a, v, left) for a, v in zip(whole, line.outs, strict=True)]
     if not _differs(line, left) or (
         not line.inner and all(value.known for value in line.outs)
     ):
@@ -592,26 +587,15 @@ SIZES: dict[str, Sizes] = {
 
 
 def _convolution(line, given, left):
-    (out,), (atom,) = line.outs, line.eqn.outvars
-    shape = left.shape(out, atom)
     x, kernel = given
-    if 0 in (*x.shape, *kernel.shape, *shape):
-        return [jnp.zeros(shape, atom.aval.dtype)]
     numbers = line.eqn.params["dimension_numbers"]
-    changes = {}
-    if line.eqn.params["feature_group_count"] != 1:
-        channels = x.shape[numbers.lhs_spec[1]]
-        changes["feature_group_count"] = channels // kernel.shape[numbers.rhs_spec[1]]
-    return bind(line.eqn, given, changes)
-
-
-def _product(line, given, left):
-    (axes, _), _ = line.eqn.params["dimension_numbers"]
-    if 0 in (given[0].shape[at] for at in axes):
-        # Nothing need be computed of what it would read.
-        (out,), (atom,) = line.outs, line.eqn.outvars
-        return [jnp.zeros(left.shape(out, atom), atom.aval.dtype)]
-    return bind(line.eqn, given)
+    groups = line.eqn.params["feature_group_count"]
+    if groups != 1:
+        channels, inside = x.shape[numbers.lhs_spec[1]], numbers.rhs_spec[1]
+        groups = channels // kernel.shape[inside] if kernel.shape[inside] else groups
+        if not groups:  # one group of no channels
+            kernel = jax.lax.slice_in_dim(kernel, 0, 0, axis=inside)
+    return bind(line.eqn, [x, kernel], {"feature_group_count": groups or 1})
 
 
 # Loops, branches, and functions that are differentiated in their own way.
@@ -729,6 +713,5 @@ RUN: dict[str, Callable[[Line, Sequence[Any], Left], Sequence[Any]]] = {
     "while": _while,
     "cond": _cond,
     "conv_general_dilated": _convolution,
-    "dot_general": _product,
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
 }

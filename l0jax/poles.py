@@ -121,8 +121,6 @@ class _Reach:
         for value, constant in zip(program.ins, program.constants, strict=False):
             self.signs[id(value)] = _sign_of(constant)
         for line in program.lines:
-            if len(line.ins) != len(line.eqn.invars):  # zero whatever it reads
-                continue
             for atom, value in zip(line.eqn.invars, line.ins, strict=True):
                 if isinstance(atom, jax.extend.core.Literal):
                     self.signs[id(value)] = _sign_of(atom.val)

@@ -19,7 +19,7 @@ from jax.extend import source_info_util
 
 from l0jax.axes import freeze, unify
 from l0jax.derivatives import bind, is_backward, rule_of, rules_of
-from l0jax.liveness import is_nothing, live
+from l0jax.liveness import is_nothing, live, reached
 from l0jax.rules import NARY, RULES, UNARY, frozen
 from l0jax.symbolic import seen
 from l0jax.values import (
@@ -32,7 +32,6 @@ from l0jax.values import (
     constant,
     new,
     opaque,
-    shapes_out,
 )
 
 
@@ -42,7 +41,7 @@ class Line:
 
     Attributes:
         eqn: the equation.
-        ins: the values that it reads; none if it is zero whatever these are.
+        ins: the values that it reads.
         outs: the values that it writes.
         inner: the programs that it runs, if it runs any.
         where: the primitive and the line of the user's code.
@@ -109,19 +108,18 @@ def read(
         return known[atom]
 
     lines = []
-    for equation in live(jaxpr)[0]:
+    costly, _ = live(jaxpr)
+    for equation in reached(jaxpr):
         eqn, name = seen(equation, reading.numbers), equation.primitive.name
+        ins = [value_of(atom) for atom in equation.invars]
+        costs = [*reading.contractions]
         # What a library compiled before has no line of its own, but that of the call.
         line = line_of(equation) or caller
         reading.where = where = f"{name} at {line or 'an unknown line'}"
         inner: tuple[Program, ...] = ()
         derivative = None
-        nothing = is_nothing(equation)
-        ins = [] if nothing else [value_of(atom) for atom in equation.invars]
         known_whole = name not in CALLS and not equation.effects
-        if nothing:
-            outs = _zeros(eqn)
-        elif known_whole and all(value.known for value in ins):
+        if known_whole and all(value.known for value in ins):
             outs = _known(eqn, ins)
         elif name in RULES:
             outs = RULES[name](reading, eqn, ins)
@@ -133,20 +131,18 @@ def read(
             reading.unknown.setdefault(name, line or "an unknown line")
             reading.where = f"no rule for {reading.where}"
             outs = frozen(reading, eqn, ins)
+        if is_nothing(equation):
+            outs = [dataclasses.replace(out, number=NONE) for out in outs]
+        if equation not in costly:
+            reading.contractions = costs
         known.update(zip(equation.outvars, outs, strict=True))
         lines.append(Line(equation, tuple(ins), tuple(outs), inner, where, derivative))
     outs = tuple(value_of(atom) for atom in jaxpr.outvars)
     return Program(jaxpr, tuple(constants), tuple(given), tuple(lines), outs)
 
 
+NONE = np.zeros(())[()]
 MOVES_NUMBERS = ("broadcast_in_dim", "reshape", "convert_element_type")
-
-
-def _zeros(eqn: Any) -> list[Value]:
-    return [
-        dataclasses.replace(new(shape, data=False, known=True), number=np.zeros(())[()])
-        for shape in shapes_out(eqn)
-    ]
 
 
 def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:

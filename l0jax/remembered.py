@@ -197,11 +197,19 @@ def _rms_norm(layer: Layer) -> None:
 
 
 def _group_norm(layer: Layer) -> None:
-    size = layer.before.group_size
+    new, before = layer.after, layer.before
+    whole = before.num_groups * before.group_size
     for name in ("scale", "bias"):
         if layer.has(name):
-            (left,) = layer.sizes(name, (layer.before.num_groups * size,))
-            layer.after.num_groups = left // size
+            (left,) = layer.sizes(name, (whole,))
+            # (Of each group all channels, or of all groups some.)
+            flags = layer.masks.get(
+                (layer.path_of(name), layer.axes(name, (whole,))[0])
+            )
+            if flags is not None:
+                grouped = flags.reshape(before.num_groups, before.group_size)
+                new.num_groups = int(grouped.any(axis=1).sum())
+                new.group_size = left // max(new.num_groups, 1)
 
 
 def _embed(layer: Layer) -> None:

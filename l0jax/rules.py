@@ -289,6 +289,8 @@ def _reshape(reading, eqn, values):
     axes: list[Type] = [ONE] * len(shape)
     zeros = [NEVER] * len(shape)
     even: list[Alike] = [frozenset()] * len(shape)
+    if 0 in shape:
+        return [_empty(reading, value, shape)]
     for ins, outs in _pieces(value.shape, shape):
         if len(ins) == 1:
             # (Closed positions of an axis that is cut up are alike all over it.)
@@ -320,6 +322,25 @@ def _reshape(reading, eqn, values):
             axes[at] = fresh(shape[at])
         unify(whole, Product(tuple(axes[at] for at in outs)), reading.where)
     return [replace(value, axes=tuple(axes), zeros=tuple(zeros), even=tuple(even))]
+
+
+def _empty(reading: Reading, value: Value, shape: Sequence[int]) -> Value:
+    """No elements in another shape: axes before and after all that differs stay."""
+    both = min(len(shape), len(value.axes))
+    same = [a == b for a, b in zip(value.shape, shape, strict=False)]
+    first = same.index(False) if False in same else both
+    back = [a == b for a, b in zip(value.shape[::-1], shape[::-1], strict=False)]
+    last = back.index(False) if False in back else both
+    last = min(last, both - first)
+    for axis in value.axes[first : len(value.axes) - last]:
+        freeze(axis, reading.where, mixes=False)
+    middle = shape[first : len(shape) - last]
+    axes = [
+        *value.axes[:first],
+        *(fixed(size, reading.where, mixes=False) for size in middle),
+        *value.axes[len(value.axes) - last :],
+    ]
+    return Value(tuple(axes), (NEVER,) * len(axes), value.data)
 
 
 def _pieces(

@@ -519,7 +519,7 @@ def _used(group: Group) -> Group:
 def owners(slot: Slot, size: int) -> Int[np.ndarray, " positions"]:
     """The unit of each position of a slot's axis, of a group of `size` units; -1 where
     it is of none."""
-    return np.arange(size) if slot.unit_of is None else np.asarray(slot.unit_of)
+    return np.arange(size) if slot.unit_of is None else np.array(slot.unit_of, int)
 
 
 def _by_position(array, slot: Slot, reduce: Callable):

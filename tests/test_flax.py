@@ -489,7 +489,8 @@ class Attention(nnx.Module):
 
 
 TRACED = {
-    "convolutions": (Convolutions, lambda: inputs("images"), ()),
+    # A group norm takes the mean over the channels of a group that are left.
+    "convolutions": (Convolutions, lambda: inputs("images"), ("groups",)),
     # The scale of an attention is computed from the size of its heads.
     "attention": (Attention, lambda: jnp.arange(8).reshape(2, 4) % 7, ("key", "value")),
 }
