@@ -6,8 +6,8 @@
     python -m benchmarks.zoo --record --again  # what is written down already too
 
 Models run in a process beside this one, with a limit on the time of each. Small ones
-are gated at random, narrowed, and compared; of those at published sizes only shapes
-are read.
+are gated at random, narrowed, and compared; of large ones, at the sizes that were
+published if there are any, only shapes are read.
 The packages, beside those of the tests, are those of the extra `zoo`, which wants an
 environment of its own, with Python 3.11:
 
@@ -21,6 +21,7 @@ import importlib.metadata
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +42,17 @@ FILE = RESULTS / "zoo.jsonl"
 
 # The largest difference, over the largest output and over the largest gradient.
 LIMITS = {"outputs": 1e-5, "gradients": 1e-4, "input gradients": 1e-4}
-# Of an array whose gradients are noise (the biases of keys under a softmax), they are
-# compared with a share of the largest gradient of all.
+# Differences beyond this may be of rounding: they are measured again in float64.
+ROUNDING = 1e-5
+# Of an array whose gradients are noise (the biases of keys under a softmax, or inputs
+# before a norm of which one unit is left), they are compared with a share of the
+# largest gradient of all.
 NOISE = 1e-2
+# Where all gradients are smaller than this (behind a softmax that is saturated), that
+# they agree says nothing.
+LEAST = 1e-20
+# (With groups gone as a whole, all of a network may be.)
+SOME = "groups gone"
 # Compiled fast rather than to run fast.
 QUICK: Any = {
     "xla_backend_optimization_level": 0,
@@ -57,18 +66,12 @@ Keep = dict[str, np.ndarray]
 
 
 def reading(model: Model, turns: int = 3) -> tuple[Structure, dict[str, Any]]:
-    """What is found in a model, and in what time."""
-    seconds, structure, equations = [], None, 0
-    for _ in range(turns):
-        begun = time.perf_counter()
-        closed = jax.make_jaxpr(model.apply)(model.params, *model.inputs)
-        middle = time.perf_counter()
-        structure = l0jax.trace(model.apply, model.params, *model.inputs)
-        end = time.perf_counter()
-        seconds.append((end - middle) - (middle - begun))
-        equations = count(closed.jaxpr)
-    assert structure is not None
-    spent = max(statistics.median(seconds), 0.0)
+    """What is found in a model, and in what time of the processor."""
+    arguments = model.params, *model.inputs
+    equations = count(jax.make_jaxpr(model.apply)(*arguments).jaxpr)
+    alone, _ = taken(turns, lambda: jax.make_jaxpr(model.apply)(*arguments))
+    both, structure = taken(turns, lambda: l0jax.trace(model.apply, *arguments))
+    spent = max(both - alone, 0.0)
     half = {name: np.arange(g.size) < -(-g.size // 2) for name, g in halved(structure)}
     whole = costs.exact(structure, cost=costs.params)
     left = costs.exact(structure, half, costs.params)
@@ -83,6 +86,16 @@ def reading(model: Model, turns: int = 3) -> tuple[Structure, dict[str, Any]]:
         "unknown": sorted(structure.unknown),
         "frozen": why(structure),
     }
+
+
+def taken(turns: int, function: Callable) -> tuple[float, Any]:
+    """The median time of the processor in which a function is done, and its result."""
+    seconds, found = [], None
+    for _ in range(turns):
+        begun = time.process_time()
+        found = function()
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds), found
 
 
 def halved(structure: Structure) -> Iterator[tuple[str, l0jax.Group]]:
@@ -140,13 +153,14 @@ def why(structure: Structure) -> dict[str, float]:
 
 
 def keeps(structure: Structure, seed: int = 0) -> dict[str, Keep]:
-    """Six units of ten, at random; and one of each group."""
+    """Six units of ten, at random; one of each group; and nothing of some groups."""
     rng = np.random.default_rng(seed)
-    found: dict[str, Keep] = {"40 % closed": {}, "one left": {}}
+    found: dict[str, Keep] = {"40 % closed": {}, "one left": {}, SOME: {}}
     for name, group in structure.groups.items():
         one = np.arange(group.size) == rng.integers(group.size)
         found["40 % closed"][name] = (rng.random(group.size) < 0.6) | one
         found["one left"][name] = one
+        found[SOME][name] = np.full(group.size, rng.random() < 0.75)
     return found
 
 
@@ -190,6 +204,10 @@ def differentiated(apply: Callable, structure: Structure | None = None) -> Resul
     return jax.jit(function, compiler_options=QUICK)
 
 
+class NoValueError(ValueError):
+    """There is nothing to be compared."""
+
+
 def largest(value: Any) -> float:
     return float(np.abs(np.asarray(value, np.complex128)).max(initial=0))
 
@@ -203,7 +221,7 @@ def apart(ours: Sequence[Any], theirs: Sequence[Any], least: float = 0.0) -> flo
         a, b = (np.asarray(each, np.complex128) for each in (a, b))
         scale = max(largest(a), least)
         if not np.isfinite(scale):
-            raise ValueError("a network without finite values can't be compared")
+            raise NoValueError("a network without finite values can't be compared")
         found.append(largest(a - b) / scale if scale else largest(b))
     return max(found)
 
@@ -219,20 +237,28 @@ def compared(
     ours, theirs = differentiated(small)(params, model.inputs, {})
     moving = {n: np.asarray(gradients[n]) for n in structure.arrays if n in gradients}
     cut = l0jax.shrink(moving, keep, within(structure, moving))
-    least = NOISE * max(map(largest, cut.values()), default=0.0)
+    most = max(map(largest, cut.values()), default=0.0)
     given = [name for name in theirs if name.startswith("input ")]
     left = l0jax.trace(small, params, *model.inputs)
     return {
         "outputs": apart(outputs, ours),
-        "gradients": apart([*cut.values()], [theirs[n] for n in cut], least),
-        "input gradients": apart(
-            [gradients[n] for n in given], [theirs[n] for n in given]
+        "gradients": apart(
+            [*cut.values()], [or_zeros(theirs[n], cut[n]) for n in cut], NOISE * most
         ),
+        "input gradients": apart(
+            [gradients[n] for n in given], [theirs[n] for n in given], NOISE * most
+        ),
+        "largest gradient": most,
         "costs": all(
             costs.exact(structure, keep, cost) == costs.exact(left, cost=cost)
             for cost in (costs.params, costs.macs)
         ),
     }
+
+
+def or_zeros(found: Any, expected: Any) -> Any:
+    """A gradient; zeros if the array is one that nothing reads, which is empty."""
+    return found if found.size else np.zeros_like(expected)
 
 
 def within(structure: Structure, paths: Any) -> dict[str, l0jax.Group]:
@@ -248,12 +274,40 @@ def within(structure: Structure, paths: Any) -> dict[str, l0jax.Group]:
 
 
 def checked(model: Model, structure: Structure) -> dict[str, dict[str, Any]]:
-    """`compared` for units at random and for one of each group."""
-    gated = differentiated(model.apply, structure)
-    return {
-        name: compared(model, structure, keep, gated)
-        for name, keep in keeps(structure).items()
-    }
+    """`compared` for each of `keeps`. Where groups are gone a network may have no
+    value (a vector over its length); then it isn't compared there."""
+    gated, found = differentiated(model.apply, structure), {}
+    for name, keep in keeps(structure).items():
+        try:
+            found[name] = compared(model, structure, keep, gated)
+        except NoValueError:
+            if name != SOME:
+                raise
+    return found
+
+
+def worst(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The largest difference of each kind."""
+    return {what: max(check[what] for check in found.values()) for what in LIMITS}
+
+
+def doubled(model: Model) -> Model:
+    """The model with arrays of float64 for those of float32."""
+
+    def double(leaf):
+        return np.asarray(leaf, np.float64) if leaf.dtype == np.float32 else leaf
+
+    arrays = model.params, model.inputs
+    params, inputs = jax.tree.map(double, arrays)
+    return dataclasses.replace(model, params=params, inputs=inputs)
+
+
+def in_float64(make: Callable[[bool], Model]) -> dict[str, dict[str, Any]]:
+    """`checked` in float64; but for what the model itself asks for in float32."""
+    with jax.enable_x64(True):
+        model = doubled(others.filled(make(False)))
+        structure = l0jax.trace(model.apply, model.params, *model.inputs)
+        return checked(model, structure)
 
 
 def verdict(found: dict[str, dict[str, Any]]) -> str:
@@ -264,8 +318,36 @@ def verdict(found: dict[str, dict[str, Any]]) -> str:
         for what, limit in LIMITS.items()
         if not value[what] <= limit
     ]
+    broken += [
+        f"{name}: no gradients to compare"
+        for name, value in found.items()
+        if name != SOME and not value["largest gradient"] >= LEAST
+    ]
     broken += [f"{name}: costs" for name, v in found.items() if not v["costs"]]
     return "; ".join(broken)
+
+
+def batch(model: Model, structure: Structure) -> str:
+    """Whether what is narrowed takes a batch of another size: "any", or "fixed"."""
+    small, params = l0jax.narrow(structure, model.params, {})
+
+    def longer(leaf):
+        shape = (leaf.shape[0] + 1, *leaf.shape[1:]) if leaf.ndim else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    try:
+        jax.eval_shape(small, params, *jax.tree.map(longer, model.inputs))
+    except ValueError as error:
+        if "was traced" not in str(error):
+            raise
+        return "fixed"
+    return "any"
+
+
+def floating(model: Model) -> bool:
+    """Whether there are inputs in which it can be differentiated."""
+    leaves = jax.tree.leaves(model.inputs)
+    return any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 # --------------------------------------------------------------------------- one model
@@ -282,10 +364,15 @@ def measured(name: str, small_only: bool) -> dict[str, Any]:
     }
     small = others.filled(entry.make(False))
     structure, row["small"] = reading(small, turns=1)
+    row["batch"] = batch(small, structure)
+    row["floating inputs"] = floating(small)
     row["checks"] = checked(small, structure)
-    row["broken"] = verdict(row["checks"])
-    if entry.published and not small_only:
-        _, row["published"] = reading(entry.make(True))
+    if not max(worst(row["checks"]).values()) <= ROUNDING:
+        row["in float64"] = in_float64(entry.make)
+    row["broken"] = verdict(row.get("in float64", row["checks"]))
+    if not small_only:
+        row["published"] = entry.published
+        _, row["large"] = reading(entry.make(True))
     return row
 
 
@@ -326,10 +413,15 @@ def _serve(connection: Any, file: str, small_only: bool) -> None:
         try:
             row = measured(name, small_only)
         except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            row = failed(name, f"{type(error).__name__}: {text[0][:300]}")
+            row = failed(name, said(error))
         connection.send(row)
         jax.clear_caches()
+
+
+def said(error: Exception) -> str:
+    """An error in one line, without colors."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:300].strip()
 
 
 def failed(name: str, error: str) -> dict[str, Any]:
@@ -341,16 +433,13 @@ def failed(name: str, error: str) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['model']}: {row['error']}"
-    best = row.get("published", row["small"])
-    worst = {
-        what: max(check[what] for check in row["checks"].values()) for what in LIMITS
-    }
+    best = row.get("large", row["small"])
     return (
         f"{row['model']}: {best['parameters']:,} parameters, "
         f"{best['equations']} equations, {best['seconds']:.2f} s, "
         f"{best['groups']} groups, covered {best['covered']:.1%}, "
         f"half {best['half']:.1%}; "
-        + ", ".join(f"{what} {value:.1e}" for what, value in worst.items())
+        + ", ".join(f"{k} {value:.1e}" for k, value in worst(row["checks"]).items())
         + (f"; BROKEN {row['broken']}" if row["broken"] else "")
     )
 
@@ -360,7 +449,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=["*"], help="names or patterns")
-    parser.add_argument("--small", action="store_true", help="no published sizes")
+    parser.add_argument("--small", action="store_true", help="no large ones")
     parser.add_argument("--record", action="store_true", help="write it down")
     parser.add_argument("--again", action="store_true", help="also what is recorded")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a model")

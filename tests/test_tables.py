@@ -445,7 +445,7 @@ def test_benchmarks_and_notes_are_printed(place):
 
 def test_every_benchmark_is_printed():
     modules = {file.stem for file in tables.BENCHMARKS.parent.glob("*.py")}
-    shared = {"__init__", "measure", "networks"}
+    shared = {"__init__", "measure", "networks", "vision"}
     assert {*tables.BENCHMARKED, "zoo"} == modules - shared
 
 
@@ -459,23 +459,32 @@ def zoo_row(model, **more):
         "covered": 0.125,
         "half": 0.0625,
         "unknown": ["fft", "sort"],
+        "frozen": {"it is an output": 0.5, "it is indexed": 0.25},
     }
     check = {"outputs": 2e-7, "gradients": 3e-7, "input gradients": 4e-6}
     checks = {"one left": check, "40 % closed": check | {"outputs": 5e-7}}
+    checks["groups gone"] = check
     row = {"model": model, "package": "flax", "version": "1.2", "small": found}
+    row |= {"batch": "any", "floating inputs": True}
     return row | {"checks": checks, "broken": ""} | more
 
 
 def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
-    """The published size where there is one, and the worst of what was compared."""
+    """The large size where there is one, and the worst of what was compared."""
     (place / "benchmarks").mkdir()
     whole = zoo_row("a")["small"] | {"covered": 1.0, "parameters": 56_789}
     failed = {"model": "c", "package": "flax", "version": "1", "error": "TypeError: x"}
-    rows = [zoo_row("a", published=whole), zoo_row("b", broken="one left: costs")]
+    rows = [zoo_row("a", large=whole, published=True)]
+    rows += [zoo_row("b", broken="one left: costs")]
+    exact = {"outputs": 1e-15, "gradients": 3e-13, "input gradients": 0.0}
+    more = {"in float64": {"one left": exact}, "published": False}
+    rows += [zoo_row("d", large=whole, **more)]
+    del rows[0]["checks"]["groups gone"]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, failed])
     (place / "benchmarks" / "zoo.jsonl").write_text(text)
     zoo = tables.zoo()
-    small, published = parsed(re.search(r"\|.*\|", zoo, re.S)[0])
+    _, table = re.findall(r"(?:\|.*\|\n)+", zoo)
+    small, published, ours = parsed(table)
     assert small["model"] == "`b` (small)"
     assert small["package"] == "flax 1.2"
     assert small["covered"] == "12 %"
@@ -484,8 +493,45 @@ def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
     assert published["model"] == "`a`"
     assert published["parameters"] == "56,789"
     assert published["covered"] == "100 %"
-    assert zoo.endswith("- `b`: one left: costs\n- `c`: TypeError: x")
+    assert ours["model"] == "`d` (our sizes)"
+    assert "themselves): `d` 3e-13." in zoo
+    assert ours["gradients"] == "4e-06"
+    assert "not compared there: `a`." in zoo
+    assert "- `b`: one left: costs\n- `c`: TypeError: x\n\n" in zoo
+    assert zoo.endswith("\n\n- `b`: 50.0 %: it is an output; 25.0 %: it is indexed")
     assert zoo in tables.document()
+
+
+def test_the_zoo_is_held_against_its_limits(place):
+    """The worst of all models, and how many are beyond the limit."""
+    (place / "benchmarks").mkdir()
+    whole = zoo_row("a")["small"] | {"covered": 0.99, "us_per_equation": 120.4}
+    far = {"outputs": 3e-5, "gradients": 2e-4, "input gradients": 0.0}
+    rows = [zoo_row(f"m{i}", small=whole) for i in range(40)]
+    rows += [zoo_row("b", **{"floating inputs": False})]
+    rows += [zoo_row("c", batch="fixed", checks={"one left": far})]
+    file = place / "benchmarks" / "zoo.jsonl"
+
+    def limits(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return parsed(re.findall(r"(?:\|.*\|\n)+", tables.zoo())[0])
+
+    covered, outputs, gradients, inputs, reading = limits(rows)
+    assert covered["measured"] == "40 of 42"
+    assert covered[""] == "within"
+    assert outputs["measured"] == "3e-05"
+    assert outputs["the worst"] == "`c`; 1 beyond the limit"
+    assert outputs[""] == gradients[""] == reading[""] == "NOT within"
+    assert inputs[""] == "within"
+    assert reading["measured"] == "120"
+    assert reading["the worst"] == "`m0`; 40 beyond the limit"
+    assert "without gradients: `b`." in tables.zoo()
+    near = {"in float64": {"one left": dict.fromkeys(far, 1e-9)}}
+    _, outputs, gradients, *_ = limits([*rows[:-1], rows[-1] | near])
+    assert (outputs["measured"], outputs[""]) == ("5e-07", "within")
+    covered, outputs, *_ = limits(rows[1:41])
+    assert covered["measured"] == "39 of 40"
+    assert (covered[""], outputs[""]) == ("NOT within", "within")
 
 
 def test_in_the_readme_only_the_table_changes(place):

@@ -1,7 +1,9 @@
 """Models that others wrote, as their packages give them: `MODELS[name].make(size)`.
 
-Each is a function of its arrays and of inputs, with sizes of two kinds: "small" ones
-that are run, and those that were published, of which shapes are enough.
+Each is a function of its arrays and of inputs, with sizes of two kinds: small ones
+that are run, and large ones, of which shapes are enough. Large ones are those that
+were published: in a paper, by the package, or in an example of it. Where there are
+none, they are ours, and the model says so (`published=False`).
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How a model is made, small or at a published size, and where it comes from."""
+    """How a model is made, small or large, and where it comes from; and whether its
+    large sizes were published."""
 
     file: str
     package: str
@@ -42,7 +45,7 @@ class Entry:
 
 
 def model(package: str, published: bool = True):
-    """Registers `function(published) -> Model` under its name."""
+    """Registers `function(large) -> Model` under its name."""
 
     def register(function):
         if function.__name__ in MODELS:

@@ -25,7 +25,7 @@ def made(module, *inputs) -> Model:
 
 @model("diffusers")
 def diffusers_unet(published):
-    """Stable Diffusion 1's; channels are second."""
+    """Stable Diffusion 1.5's; channels are second."""
     small = {
         "sample_size": 8,
         "in_channels": 3,
@@ -37,8 +37,9 @@ def diffusers_unet(published):
         "attention_head_dim": 4,
         "cross_attention_dim": 10,
     }
-    module = FlaxUNet2DConditionModel(**({} if published else small))
-    side, text = (64, (2, 77, 1280)) if published else (8, (2, 5, 10))
+    usual = {"sample_size": 64, "cross_attention_dim": 768}
+    module = FlaxUNet2DConditionModel(**(usual if published else small))
+    side, text = (64, (2, 77, 768)) if published else (8, (2, 5, 10))
     channels = 4 if published else 3
     time = jnp.ones((2,), jnp.int32)
     return made(module, floats(2, channels, side, side), time, floats(*text))
@@ -46,6 +47,7 @@ def diffusers_unet(published):
 
 @model("diffusers")
 def diffusers_vae(published):
+    """Stable Diffusion's."""
     usual = {
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -59,5 +61,5 @@ def diffusers_vae(published):
         "norm_num_groups": 4,
     }
     module = FlaxAutoencoderKL(**(usual if published else small))
-    side = 128 if published else 8
+    side = 512 if published else 8
     return made(module, floats(2, 3, side, side))

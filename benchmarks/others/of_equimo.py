@@ -44,7 +44,8 @@ def equimo_convnext(published):
 @model("equimo")
 def equimo_mlla(published):
     if published:
-        return made(lambda: mlla.Mlla(224, 3, **KEY), 224)
+        tiny = {"dim": 64, "depths": [2, 4, 8, 4], "num_heads": [2, 4, 8, 16]}
+        return made(lambda: mlla.Mlla(224, 3, **tiny, **KEY), 224)
     sizes = {"dim": 12, "depths": [1, 1], "num_heads": [3, 6], "num_classes": 5}
     return made(lambda: mlla.Mlla(32, 3, **sizes, **KEY), 32)
 

@@ -31,7 +31,7 @@ def keys(number):
     return jax.random.split(jax.random.key(0), number)
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_mlp(published):
     width = 300 if published else 6
     return made(lambda: eqx.nn.MLP(4, 2, width, 3, key=jax.random.key(0)), floats(3, 4))
@@ -71,7 +71,7 @@ def equinox_mnist_cnn(published):
 
 
 class Recurrent(eqx.Module):
-    """Of the example `train_rnn`, with either cell."""
+    """Of the example `train_rnn`, with either cell, and logits."""
 
     cell: eqx.nn.LSTMCell | eqx.nn.GRUCell
     linear: eqx.nn.Linear
@@ -80,8 +80,8 @@ class Recurrent(eqx.Module):
     def __init__(self, cell, hidden):
         a, b = keys(2)
         self.hidden = hidden
-        self.cell = cell(3, hidden, key=a)
-        self.linear = eqx.nn.Linear(hidden, 2, key=b)
+        self.cell = cell(2, hidden, key=a)
+        self.linear = eqx.nn.Linear(hidden, 1, key=b)
 
     def __call__(self, x):
         start = jnp.zeros(self.hidden)
@@ -92,16 +92,16 @@ class Recurrent(eqx.Module):
         return self.linear(jax.tree.leaves(last)[0])
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_lstm(published):
     hidden = 256 if published else 5
-    return made(lambda: Recurrent(eqx.nn.LSTMCell, hidden), floats(2, 6, 3))
+    return made(lambda: Recurrent(eqx.nn.LSTMCell, hidden), floats(2, 6, 2))
 
 
 @model("equinox")
 def equinox_gru(published):
-    hidden = 256 if published else 5
-    return made(lambda: Recurrent(eqx.nn.GRUCell, hidden), floats(2, 6, 3))
+    hidden = 16 if published else 5
+    return made(lambda: Recurrent(eqx.nn.GRUCell, hidden), floats(2, 16, 2))
 
 
 class Encoder(eqx.Module):
@@ -205,7 +205,7 @@ class Decoder(eqx.Module):
         return jax.vmap(self.norm)(x) @ self.embedding.weight.T
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_rope_decoder(published):
     sizes = (8, 512, 8, 2048, 32_000) if published else (2, 12, 3, 10, 11)
     return made(lambda: Decoder(*sizes), tokens(published))
@@ -245,7 +245,7 @@ class ViT(eqx.Module):
 @model("equinox")
 def equinox_vit(published):
     if published:
-        return made(lambda: ViT(6, 64, 8, 128, 64, 4), floats(2, 3, 32, 32))
+        return made(lambda: ViT(6, 512, 8, 256, 64, 4), floats(2, 3, 32, 32))
     return made(lambda: ViT(2, 12, 3, 10, 4, 4), floats(2, 3, 8, 8))
 
 
@@ -331,14 +331,14 @@ class ResidualGroupNorm(eqx.Module):
         return self.head(x.mean((1, 2)))
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_group_norm_resnet(published):
     side, sizes = (32, (64, 8, 8)) if published else (6, (8, 4, 2))
     return made(lambda: ResidualGroupNorm(*sizes), floats(2, 3, side, side))
 
 
 class Generator(eqx.Module):
-    """Of the example `deep_convolutional_gan`, with running statistics."""
+    """As in the example `deep_convolutional_gan`, with GroupNorm."""
 
     layers: list
 
@@ -357,13 +357,13 @@ class Generator(eqx.Module):
         return x
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_gan_generator(published):
     sizes = (100, 64) if published else (5, 3)
     return made(lambda: Generator(*sizes), floats(2, sizes[0], 1, 1))
 
 
-@model("equinox")
+@model("equinox", published=False)
 def equinox_batch_norm_network(published):
     """A network with BatchNorm's running statistics as state."""
     width = 64 if published else 6

@@ -8,8 +8,9 @@ from jax import numpy as jnp
 from benchmarks.others import Model, floats, model
 
 
-def made(flow, published: bool, **options) -> Model:
-    size = 20 if published else 4
+def made(flow, published: bool, size: int = 63, **options) -> Model:
+    """A flow of so many dimensions: 63 are those of BSDS300."""
+    size = size if published else 4
 
     def make():
         normal = distributions.Normal(jnp.zeros(size))
@@ -24,9 +25,11 @@ def made(flow, published: bool, **options) -> Model:
 
 
 def widths(published: bool) -> dict[str, int]:
+    """Five flows with two hidden layers of 512, as Papamakarios et al. (2017)."""
     return {
-        "nn_width": 128 if published else 10,
-        "flow_layers": 8 if published else 2,
+        "nn_width": 512 if published else 10,
+        "nn_depth": 2 if published else 1,
+        "flow_layers": 5 if published else 2,
     }
 
 
@@ -35,7 +38,7 @@ def flowjax_masked_autoregressive(published):
     return made(flows.masked_autoregressive_flow, published, **widths(published))
 
 
-@model("flowjax")
+@model("flowjax", published=False)
 def flowjax_coupling_spline(published):
     spline = bijections.RationalQuadraticSpline(knots=6, interval=3)
     more = widths(published)
@@ -49,5 +52,6 @@ def flowjax_coupling_affine(published):
 
 @model("flowjax")
 def flowjax_planar(published):
-    layers = 8 if published else 2
-    return made(flows.planar_flow, published, flow_layers=layers, width_size=8, depth=1)
+    """80 flows of 40 latents, as the longest of Rezende and Mohamed (2015)."""
+    layers = 80 if published else 2
+    return made(flows.planar_flow, published, 40, flow_layers=layers)

@@ -1,6 +1,8 @@
 """Keras's applications, on its JAX backend."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -10,10 +12,24 @@ import keras
 from benchmarks.others import Model, image, model
 
 
-def functional(module, *inputs, unpack=lambda outputs: outputs) -> Model:
-    """A model of Keras as a function of its variables."""
+def functional(published: bool, make: Callable[[], Any], *inputs) -> Model:
+    """A model of Keras, by its constructor, as a function of its variables. Of the
+    published one they are never made, only their shapes are known."""
+    keras.backend.clear_session()  # (It numbers layers,
+    keras.utils.set_random_seed(0)  # and draws what they start from.)
+    if published:
+        with keras.StatelessScope(initialize_variables=False):
+            module = make()
+    else:
+        module = make()
+
+    def value(variable):
+        if published:
+            return jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        return variable.value
+
     trained, state = (
-        {variable.path: variable.value for variable in variables}
+        {variable.path: value(variable) for variable in variables}
         for variables in (module.trainable_variables, module.non_trainable_variables)
     )
 
@@ -23,7 +39,7 @@ def functional(module, *inputs, unpack=lambda outputs: outputs) -> Model:
         outputs, _ = module.stateless_call(
             [*trained.values()], [*state.values()], given, training=False
         )
-        return unpack(outputs)
+        return outputs
 
     return Model(apply, {"params": ordered(trained), "state": ordered(state)}, inputs)
 
@@ -54,11 +70,13 @@ def application(function, side: int = 32, full: int = 224, **small):
     """A model of `keras.applications`: published, and with few classes and pixels."""
 
     def make(published: bool) -> Model:
-        keras.backend.clear_session()
         size = full if published else side
         options = {} if published else {"classes": 5, **small}
-        module = function(weights=None, input_shape=(size, size, 3), **options)
-        return functional(module, image(published, side, full))
+        # (Logits, of which gradients are left where a softmax would be saturated.)
+        options["classifier_activation"] = None
+        options["input_shape"] = (size, size, 3)
+        pixels = image(published, side, full)
+        return functional(published, lambda: function(weights=None, **options), pixels)
 
     return make
 

@@ -281,7 +281,7 @@ def linen_seq2seq(published):
 
 
 class UNet(nn.Module):
-    """A U-Net whose convolutions are followed by GroupNorm, with transposed ones."""
+    """A U-Net of one convolution a level, with GroupNorm, and of transposed ones."""
 
     widths: tuple[int, ...]
     groups: int
@@ -305,7 +305,7 @@ class UNet(nn.Module):
         return nn.Conv(2, (1, 1))(x)
 
 
-@model("flax")
+@model("flax", published=False)
 def linen_group_norm_unet(published):
     if published:
         return made(UNet((64, 128, 256, 512), 32), image(True, side=128))

@@ -94,10 +94,11 @@ def gpt(published, norm, **options):
 
 @model("flax")
 def nnx_gpt(published):
+    """At the sizes of GPT-2."""
     return gpt(published, nnx.LayerNorm, tied=False, gated=False)
 
 
-@model("flax")
+@model("flax", published=False)
 def nnx_gpt_tied_rms_norm(published):
     return gpt(published, nnx.RMSNorm, tied=True, gated=True)
 
@@ -105,7 +106,7 @@ def nnx_gpt_tied_rms_norm(published):
 class VisionTransformer(nnx.Module):
     """Of the tutorial on a vision transformer."""
 
-    def __init__(self, layers, size, heads, width, patches, side, rngs):
+    def __init__(self, layers, size, heads, width, patches, side, classes, rngs):
         window = (side, side)
         self.patches = nnx.Conv(3, size, window, strides=window, rngs=rngs)
         self.token = nnx.Param(jnp.zeros((1, 1, size)))
@@ -114,7 +115,7 @@ class VisionTransformer(nnx.Module):
             Block(nnx.LayerNorm, size, heads, width, False, rngs) for _ in range(layers)
         )
         self.norm = nnx.LayerNorm(size, rngs=rngs)
-        self.head = nnx.Linear(size, 5, rngs=rngs)
+        self.head = nnx.Linear(size, classes, rngs=rngs)
 
     def __call__(self, x):
         x = self.patches(x)
@@ -128,10 +129,11 @@ class VisionTransformer(nnx.Module):
 
 @model("flax")
 def nnx_vision_transformer(published):
+    """At the sizes of ViT-B/16."""
     if published:
-        sizes = (12, 768, 12, 3072, 196, 16)
+        sizes = (12, 768, 12, 3072, 196, 16, 1000)
         return made(lambda r: VisionTransformer(*sizes, r), image(True))
-    return made(lambda r: VisionTransformer(2, 12, 3, 10, 4, 4, r), image(False, 8))
+    return made(lambda r: VisionTransformer(2, 12, 3, 10, 4, 4, 5, r), image(False, 8))
 
 
 class Recurrent(nnx.Module):
@@ -154,12 +156,12 @@ def recurrent(published, cell, both):
     return made(lambda r: Recurrent(cell, *sizes, both, r), tokens(published))
 
 
-@model("flax")
+@model("flax", published=False)
 def nnx_bidirectional_lstm(published):
     return recurrent(published, nnx.OptimizedLSTMCell, both=True)
 
 
-@model("flax")
+@model("flax", published=False)
 def nnx_gru(published):
     return recurrent(published, nnx.GRUCell, both=False)
 
@@ -176,7 +178,7 @@ class LoRANetwork(nnx.Module):
         return self.head(nnx.relu(self.two(nnx.relu(self.one(x)))))
 
 
-@model("flax")
+@model("flax", published=False)
 def nnx_lora(published):
     sizes = (784, 8, 300) if published else (4, 2, 7)
     return made(lambda r: LoRANetwork(*sizes, r), floats(2, sizes[0]))
@@ -197,7 +199,7 @@ class Autoencoder(nnx.Module):
         return self.up(jax.nn.gelu(self.middle(x)))
 
 
-@model("flax")
+@model("flax", published=False)
 def nnx_autoencoder(published):
     width = 64 if published else 6
     return made(lambda r: Autoencoder(width, r), image(published, 8, 64))

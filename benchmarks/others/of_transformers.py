@@ -1,5 +1,8 @@
 """Flax models of Hugging Face's transformers, built from classes of settings."""
 
+import operator
+import types
+
 import jax
 import jax.numpy as jnp
 import transformers as hf
@@ -7,11 +10,19 @@ import transformers as hf
 from benchmarks.others import Model, image, model, tokens
 
 INT = jnp.int32
+LOGITS = operator.attrgetter("logits")
+
+# T5 names the bound of `jnp.clip` as JAX did before 0.4.27.
+hf.models.t5.modeling_flax_t5.jnp = types.SimpleNamespace(
+    **vars(jnp) | {"clip": lambda x, a_max: jnp.minimum(x, a_max)}
+)
 
 
-def made(network, config, *inputs, method=None, **named) -> Model:
-    """`network(config)` without weights, called as its module is."""
-    wrapped = network(config, _do_init=False)
+def made(network, config, *inputs, unpack=LOGITS, **named) -> Model:
+    """`network(config)` without weights, called as its module is; its hidden states
+    are no outputs."""
+    # (In float64 where that is enabled.)
+    wrapped = network(config, dtype=jnp.result_type(float), _do_init=False)
     module = wrapped.module
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(
@@ -19,8 +30,7 @@ def made(network, config, *inputs, method=None, **named) -> Model:
     )
 
     def apply(variables, *inputs):
-        outputs = module.apply(variables, *inputs, **named)
-        return [leaf for leaf in jax.tree.leaves(outputs) if leaf is not None]
+        return unpack(module.apply(variables, *inputs, **named))
 
     return Model(apply, shapes, inputs)
 
@@ -49,44 +59,47 @@ def transformers_gpt2(published):
 
 @model("transformers")
 def transformers_llama(published):
+    """TinyLlama 1.1B."""
     sizes = {
-        "hidden_size": 1024 if published else 12,
-        "intermediate_size": 2816 if published else 10,
-        "num_hidden_layers": 8 if published else 2,
-        "num_attention_heads": 16 if published else 6,
+        "hidden_size": 2048 if published else 12,
+        "intermediate_size": 5632 if published else 10,
+        "num_hidden_layers": 22 if published else 2,
+        "num_attention_heads": 32 if published else 6,
         "num_key_value_heads": 4 if published else 3,
         "vocab_size": 32_000 if published else 11,
-        "max_position_embeddings": 256 if published else 8,
+        "max_position_embeddings": 2048 if published else 8,
     }
     return decoder(hf.FlaxLlamaForCausalLM, published, hf.LlamaConfig(**sizes))
 
 
 @model("transformers")
 def transformers_mistral(published):
+    """Mistral 7B, with a table of positions of the length of its window."""
     sizes = {
-        "hidden_size": 1024 if published else 12,
-        "intermediate_size": 2816 if published else 10,
-        "num_hidden_layers": 8 if published else 2,
-        "num_attention_heads": 16 if published else 6,
-        "num_key_value_heads": 4 if published else 3,
+        "hidden_size": 4096 if published else 12,
+        "intermediate_size": 14_336 if published else 10,
+        "num_hidden_layers": 32 if published else 2,
+        "num_attention_heads": 32 if published else 6,
+        "num_key_value_heads": 8 if published else 3,
         "vocab_size": 32_000 if published else 11,
-        "max_position_embeddings": 256 if published else 8,
-        "sliding_window": 64 if published else 4,
+        "max_position_embeddings": 4096 if published else 8,
+        "sliding_window": 4096 if published else 4,
     }
     return decoder(hf.FlaxMistralForCausalLM, published, hf.MistralConfig(**sizes))
 
 
 @model("transformers")
 def transformers_gemma(published):
+    """Gemma 2B."""
     sizes = {
-        "hidden_size": 512 if published else 12,
-        "intermediate_size": 2048 if published else 10,
-        "num_hidden_layers": 8 if published else 2,
+        "hidden_size": 2048 if published else 12,
+        "intermediate_size": 16_384 if published else 10,
+        "num_hidden_layers": 18 if published else 2,
         "num_attention_heads": 8 if published else 3,
         "num_key_value_heads": 1,
-        "head_dim": 64 if published else 4,
+        "head_dim": 256 if published else 4,
         "vocab_size": 256_000 if published else 11,
-        "max_position_embeddings": 256 if published else 8,
+        "max_position_embeddings": 8192 if published else 8,
     }
     return decoder(hf.FlaxGemmaForCausalLM, published, hf.GemmaConfig(**sizes))
 
@@ -108,15 +121,17 @@ def transformers_gpt_neo(published):
 
 @model("transformers")
 def transformers_gptj(published):
-    sizes = {
-        "n_embd": 1024 if published else 12,
-        "n_layer": 8 if published else 2,
-        "n_head": 16 if published else 3,
-        "rotary_dim": 32 if published else 2,
-        "vocab_size": 50_400 if published else 11,
-        "n_positions": 256 if published else 8,
+    """GPT-J 6B."""
+    small = {
+        "n_embd": 12,
+        "n_layer": 2,
+        "n_head": 3,
+        "rotary_dim": 2,
+        "vocab_size": 11,
+        "n_positions": 8,
     }
-    return decoder(hf.FlaxGPTJForCausalLM, published, hf.GPTJConfig(**sizes))
+    config = hf.GPTJConfig(**({} if published else small))
+    return decoder(hf.FlaxGPTJForCausalLM, published, config)
 
 
 @model("transformers")
@@ -218,6 +233,9 @@ def pictures(published):
     return jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
 
 
+LABELS = {"num_labels": 1000}
+
+
 def small_vit(**more):
     return {
         "hidden_size": 12,
@@ -232,20 +250,22 @@ def small_vit(**more):
 
 @model("transformers")
 def transformers_vit(published):
-    config = hf.ViTConfig(**({} if published else small_vit()))
+    config = hf.ViTConfig(**(LABELS if published else small_vit()))
     return made(hf.FlaxViTForImageClassification, config, pictures(published))
 
 
 @model("transformers")
 def transformers_dinov2(published):
-    more = {"image_size": 224} if published else small_vit(mlp_ratio=2)
-    config = hf.Dinov2Config(**more)
+    usual = {"image_size": 224, "patch_size": 14, **LABELS}
+    config = hf.Dinov2Config(**(usual if published else small_vit(mlp_ratio=2)))
     return made(hf.FlaxDinov2ForImageClassification, config, pictures(published))
 
 
 @model("transformers")
 def transformers_beit(published):
-    config = hf.BeitConfig(**({} if published else small_vit()))
+    more = {"use_relative_position_bias": True, "use_mask_token": False}
+    sizes = LABELS if published else small_vit()
+    config = hf.BeitConfig(**more, **sizes)
     return made(hf.FlaxBeitForImageClassification, config, pictures(published))
 
 
@@ -257,7 +277,7 @@ def transformers_resnet(published):
         "depths": [1, 2],
         "layer_type": "bottleneck",
     }
-    config = hf.ResNetConfig(**({} if published else small))
+    config = hf.ResNetConfig(**(LABELS if published else small))
     return made(hf.FlaxResNetForImageClassification, config, image(published))
 
 
@@ -269,7 +289,7 @@ def transformers_regnet(published):
         "depths": [1, 2],
         "groups_width": 4,
     }
-    config = hf.RegNetConfig(**({} if published else small))
+    config = hf.RegNetConfig(**(LABELS if published else small))
     return made(hf.FlaxRegNetForImageClassification, config, image(published))
 
 
@@ -353,11 +373,13 @@ def transformers_clip(published):
     config = hf.CLIPConfig(**({} if published else small))
     x = tokens(published, length=77)
     inputs = x, pictures(published), jnp.ones(x.shape, INT), numbered(x)
-    return made(hf.FlaxCLIPModel, config, *inputs)
+    both = operator.attrgetter("logits_per_image", "logits_per_text")
+    return made(hf.FlaxCLIPModel, config, *inputs, unpack=both)
 
 
 @model("transformers")
 def transformers_wav2vec2(published):
+    """The large one, of a second of sound."""
     small = {
         "hidden_size": 12,
         "num_hidden_layers": 2,
@@ -373,7 +395,16 @@ def transformers_wav2vec2(published):
         "do_stable_layer_norm": True,
         "vocab_size": 11,
     }
-    usual = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    usual = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "conv_bias": True,
+        "do_stable_layer_norm": True,
+        "feat_extract_norm": "layer",
+    }
     config = hf.Wav2Vec2Config(**(usual if published else small))
     sound = jax.ShapeDtypeStruct((2, 16_000 if published else 100), jnp.float32)
-    return made(hf.FlaxWav2Vec2ForCTC, config, sound)
+    first = operator.itemgetter(0)
+    return made(hf.FlaxWav2Vec2ForCTC, config, sound, unpack=first)
