@@ -27,6 +27,7 @@ from l0jax.values import (
     NEVER,
     Contraction,
     Reading,
+    Use,
     Value,
     Zeros,
     constant,
@@ -388,7 +389,7 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
                 _meet(reading, before, after)
             return one
     found = Derivative(moving, texts, tuple(given), tuple(outs))
-    aside = reading.aside()
+    aside, where = reading.aside(), reading.where
     aside.derivatives = [*reading.derivatives, found]
     moved = [v for v, moves in zip(given, moving, strict=True) if moves]
     if is_backward(eqn):
@@ -404,6 +405,14 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
         second = read(aside, jaxprs[1], [*remembered, *cotangents], line)
         found.programs.append(second)
         _meet(reading, moved, second.outs)
+        # What reaches closed units from behind must not go on before them.
+        aside.checks += [
+            Use(axis, (zeros, before), (False, False), where)
+            for value, moves in zip(second.outs, moved, strict=True)
+            for axis, zeros, before in zip(
+                value.axes, value.zeros, moves.zeros, strict=True
+            )
+        ]
     else:
         program = read(aside, jaxprs[0], [*given, *moved], line)
         found.programs.append(program)
