@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
+from l0jax import derivatives
 from l0jax.axes import freeze, unify
 from l0jax.derivatives import bind, is_backward, rule_of, rules_of
 from l0jax.liveness import is_nothing, live, reached
@@ -166,9 +167,15 @@ def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
     return [dataclasses.replace(outs[0], number=number)]
 
 
+OWN = derivatives.__file__
+"""Where rules of derivatives are traced: no line of a user."""
+
+
 def line_of(eqn: Any) -> str:
     """`file:line (function)` of the user's code that an equation came from, or ""."""
     line = source_info_util.summarize(eqn.source_info)
+    if line.startswith(OWN):
+        return ""
     for folder in ("site-packages/", f"{os.getcwd()}/"):
         line = line.rpartition(folder)[2]
     return line.strip(" :")
