@@ -782,6 +782,10 @@ def _dot(reading, eqn, values):
             tuple(other.axes[at] for at in rest),
             _axes_of(kernel, sums),
             _axes_of(kernel, makes),
+            tuple(axes[: len(batch_l)]),
+            tuple(left.axes[at] for at in con_l),
+            tuple(axes[len(batch_l) :]),
+            left.data and right.data,
         )
     )
     return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
@@ -825,6 +829,7 @@ def _convolution(reading, eqn, values):
     zeros = [NEVER] * len(shape)
     axes[out[0]], zeros[out[0]] = x.axes[lhs[0]], x.zeros[lhs[0]]
     axes[out[1]], zeros[out[1]] = kernel.axes[rhs[0]], kernel.zeros[rhs[0]]
+    apart, inputs, outputs = (), x.axes[lhs[1]], kernel.axes[rhs[0]]
     if groups == 1:
         unify(x.axes[lhs[1]], kernel.axes[rhs[1]], reading.where)
         _use(reading, x, lhs[1], kernel, rhs[1])
@@ -833,6 +838,7 @@ def _convolution(reading, eqn, values):
         group = fresh(groups)
         inside = kernel.axes[rhs[1]]
         made = fresh(kernel.axes[rhs[0]].size // groups)
+        apart, inputs, outputs = (group,), inside, made
         unify(x.axes[lhs[1]], Product((group, inside)), reading.where)
         unify(kernel.axes[rhs[0]], Product((group, made)), reading.where)
         reading.uses.append(
@@ -850,6 +856,10 @@ def _convolution(reading, eqn, values):
             rest,
             _axes_of(kernel, rhs[1:]),
             _axes_of(kernel, rhs[:1]),
+            apart,
+            (inputs,),
+            (outputs,),
+            x.data and kernel.data,
         )
     )
     return [Value(tuple(axes), tuple(zeros), _some_data(values))]

@@ -93,6 +93,8 @@ class Structure:
         operations: what computes.
         arrays: shape and dtype of each array of the parameters, by path.
         trainable: paths of those that are parameters rather than state.
+        kinds: what kind of units each group has, one of `l0jax.kinds.KINDS`; "mixed"
+            if groups of several kinds were merged.
         per_example: whether costs are those of one example: whether the leading axis of
             the inputs is a batch. If not, they are those of what was traced.
         traced: what was read, for `l0jax.narrow`.
@@ -106,6 +108,7 @@ class Structure:
     operations: tuple[Operation, ...]
     arrays: Mapping[str, jax.ShapeDtypeStruct]
     trainable: tuple[str, ...]
+    kinds: Mapping[str, str]
     per_example: bool
     traced: Traced = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -290,9 +293,14 @@ class Structure:
             )
             for variable, units in self.traced.members.items()
         }
+        kinds: dict[str, str] = {}
+        for old, kind in self.kinds.items():
+            for name in renamed.get(old, (old,)):
+                kinds[name] = kind if kinds.get(name, kind) == kind else "mixed"
         return dataclasses.replace(
             self,
             groups=Found(groups, self.frozen),
+            kinds={name: kind for name, kind in kinds.items() if name in groups},
             inputs={name: slots for name, slots in inputs.items() if name in groups},
             operations=operations,
             traced=dataclasses.replace(self.traced, members=members, others={}),
@@ -396,7 +404,9 @@ def _renamed(member, renamed, parts):
 def _table(structure: Structure) -> str:
     """Groups with their cost, then what is left alone and why."""
     total = sum(expected_macs(structure, op, Certain()) for op in structure.operations)
-    lines = [["group", "units", "made by", "used by", "MACs per unit", "in all"]]
+    lines = [
+        ["group", "units", "kind", "made by", "used by", "MACs per unit", "in all"]
+    ]
     for name, group in structure.groups.items():
         none = Certain({name: np.zeros(group.size)})
         saved = sum(
@@ -409,6 +419,7 @@ def _table(structure: Structure) -> str:
             [
                 name,
                 f"{group.size:,}",
+                structure.kinds.get(name, "by hand"),
                 ", ".join(made) or "-",
                 ", ".join(map(_short, group.used_by)),
                 f"{saved / group.size:,.0f}",
@@ -419,7 +430,7 @@ def _table(structure: Structure) -> str:
         f"{len(structure.groups)} groups of units, {total:,.0f} multiply-accumulates"
         f"{_of_what(structure)}, {_numbers(structure):,} numbers",
         "",
-        *columns(lines, right=(1, 4, 5)),
+        *columns(lines, right=(1, 5, 6)),
     ]
     text += _left_alone(structure)
     for primitive, line in structure.unknown.items():

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from l0jax.axes import Sum, Type, Variable, freeze, resolve, unit_of
+from l0jax.kinds import kinds
 from l0jax.polynomials import product
 from l0jax.reading import Gated, Traced, places, traced
 from l0jax.reading import TraceError as TraceError
@@ -202,6 +203,12 @@ def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
         operations,
         {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in leaves.items()},
         tuple(trained),
+        kinds(
+            reading.contractions,
+            name_of,
+            inputs,
+            {path: len(leaf.shape) for path, leaf in leaves.items()},
+        ),
         bool(batch) or not any(v.axes and v.axes[0].size > 1 for v in given.values()),
         dataclasses.replace(found, members=members),
     )

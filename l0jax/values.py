@@ -93,6 +93,10 @@ class Contraction:
         rest: those of the factors that are no axes of that parameter.
         reads: axes of that parameter over which it sums.
         makes: axes of that parameter that are left.
+        apart: axes of both sides that are neither summed over nor multiplied out.
+        summed: axes that are summed over.
+        free: axes of one side alone.
+        of_activations: whether both sides depend on inputs.
     """
 
     primitive: str
@@ -104,6 +108,10 @@ class Contraction:
     rest: tuple[Type, ...] = ()
     reads: tuple[int, ...] = ()
     makes: tuple[int, ...] = ()
+    apart: tuple[Type, ...] = ()
+    summed: tuple[Type, ...] = ()
+    free: tuple[Type, ...] = ()
+    of_activations: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ LAYERS = (
     ("rules",),
     ("program",),
     ("poles", "terms"),
-    ("reading",),
+    ("reading", "kinds"),
     ("structure",),
     ("tracing", "narrow", "dataflow"),
     ("gating", "costs", "equivalence", "unstacking"),

@@ -1192,7 +1192,7 @@ def test_prints_a_table():
     lines = str(structure).splitlines()
     assert lines[0] == "3 groups of units, 36 multiply-accumulates, 36 numbers"
     assert lines[2].split() == (
-        "group units made by used by MACs per unit in all".split()  # noqa: SIM905
+        "group units kind made by used by MACs per unit in all".split()  # noqa: SIM905
     )
     rows = [line.split() for line in lines[3:6]]
     assert [row[:2] for row in rows] == [["input", "3"], ["a", "4"], ["b", "4"]]
