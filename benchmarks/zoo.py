@@ -160,7 +160,9 @@ def keeps(structure: Structure, seed: int = 0) -> dict[str, Keep]:
         one = np.arange(group.size) == rng.integers(group.size)
         found["40 % closed"][name] = (rng.random(group.size) < 0.6) | one
         found["one left"][name] = one
-        found[SOME][name] = np.full(group.size, rng.random() < 0.75)
+        # (What reads no input has no batch that its costs could be told for.)
+        stays = rng.random() < 0.75 or name.partition(":")[0] == "input"
+        found[SOME][name] = np.full(group.size, stays)
     return found
 
 
