@@ -8,7 +8,7 @@ large primes, which equal and divide no other size of the program.
 import ast
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,14 @@ Numbers = Mapping[str, int]
 
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)
 
-OPERATORS = {
+SIGNS: dict[type, Callable[[int], int]] = {ast.USub: operator.neg}
+OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Pow: operator.pow,
-    ast.USub: operator.neg,
 }
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "mod": operator.mod,
     "floordiv": operator.floordiv,
     "max": max,
@@ -73,11 +73,11 @@ def number(size: Any, numbers: Numbers) -> Any:
 
 def _value(node: Any, numbers: Numbers) -> int:
     if isinstance(node, ast.Constant):
-        return node.value
+        return int(str(node.value))
     if isinstance(node, ast.Name):
         return numbers[node.id]
     if isinstance(node, ast.UnaryOp):
-        return OPERATORS[type(node.op)](_value(node.operand, numbers))
+        return SIGNS[type(node.op)](_value(node.operand, numbers))
     if isinstance(node, ast.BinOp):
         both = _value(node.left, numbers), _value(node.right, numbers)
         return OPERATORS[type(node.op)](*both)
