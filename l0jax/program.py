@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
+from l0jax import derivatives
 from l0jax.axes import freeze, unify
 from l0jax.derivatives import bind, is_backward, rule_of, rules_of
 from l0jax.liveness import is_nothing, live, reached
@@ -27,6 +28,7 @@ from l0jax.values import (
     NEVER,
     Contraction,
     Reading,
+    Use,
     Value,
     Zeros,
     constant,
@@ -165,9 +167,15 @@ def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
     return [dataclasses.replace(outs[0], number=number)]
 
 
+OWN = derivatives.__file__
+"""Where rules of derivatives are traced: no line of a user."""
+
+
 def line_of(eqn: Any) -> str:
     """`file:line (function)` of the user's code that an equation came from, or ""."""
     line = source_info_util.summarize(eqn.source_info)
+    if line.startswith(OWN):
+        return ""
     for folder in ("site-packages/", f"{os.getcwd()}/"):
         line = line.rpartition(folder)[2]
     return line.strip(" :")
@@ -388,7 +396,7 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
                 _meet(reading, before, after)
             return one
     found = Derivative(moving, texts, tuple(given), tuple(outs))
-    aside = reading.aside()
+    aside, where = reading.aside(), reading.where
     aside.derivatives = [*reading.derivatives, found]
     moved = [v for v, moves in zip(given, moving, strict=True) if moves]
     if is_backward(eqn):
@@ -404,6 +412,14 @@ def _derivative(reading, eqn, given, outs, line) -> Derivative:
         second = read(aside, jaxprs[1], [*remembered, *cotangents], line)
         found.programs.append(second)
         _meet(reading, moved, second.outs)
+        # What reaches closed units from behind must not go on before them.
+        aside.checks += [
+            Use(axis, (zeros, before), (False, False), where)
+            for value, moves in zip(second.outs, moved, strict=True)
+            for axis, zeros, before in zip(
+                value.axes, value.zeros, moves.zeros, strict=True
+            )
+        ]
     else:
         program = read(aside, jaxprs[0], [*given, *moved], line)
         found.programs.append(program)

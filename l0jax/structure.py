@@ -416,8 +416,8 @@ def _table(structure: Structure) -> str:
             ]
         )
     text = [
-        f"{len(structure.groups)} groups of units, {total:,.0f} multiply-accumulates, "
-        f"{_numbers(structure):,} numbers",
+        f"{len(structure.groups)} groups of units, {total:,.0f} multiply-accumulates"
+        f"{_of_what(structure)}, {_numbers(structure):,} numbers",
         "",
         *columns(lines, right=(1, 4, 5)),
     ]
@@ -426,6 +426,14 @@ def _table(structure: Structure) -> str:
         text.append(f"no rule for {primitive}, first at {line}: what it touches stays")
     text += structure.notes
     return "\n".join(text)
+
+
+def _of_what(structure: Structure) -> str:
+    """Of how many examples costs are, if they are not those of one."""
+    if structure.per_example:
+        return ""
+    leading = [v.axes[0].size for v in structure.traced.inputs.values() if v.axes]
+    return f" of all {leading[0]} examples together, which depend on one another"
 
 
 WINDOW = "a window slides over it"

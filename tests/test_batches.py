@@ -1,0 +1,171 @@
+"""Laws of sizes that may vary: a narrowed function is the traced one at any batch.
+
+Python code may compute with the number of examples. What is traced then holds a number
+that nothing ties to the batch; so functions are read again for other sizes.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from l0jax import costs, units
+from l0jax.narrow import narrow
+from l0jax.tracing import trace
+
+
+@pytest.fixture(autouse=True)
+def any_rank():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def hidden(p, x):
+    return jnp.tanh(x @ p["a"])
+
+
+# Functions that know how many examples there are, in what they compute or by shapes.
+KNOWING = {
+    "a mean by hand": lambda p, x: (hidden(p, x) @ p["b"]).sum(0) / x.shape[0],
+    "a share of the batch": lambda p, x: hidden(p, x) @ p["b"] / len(x),
+    "a counted batch": lambda p, x: jnp.arange(len(x)) * (hidden(p, x) @ p["b"])[:, 0],
+    "the last half": lambda p, x: (hidden(p, x) @ p["b"])[len(x) // 2 :],
+    "a token for each": lambda p, x: (
+        jnp.concatenate([jnp.tile(p["token"], (len(x), 1)), hidden(p, x)], 1) @ p["c"]
+    ),
+    "filled": lambda p, x: (hidden(p, x) + jnp.full((len(x), 6), 2.0)) @ p["b"],
+    "flattened": lambda p, x: (
+        ((x[:, None] * jnp.ones((1, 2, 1))).reshape(len(x) * 2, 3) @ p["a"]).reshape(
+            len(x), 12
+        )
+        @ p["twice"]
+    ),
+    "over the batch": lambda p, x: jax.nn.softmax(hidden(p, x) @ p["b"], axis=0),
+    "by position": lambda p, x: hidden(p, x)[jnp.arange(len(x))[::-1]] @ p["b"],
+    "a power of the number": lambda p, x: (hidden(p, x) @ p["b"]) ** (len(x) % 3 + 1),
+    "a loop over examples": lambda p, x: jax.lax.map(
+        lambda row: hidden(p, row) @ p["b"], x
+    ),
+    "a loop in Python": lambda p, x: jnp.stack([hidden(p, row) @ p["b"] for row in x]),
+}
+SIZES = {"a": (3, 6), "b": (6, 2), "c": (8, 2), "token": (1, 2), "twice": (12, 2)}
+RNG = np.random.default_rng(0)
+PARAMS = {n: jnp.float32(RNG.normal(size=shape)) for n, shape in SIZES.items()}
+KEEP = np.array([True, False, True, True, False, True])
+
+
+def inputs(size):
+    return jnp.float32(np.random.default_rng(size).normal(size=(size, 3)))
+
+
+def of_hidden(structure):
+    (name,) = (
+        group.name
+        for group in structure.groups.values()
+        for slot in group.slots
+        if (slot.path, slot.axis) == ("a", 1)
+    )
+    return name
+
+
+@pytest.mark.parametrize("traced", [4, 1])
+@pytest.mark.parametrize("name", KNOWING)
+def test_any_batch_gives_what_the_function_gives(name, traced):
+    structure = trace(KNOWING[name], PARAMS, inputs(traced))
+    keep = {of_hidden(structure): KEEP}
+    z = {n: jnp.float32(flags) for n, flags in keep.items()}
+    closed = units.apply_gates(PARAMS, z, structure.groups)
+    small, params = narrow(structure, PARAMS, keep)
+    for size in (4, 1, 7):
+        np.testing.assert_allclose(
+            small(params, inputs(size)),
+            KNOWING[name](closed, inputs(size)),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+APART = ("a share of the batch", "a token for each", "filled", "flattened")
+
+
+@pytest.mark.parametrize("name", APART)
+def test_costs_are_those_of_one_example_where_these_are_apart(name):
+    found = {
+        size: costs.exact(trace(KNOWING[name], PARAMS, inputs(size)))
+        for size in (1, 4, 6)
+    }
+    assert len(set(found.values())) == 1
+
+
+def test_costs_of_examples_that_are_not_apart_are_of_the_whole_batch_and_say_so():
+    def distances(p, x):
+        h = hidden(p, x)
+        return h @ h.T
+
+    structure = trace(distances, PARAMS, inputs(4))
+    assert not structure.per_example
+    assert costs.exact(structure) == 4 * 3 * 6 + 4 * 4 * 6
+    assert "of all 4 examples together" in str(structure)
+    assert "examples together" not in str(trace(KNOWING["filled"], PARAMS, inputs(4)))
+
+
+def test_a_batch_for_which_units_are_others_is_refused_with_its_reason():
+    def apply(p, x):
+        h = hidden(p, x)
+        return (jnp.cumsum(h, axis=1) if len(x) == 3 else h) @ p["b"]
+
+    structure = trace(apply, PARAMS, inputs(4))
+    small, params = narrow(structure, PARAMS, {of_hidden(structure): KEEP})
+    small(params, inputs(5))
+    with pytest.raises(
+        ValueError, match=r"units of group '\w+' can't be removed: cums"
+    ):
+        small(params, inputs(3))
+
+
+# ------------------------------------------------------- gates and dtypes of parameters
+
+FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64")
+EXACT = ("int8", "int32", "uint8", "int4", "uint16", "bool")
+
+
+def typed(dtype):
+    values = np.random.default_rng(1).integers(0, 2, size=(6, 2))
+    return jnp.asarray(values).astype(jnp.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
+def reads(p, x):
+    """The second kernel may be of any dtype."""
+    kernel = p["b"].astype(jnp.complex64 if "c" in p else jnp.float32)
+    return hidden(p, x) @ kernel
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *EXACT])
+def test_a_gate_acts_on_what_it_gates_whatever_the_dtype(dtype):
+    """A soft gate scales; what it can't scale is not gated."""
+    params = {"a": PARAMS["a"], "b": typed(dtype)}
+    if dtype.startswith("complex"):
+        params["c"] = jnp.ones(())
+    structure = trace(reads, params, inputs(4))
+    gated = {slot.path for g in structure.groups.values() for slot in g.used_by}
+    assert ("b" in gated) == (dtype in FLOATS)
+    if dtype in EXACT:
+        # tanh keeps zeros, so that gates before it do; and nothing is cut to a half.
+        name = of_hidden(structure)
+        assert {slot.path for slot in structure.groups[name].used_by} == {"a"}
+        return
+    name = of_hidden(structure)
+    z = {name: jnp.full(6, 0.5, jnp.float32)}
+    half = units.apply_gates(params, z, structure.groups)
+    assert half["b"].dtype == params["b"].dtype
+    whole = reads(params, inputs(4))
+    np.testing.assert_allclose(reads(half, inputs(4)), whole / 2, rtol=1e-5)
+
+
+def test_whole_numbers_that_nothing_else_can_gate_say_so():
+    params = {"a": PARAMS["a"], "b": typed("int8")}
+    structure = trace(
+        lambda p, x: jnp.cos(x @ p["a"]) @ p["b"].astype(jnp.float32), params, inputs(4)
+    )
+    assert "reads 'b' of int8, that a gate can't scale" in structure.frozen["a"].why
