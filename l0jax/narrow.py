@@ -36,6 +36,7 @@ from l0jax.axes import (
 from l0jax.derivatives import bind, is_backward
 from l0jax.liveness import live
 from l0jax.program import Line, Program, constants_and_carries
+from l0jax.rules import slice_of
 from l0jax.structure import Structure
 from l0jax.symbolic import is_symbolic
 from l0jax.units import Keep, arrays
@@ -558,18 +559,6 @@ def _tile(line, given, left):
     }
 
 
-def _gather(line, given, left):
-    axes, whole = line.ins[0].axes, line.eqn.invars[0].aval.shape
-    return {
-        "slice_sizes": tuple(
-            left.size(axis) if traced == full and left.changed([axis]) else traced
-            for axis, full, traced in zip(
-                axes, whole, line.eqn.params["slice_sizes"], strict=True
-            )
-        )
-    }
-
-
 def _dynamic_slice(line, given, left):
     return {"slice_sizes": left.shape(line.outs[0], line.eqn.outvars[0])}
 
@@ -582,7 +571,6 @@ SIZES: dict[str, Sizes] = {
     "pad": _pad,
     "split": _split,
     "tile": _tile,
-    "gather": _gather,
 }
 
 
@@ -596,6 +584,25 @@ def _convolution(line, given, left):
         if not groups:  # one group of no channels
             kernel = jax.lax.slice_in_dim(kernel, 0, 0, axis=inside)
     return bind(line.eqn, [x, kernel], {"feature_group_count": groups or 1})
+
+
+def _gather(line, given, left):
+    cut = slice_of(line.eqn, *line.ins)
+    if cut is not None and left.changed([line.ins[0].axes[cut[0]]]):
+        at, start, limit = cut
+        flags = left.positions(line.ins[0].axes[at])
+        low, high = int(flags[:start].sum()), int(flags[:limit].sum())
+        return [jax.lax.slice_in_dim(given[0], low, high, axis=at)]
+    axes, whole = line.ins[0].axes, line.eqn.invars[0].aval.shape
+    sizes = {
+        "slice_sizes": tuple(
+            left.size(axis) if traced == full and left.changed([axis]) else traced
+            for axis, full, traced in zip(
+                axes, whole, line.eqn.params["slice_sizes"], strict=True
+            )
+        )
+    }
+    return bind(line.eqn, given, sizes)
 
 
 # Loops, branches, and functions that are differentiated in their own way.
@@ -621,7 +628,8 @@ def _scan(line, given, left):
         turn,
         list(given[consts : consts + carried]),
         list(given[consts + carried :]),
-        length=params["length"],
+        # (What any batch may be long can't be said, but by rows.)
+        length=None if given[consts + carried :] else params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
@@ -713,5 +721,6 @@ RUN: dict[str, Callable[[Line, Sequence[Any], Left], Sequence[Any]]] = {
     "while": _while,
     "cond": _cond,
     "conv_general_dilated": _convolution,
+    "gather": _gather,
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
 }

@@ -562,10 +562,14 @@ def _gather(reading, eqn, values):
     even: list[Alike] = [None] * len(shape)
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     window = [at for at in range(len(operand.axes)) if at not in gone]
+    cut = slice_of(eqn, operand, indices)
     for place, at in zip(numbers.offset_dims, window, strict=True):
         # (What is as long as the axis can only begin at its first position.)
-        if sizes[at] == operand.axes[at].size:
-            axes[place] = operand.axes[at]
+        piece = operand.axes[at] if sizes[at] == operand.axes[at].size else None
+        if cut is not None and cut[0] == at:
+            piece = _between(operand.axes[at], *cut[1:])
+        if piece is not None:
+            axes[place] = piece
             zeros[place] = operand.zeros[at] if _fills_zeros(eqn) else NEVER
             even[place] = operand.alike(at)
         else:
@@ -584,6 +588,19 @@ def _gather(reading, eqn, values):
         if _fills_zeros(eqn):
             zeros[others[along]] = operand.zeros[at]
     return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
+
+
+def slice_of(eqn: Any, operand: Value, indices: Value) -> tuple[int, int, int] | None:
+    """The axis, the start and the limit of a gather that is a slice along one axis, as
+    slices are traced where other axes may have any size; None if it isn't one."""
+    numbers, start = eqn.params["dimension_numbers"], indices.number
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    if gone or start is None or indices.shape != (1,):
+        return None
+    (at,) = numbers.start_index_map
+    limit = int(start) + eqn.params["slice_sizes"][at]
+    inside = start >= 0 and limit <= operand.axes[at].size
+    return (at, int(start), limit) if inside else None
 
 
 def _fills_zeros(eqn: Any) -> bool:

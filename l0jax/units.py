@@ -142,6 +142,11 @@ def apply_gates(
 ) -> PyTree:
     """`params` with every position where a unit is *used* multiplied by its gate.
 
+    A group may be used in several places one after the other: units over which a norm
+    runs are closed before it, so that they add nothing to it, and after it, since its
+    shift makes something of zeros. A gate of 0 or 1 is the same in all; one between
+    them acts at each place, so that it scales what the norm reads and what it gives.
+
     Args:
         params: any pytree of arrays.
         z: a vector of gate values for each group that is to be gated.

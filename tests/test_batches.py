@@ -28,17 +28,18 @@ def hidden(p, x):
 # Functions that know how many examples there are, in what they compute or by shapes.
 KNOWING = {
     "a mean by hand": lambda p, x: (hidden(p, x) @ p["b"]).sum(0) / x.shape[0],
-    "a share of the batch": lambda p, x: hidden(p, x) @ p["b"] / len(x),
+    "a share of the batch": lambda p, x: hidden(p, x) @ p["b"] / x.shape[0],
     "a counted batch": lambda p, x: jnp.arange(len(x)) * (hidden(p, x) @ p["b"])[:, 0],
     "the last half": lambda p, x: (hidden(p, x) @ p["b"])[len(x) // 2 :],
     "a token for each": lambda p, x: (
-        jnp.concatenate([jnp.tile(p["token"], (len(x), 1)), hidden(p, x)], 1) @ p["c"]
+        jnp.concatenate([jnp.tile(p["token"], (x.shape[0], 1)), hidden(p, x)], 1)
+        @ p["c"]
     ),
-    "filled": lambda p, x: (hidden(p, x) + jnp.full((len(x), 6), 2.0)) @ p["b"],
+    "filled": lambda p, x: (hidden(p, x) + jnp.full((x.shape[0], 6), 2.0)) @ p["b"],
     "flattened": lambda p, x: (
-        ((x[:, None] * jnp.ones((1, 2, 1))).reshape(len(x) * 2, 3) @ p["a"]).reshape(
-            len(x), 12
-        )
+        (
+            (x[:, None] * jnp.ones((1, 2, 1))).reshape(x.shape[0] * 2, 3) @ p["a"]
+        ).reshape(x.shape[0], 12)
         @ p["twice"]
     ),
     "over the batch": lambda p, x: jax.nn.softmax(hidden(p, x) @ p["b"], axis=0),
@@ -60,13 +61,13 @@ def inputs(size):
 
 
 def of_hidden(structure):
-    (name,) = (
-        group.name
+    found = {
+        group.name: None
         for group in structure.groups.values()
         for slot in group.slots
         if (slot.path, slot.axis) == ("a", 1)
-    )
-    return name
+    }
+    return max(found, key=lambda name: structure.groups[name].size)
 
 
 @pytest.mark.parametrize("traced", [4, 1])
@@ -87,6 +88,57 @@ def test_any_batch_gives_what_the_function_gives(name, traced):
 
 
 APART = ("a share of the batch", "a token for each", "filled", "flattened")
+
+
+def rotated(p, x):
+    """Halves of the units are turned by an angle for each position."""
+    h = hidden(p, x)
+    a, b = h[:, :3], h[:, 3:]
+    turned = jnp.concatenate([a * 0.6 - b * 0.8, b * 0.6 + a * 0.8], 1)
+    return turned @ p["b"]
+
+
+FOR_ANY = {
+    **{name: KNOWING[name] for name in APART},
+    "a mean by hand": KNOWING["a mean by hand"],
+    "over the batch": KNOWING["over the batch"],
+    "halves": rotated,
+    "slices": lambda p, x: hidden(p, x)[:, 1:5] @ p["b"][1:5],
+    "a norm": lambda p, x: jax.nn.standardize(hidden(p, x)) @ p["b"],
+    "merged": lambda p, x: (
+        (hidden(p, x)[:, :, None] * jnp.ones((1, 1, 2))).reshape(x.shape[0], 12)
+        @ p["twice"]
+    ),
+    "a scan": lambda p, x: (
+        jax.lax.scan(
+            lambda h, row: (h + jnp.tanh(row @ p["a"]), None), jnp.zeros(6), x
+        )[0]
+        @ p["b"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOR_ANY)
+def test_narrowed_functions_are_exported_for_any_batch(name):
+    """Sizes are then symbols, and slices are traced as gathers."""
+    function = FOR_ANY[name]
+    structure = trace(function, PARAMS, inputs(4))
+    group = of_hidden(structure)
+    flags = np.arange(structure.groups[group].size) != 1
+    keep = {group: flags}
+    z = {group: jnp.float32(flags)}
+    closed = units.apply_gates(PARAMS, z, structure.groups)
+    small, params = narrow(structure, PARAMS, keep)
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(small))(params, shape)
+    for size in (4, 2, 9):
+        np.testing.assert_allclose(
+            exported.call(params, inputs(size)),
+            function(closed, inputs(size)),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("name", APART)
