@@ -14,8 +14,9 @@ from l0jax.units import path_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-Axes = list[int | None]
-"""Of each leaf of the inputs, the axis along which the examples of a batch lie."""
+Axes = list[dict[int, str]]
+"""Of each leaf of the inputs, the axes that may have any size, and the names of these
+sizes."""
 
 
 class Program:
@@ -159,9 +160,9 @@ def exported(
         return function(jax.tree.unflatten(tree, leaves), *inputs)
 
     leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.tree.leaves(params)]
-    free = any(axis is not None for axis in axes)
+    free = any(axes)
     # A function that is wrong about its inputs is so for their own sizes too.
-    jax.eval_shape(of_list, leaves, *shapes(inputs, [None] * len(axes)))
+    jax.eval_shape(of_list, leaves, *shapes(inputs, [{}] * len(axes)))
     try:
         found = jax.export.export(jax.jit(of_list), platforms=PLATFORMS)(
             leaves, *shapes(inputs, axes)
@@ -205,18 +206,24 @@ def needs_its_batch(error: Exception) -> ValueError:
     )
 
 
-def axes_of(inputs: tuple[PyTree, ...], any_batch: bool, batch: PyTree) -> Axes:
-    """Along which axis of each leaf of the inputs the examples of a batch lie.
+def axes_of(
+    inputs: tuple[PyTree, ...],
+    any_batch: bool,
+    batch: PyTree,
+    dynamic: Mapping[str, PyTree],
+) -> Axes:
+    """For each leaf of the inputs the axes that may have any size, and their names.
 
     Args:
         inputs: arrays or their shapes.
-        any_batch: whether a batch may have any size; if not, all is None.
-        batch: the axes, as `in_axes` of `jax.vmap`: one entry for each input, an axis
+        any_batch: whether a batch may have any size.
+        batch: its axes, as `in_axes` of `jax.vmap`: one entry for each input, an axis
             or None or a pytree of these. None: the first of all that have one.
+        dynamic: the axes of other sizes that may vary, by the name of the size.
 
     Raises:
-        ValueError: if `batch` does not fit the inputs; if they differ in size along
-            their axes, so that these can't vary together.
+        ValueError: if axes do not fit the inputs, or have two names; if inputs differ
+            in size along axes of one name, so that these can't vary together.
     """
     named = jax.tree_util.tree_flatten_with_path(inputs)[0]
     paths = ["inputs" + jax.tree_util.keystr(key_path) for key_path, _ in named]
@@ -228,59 +235,88 @@ def axes_of(inputs: tuple[PyTree, ...], any_batch: bool, batch: PyTree) -> Axes:
             )
     if batch is not None and not any_batch:
         raise ValueError("batch names axes of any size: it needs any_batch=True")
-    if not any_batch:
-        return [None] * len(leaves)
-    if batch is None:
-        axes = [0 if leaf.shape else None for leaf in leaves]
-    else:
-        axes = _spread(inputs, batch)
+    found: Axes = [{} for _ in leaves]
+    for name, of in {BATCH: batch, **dynamic}.items():
+        if not name.isidentifier() or (name == BATCH and BATCH in dynamic):
+            raise ValueError(
+                f"dynamic: {name!r} can't be the name of a size; take another one word"
+            )
+        if name == BATCH and not any_batch:
+            continue
+        if name == BATCH and batch is None:
+            along = [0 if leaf.shape else None for leaf in leaves]
+        else:
+            along = _spread(inputs, of, name)
+        _check_together(name, paths, leaves, along)
+        for path, leaf, axis, names in zip(paths, leaves, along, found, strict=True):
+            if axis is None:
+                continue
+            other = names.setdefault(axis % len(leaf.shape), name)
+            if other != name:
+                raise ValueError(
+                    f"axis {axis} of {path} is {other!r} and {name!r}; sizes that are "
+                    "one have one name"
+                )
+    return found
+
+
+BATCH = "batch"
+"""The name of its size."""
+
+
+def _check_together(name: str, paths, leaves, axes) -> None:
+    """Raises ValueError unless some axes are there, and of one size."""
     sizes = {}
     for path, leaf, axis in zip(paths, leaves, axes, strict=True):
         if axis is None:
             continue
         if type(axis) is not int or not -len(leaf.shape) <= axis < len(leaf.shape):
             raise ValueError(
-                f"batch: {path} of shape {leaf.shape} has no axis {axis!r}"
+                f"{name}: {path} of shape {leaf.shape} has no axis {axis!r}"
             )
         sizes[f"{path} has {leaf.shape[axis]} along axis {axis}"] = leaf.shape[axis]
     if len(set(sizes.values())) > 1:
+        how = "as in batch=(0, None), or save with any_batch=False"
+        if name != BATCH:
+            how = f"as in dynamic={{{name!r}: (1, None)}}"
         raise ValueError(
-            f"the batch differs: {', '.join(sizes)}; say which axes vary together and "
-            "which inputs have no batch, as in batch=(0, None), or save with "
-            "any_batch=False"
+            f"the {name} differs: {', '.join(sizes)}; say which axes vary together and "
+            f"which inputs have no {name}, {how}"
         )
-    return [
-        None if axis is None else axis % len(leaf.shape)
-        for axis, leaf in zip(axes, leaves, strict=True)
-    ]
 
 
-def _spread(inputs: tuple[PyTree, ...], batch: PyTree) -> list[Any]:
+def _spread(inputs: tuple[PyTree, ...], axes: PyTree, name: str) -> list[Any]:
     def is_none(node):
         return node is None
 
     try:
-        spread = jax.tree.broadcast(batch, inputs, is_leaf=is_none)
+        spread = jax.tree.broadcast(axes, inputs, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
-            f"batch={batch!r} does not fit {len(inputs)} inputs: give an axis or None "
-            "for each, as in batch=(0, None)"
+            f"{name}={axes!r} does not fit {len(inputs)} inputs: give an axis or None "
+            f"for each, as in {name}=(0, None)"
         ) from error
     return jax.tree.leaves(spread, is_leaf=is_none)
 
 
 def shapes(inputs: tuple[PyTree, ...], axes: Axes) -> tuple[PyTree, ...]:
-    """Shapes of inputs, some axes of one size that is not known yet."""
-    (batch,) = jax.export.symbolic_shape("batch", scope=jax.export.SymbolicScope())
+    """Shapes of inputs, some axes of sizes that are not known yet."""
     leaves, tree = jax.tree.flatten(inputs)
+    names = [*dict.fromkeys(name for each in axes for name in each.values())]
+    scope = jax.export.SymbolicScope()
+    symbols = jax.export.symbolic_shape(", ".join(names), scope=scope) if names else ()
+    sizes = dict(zip(names, symbols, strict=True))
     return jax.tree.unflatten(
         tree,
         [
             jax.ShapeDtypeStruct(
-                tuple(batch if at == axis else n for at, n in enumerate(leaf.shape)),
+                tuple(
+                    sizes[along[at]] if at in along else n
+                    for at, n in enumerate(leaf.shape)
+                ),
                 leaf.dtype,
             )
-            for leaf, axis in zip(leaves, axes, strict=True)
+            for leaf, along in zip(leaves, axes, strict=True)
         ],
     )
 
@@ -299,18 +335,18 @@ def check(
         function: `function(params, *inputs)`.
         params: its parameters.
         inputs: arrays, or shapes for zeros.
-        axes: those along which one example more is given in a second run.
+        axes: those along which more is given in a second run.
 
     Raises:
         ValueError: if the program can't run, or gives something else.
     """
     compiled = jax.jit(function)
-    for more in (0, 1) if any(axis is not None for axis in axes) else (0,):
-        given = _grown(inputs, axes, more)
+    for more in (0, 1) if any(axes) else (0,):
+        given = grown(inputs, axes, more)
         try:
             found, expected = program(*given), compiled(params, *given)
         except Exception as error:
-            size = "one example more" if more else "the inputs that were given"
+            size = "more examples" if more else "the inputs that were given"
             raise ValueError(
                 f"the saved function can't run with {size} ({type(error).__name__}: "
                 f"{error}); say along which axes inputs vary, as in batch=(0, None), "
@@ -319,24 +355,27 @@ def check(
         _check_alike(found, expected)
 
 
-def _grown(inputs: tuple[PyTree, ...], axes: Axes, more: int) -> tuple[PyTree, ...]:
+def grown(inputs: tuple[PyTree, ...], axes: Axes, more: int) -> tuple[PyTree, ...]:
+    """Inputs that are longer along axes that may have any size: by `more` of the
+    first, by one more of each other, so that no two grow alike."""
     leaves, tree = jax.tree.flatten(inputs)
-    grown = []
-    for leaf, axis in zip(leaves, axes, strict=True):
+    names = [*dict.fromkeys(name for each in axes for name in each.values())]
+    longer = []
+    for leaf, along in zip(leaves, axes, strict=True):
         shape = list(leaf.shape)
-        if axis is not None:
-            shape[axis] += more
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            leaf = _filled(leaf.dtype)
-            grown.append(jnp.broadcast_to(leaf, shape))
-        elif axis is None or not more:
-            grown.append(jnp.asarray(leaf))
-        elif not leaf.size:
-            grown.append(jnp.broadcast_to(_filled(leaf.dtype), shape))
-        else:
-            rows = np.arange(shape[axis]) % leaf.shape[axis]
-            grown.append(jnp.take(jnp.asarray(leaf), rows, axis=axis))
-    return jax.tree.unflatten(tree, grown)
+        for axis, name in along.items() if more else ():
+            shape[axis] += more + names.index(name)
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not leaf.size:
+            leaf = jnp.broadcast_to(_filled(leaf.dtype), leaf.shape)
+        leaf = jnp.asarray(leaf)
+        for axis, size in enumerate(shape):
+            if size != leaf.shape[axis] and not leaf.size:
+                leaf = jnp.broadcast_to(_filled(leaf.dtype), shape)
+            elif size != leaf.shape[axis]:
+                rows = np.arange(size) % leaf.shape[axis]
+                leaf = jnp.take(leaf, rows, axis=axis)
+        longer.append(leaf)
+    return jax.tree.unflatten(tree, longer)
 
 
 def _filled(dtype: Any) -> jax.Array:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def save_function(
     folder: Path | str,
     any_batch: bool = True,
     batch: PyTree = None,
+    dynamic: Mapping[str, PyTree] | None = None,
     derivatives: int = 1,
 ) -> None:
     """Writes any function, such as `l0jax.narrow` gives, and its parameters.
@@ -84,6 +85,9 @@ def save_function(
         batch: the axes of the inputs that are the batch, as `in_axes` of `jax.vmap`:
             `(0, None)` where the second input has none. By default the leading axes of
             all inputs, which then must agree in size, here and in every later call.
+        dynamic: other axes that may later have any size, by a name of the size, given
+            as `batch` is: `{"tokens": 1}` for the length of texts, or
+            `{"tokens": (1, None)}` where the second input has no such axis.
         derivatives: how often the saved function can be differentiated, in reverse
             mode. Programs with one are three to four times as large as without, with
             two up to twelve times: 9, 37 and 105 kB for LeNet-5, whose arrays take
@@ -99,7 +103,7 @@ def save_function(
     if derivatives < 0:
         raise ValueError(f"derivatives must be at least 0, got {derivatives}")
     described, arrays = _encoded(params)
-    axes = exporting.axes_of(inputs, any_batch, batch)
+    axes = exporting.axes_of(inputs, any_batch, batch, dynamic or {})
     program, missing = exporting.exported(function, params, inputs, axes, derivatives)
     if missing is not None:
         warnings.warn(
@@ -130,6 +134,7 @@ def save_onnx(
     file: Path | str,
     any_batch: bool = True,
     batch: PyTree = None,
+    dynamic: Mapping[str, PyTree] | None = None,
 ) -> float:
     """Writes a function and its parameters as ONNX, and runs the file to check it.
 
@@ -143,7 +148,7 @@ def save_onnx(
         file: where to, such as `network.onnx`.
         any_batch: whether the leading axis of the inputs may later have any size; else
             all sizes are those of `inputs`. The check then runs on two sizes.
-        batch: which axes those are, as for `save_function`.
+        batch, dynamic: which axes those are, as for `save_function`.
 
     Returns:
         The largest difference that was found, relative to the largest output.
@@ -162,7 +167,7 @@ def save_onnx(
             f'{error.name} is missing: pip install "l0jax[onnx]"'
         ) from error
     tree = jax.tree.structure(inputs)
-    axes = exporting.axes_of(inputs, any_batch, batch)
+    axes = exporting.axes_of(inputs, any_batch, batch, dynamic or {})
 
     def of_leaves(*leaves):
         return jax.tree.leaves(function(params, *jax.tree.unflatten(tree, leaves)))
@@ -178,16 +183,15 @@ def save_onnx(
             return_mode="file",
             output_path=str(file),
         )
-    except jax.errors.InconclusiveDimensionOperation as error:
+    except (jax.errors.InconclusiveDimensionOperation, ValueError) as error:
+        if not any(axes):
+            raise
         raise exporting.needs_its_batch(error) from error
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
-    twice = [
-        a if axis is None else np.concatenate([a, a], axis)
-        for a, axis in zip(leaves, axes, strict=True)
-    ]
+    more = [np.asarray(leaf) for leaf in exporting.grown(tuple(leaves), axes, 1)]
     compiled, worst = jax.jit(of_leaves), 0.0
-    for given in (leaves, twice) if any_batch else (leaves,):
+    for given in (leaves, more) if any(axes) else (leaves,):
         found: Any = session.run(None, dict(zip(names, given, strict=True)))
         expected = [np.asarray(out) for out in compiled(*given)]
         for number, (a, b) in enumerate(zip(found, expected, strict=True)):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from l0jax import costs, units
+from l0jax import costs, storage, units
 from l0jax.narrow import narrow
 from l0jax.tracing import trace
 
@@ -174,6 +174,78 @@ def test_a_batch_for_which_units_are_others_is_refused_with_its_reason():
         ValueError, match=r"units of group '\w+' can't be removed: cums"
     ):
         small(params, inputs(3))
+
+
+def attention(p, x, mask):
+    """Of texts of any length, whose words may be masked."""
+    h = jnp.tanh(x @ p["a"])
+    scores = jnp.where(mask[:, None], h @ h.swapaxes(1, 2), -1e9)
+    return jax.nn.softmax(scores) @ h @ p["b"]
+
+
+def texts(size, length):
+    rng = np.random.default_rng(size)
+    x = jnp.float32(rng.normal(size=(size, length, 3)))
+    return x, jnp.asarray(rng.random((size, length)) < 0.8)
+
+
+def smaller_attention():
+    structure = trace(attention, PARAMS, *texts(2, 5))
+    name = of_hidden(structure)
+    z = {name: jnp.float32(KEEP)}
+    closed = units.apply_gates(PARAMS, z, structure.groups)
+    return closed, *narrow(structure, closed, {name: KEEP})
+
+
+def test_other_sizes_than_the_batch_may_vary(tmp_path):
+    closed, small, params = smaller_attention()
+    storage.save_function(
+        small, params, *texts(2, 5), folder=tmp_path, dynamic={"tokens": 1}
+    )
+    loaded = storage.load(tmp_path)
+    for size, length in ((2, 5), (1, 9), (7, 2)):
+        given = texts(size, length)
+        np.testing.assert_allclose(
+            loaded(*given), attention(closed, *given), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_size_may_be_one_of_some_inputs_alone(tmp_path):
+    def function(p, x, each):
+        return x @ p["a"] * each
+
+    each = jnp.ones(6)
+    storage.save_function(
+        function,
+        PARAMS,
+        texts(2, 5)[0],
+        each,
+        folder=tmp_path,
+        batch=(0, None),
+        dynamic={"tokens": (1, None)},
+    )
+    assert storage.load(tmp_path)(texts(3, 8)[0], each).shape == (3, 8, 6)
+
+
+WRONG = {
+    "an axis that is not there": ({"tokens": 2}, r"tokens: inputs\[1\] .* no axis 2"),
+    "sizes that differ": ({"tokens": (1, 0)}, "the tokens differs: .* 5 .* 2 "),
+    "an axis with two names": ({"tokens": (0, None)}, "is 'batch' and 'tokens'"),
+    "too many entries": ({"tokens": (1, 1, 1)}, "does not fit 2 inputs"),
+    "a name that is none": ({"2 words": 1}, "can't be the name of a size"),
+    "the batch's own name": ({"batch": 1}, "can't be the name of a size"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_axes_that_can_not_vary_are_refused(name, tmp_path):
+    dynamic, said = WRONG[name]
+    _, small, params = smaller_attention()
+    with pytest.raises(ValueError, match=said):
+        storage.save_function(
+            small, params, *texts(2, 5), folder=tmp_path / "net", dynamic=dynamic
+        )
+    assert not (tmp_path / "net").exists()
 
 
 # ------------------------------------------------------- gates and dtypes of parameters
