@@ -4,7 +4,7 @@ What is multiplied by nothing at all (a kernel that has lost all rows) is zero, 
 it is. So a branch that has lost all its units is dead with its norms and biases.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -22,8 +22,18 @@ def live(jaxpr: Any) -> tuple[list[Any], Collection[Any]]:
     return _live(jaxpr, is_nothing)
 
 
-def _live(jaxpr: Any, ends: Callable[[Any], bool]) -> tuple[list[Any], Collection[Any]]:
-    needed = {atom for atom in jaxpr.outvars if _is_variable(atom)}
+def constant(jaxpr: Any, inputs: Collection[Any]) -> list[bool]:
+    """For each result whether it is the same whatever some arguments are."""
+    return [
+        _live(jaxpr, is_nothing, [out])[1].isdisjoint(inputs) for out in jaxpr.outvars
+    ]
+
+
+def _live(
+    jaxpr: Any, ends: Callable[[Any], bool], outs: Iterable[Any] | None = None
+) -> tuple[list[Any], set[Any]]:
+    results = jaxpr.outvars if outs is None else outs
+    needed = {atom for atom in results if _is_variable(atom)}
     equations = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):

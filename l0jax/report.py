@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 import l0jax.nnx
 from l0jax import costs
+from l0jax.liveness import constant
 from l0jax.narrow import narrow
 from l0jax.structure import Structure, columns
 from l0jax.tracing import evaluated, trace
@@ -53,11 +54,19 @@ class Side:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` measured; prints as a table."""
+    """What `report` measured; prints as a table.
+
+    Attributes:
+        before, after: the two networks.
+        device: on what they ran.
+        dead: numbers of the outputs that depended on the inputs before, and are the
+            same for all inputs after.
+    """
 
     before: Side
     after: Side
     device: str
+    dead: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dump`."""
@@ -100,6 +109,11 @@ class Report:
                 *columns(shapes, right=(1, 2)),
                 "",
                 f"measured on {self.device}",
+                *(
+                    f"DEAD: output {number} is the same for all inputs by now: too "
+                    "many units are gone"
+                    for number in self.dead
+                ),
             ]
         )
 
@@ -176,7 +190,15 @@ def report(
         _side(structure, seconds[at], sizes[at])
         for at, structure in enumerate(structures)
     )
-    return Report(one, other, jax.devices()[0].device_kind)
+    was, now = map(_dead, structures)
+    dead = (k for k, both in enumerate(zip(was, now, strict=True)) if both == (0, 1))
+    return Report(one, other, jax.devices()[0].device_kind, tuple(dead))
+
+
+def _dead(structure: Structure) -> list[bool]:
+    """For each output whether it is the same for all inputs."""
+    jaxpr = structure.traced.program.jaxpr
+    return constant(jaxpr, jaxpr.invars[len(structure.traced.params) :])
 
 
 def measure_latency(

@@ -162,3 +162,24 @@ def test_latency_is_measured_at_least_once():
         l0jax.measure_latency(
             model, models.structure(model), jnp.ones((5, 12)), sizes={}, calls=0
         )
+
+
+def test_outputs_that_no_longer_depend_on_the_inputs_are_reported():
+    """One of two outputs is dead; the other has a way around what is gone."""
+
+    def apply(params, x):
+        h = jnp.tanh(x @ params["a"])
+        return h @ params["b"] + params["c"], x + h @ params["b"] @ params["d"]
+
+    sizes = {"a": (4, 6), "b": (6, 2), "c": (1, 2), "d": (2, 4)}
+    params = {name: jnp.ones(shape) for name, shape in sizes.items()}
+    structure = l0jax.trace(apply, params, jnp.ones((2, 4)))
+    (name,) = structure.groups
+    none = l0jax.narrow(structure, params, {name: np.zeros(6, bool)})
+    found = l0jax.report((apply, params), none, jnp.ones((2, 4)), batch_sizes=(1,))
+    assert found.dead == (0,)
+    assert "DEAD: output 0 is the same for all inputs" in str(found)
+    some = l0jax.narrow(structure, params, {name: np.arange(6) < 1})
+    found = l0jax.report((apply, params), some, jnp.ones((2, 4)), batch_sizes=(1,))
+    assert found.dead == ()
+    assert "DEAD" not in str(found)
