@@ -745,8 +745,36 @@ def test_what_can_not_be_shrunk_is_named():
         train.shrink(state, {"heads": np.ones(3, bool)}, GROUPS)
     with pytest.raises(ValueError, match=r"'hidden' has 6 units.*\(5,\)"):
         train.shrink(state, {"hidden": np.ones(5, bool)}, GROUPS)
-    with pytest.raises(ValueError, match="'hidden': keep holds none of its 6"):
-        train.shrink(state, {"hidden": np.zeros(6, bool)}, GROUPS)
+
+
+def test_training_goes_on_without_a_group():
+    """Zero is a size: what is left trains, here a constant."""
+    state = trained_for_a_while()
+    gone = {"hidden": np.zeros(6, bool)}
+    small = train.shrink(state, gone, GROUPS)
+    assert small.theta["params"]["dense2"].shape == (0, 2)
+    groups = units.shrink_groups(
+        state.theta["params"], units.left(state.theta["params"], gone, GROUPS), GROUPS
+    )
+    optimizer = adam()
+    step = train.make_step(
+        lambda p, x: apply(p, x) + 0 * x.sum(),
+        squared,
+        objectives.penalty(groups, 2.0, EXAMPLES, weight_decay=1e-3),
+        GATE,
+        groups,
+        optimizer,
+        polyak=POLYAK,
+        temperature=temperature,
+    )
+    inputs, targets = data()
+    kept = train.order_of_epoch(ROOT, 3, EXAMPLES, BATCH)
+    small = train.shrink(state, {**gone, "input": np.zeros(4, bool)}, GROUPS)
+    totals = train.no_totals(step, small, (inputs[:BATCH, :0], targets[:BATCH]), ROOT)
+    run = train.make_run(step)
+    small, totals = run(small, totals, (inputs[:, :0], targets), kept, ROOT)
+    assert int(totals.first_bad_step) == -1
+    assert np.isfinite(totals.sums["loss"])
 
 
 def test_one_trace_serves_all_epochs():
