@@ -782,6 +782,12 @@ ARRAYS = {
 X = jnp.ones((5, 3))
 
 
+def in_two_passes(x):
+    """Units over their deviation; closed ones are not zero within it."""
+    x = x - x.mean(1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(1, keepdims=True) + 1e-3)
+
+
 def outer(h, g):
     """All products of two vectors, for each example, along one axis."""
     return (h[:, :, None] * g[:, None]).reshape(len(h), h.shape[1] * g.shape[1])
@@ -929,6 +935,16 @@ ALIKE = {
     ),
     "power of a sum of squares": lambda p, x: (
         ((h := x @ p["one"]) / jnp.linalg.norm(h, axis=1, keepdims=True)) @ p["two"]
+    ),
+    "a norm of units that lie twice": lambda p, x: (
+        in_two_passes(jnp.concatenate([h := x @ p["one"], jnp.tanh(h)], axis=1))
+        @ jnp.concatenate([p["two"], p["two"]])
+    ),
+    "a norm of products and of one factor": lambda p, x: (
+        in_two_passes(
+            jnp.concatenate([outer(h := x @ p["one"], x @ p["three"]), h], axis=1)
+        )
+        @ jnp.concatenate([p["sixteen"], p["two"]])
     ),
     "a transform along another axis": lambda p, x: (
         jnp.abs(jnp.fft.fft(x @ p["one"], axis=0)) @ p["two"]
