@@ -45,12 +45,15 @@ def rule_of(eqn: Any) -> Hashable:
 
 def _identity(part: Any) -> Hashable:
     """Equal only for functions that do the same."""
-    if hasattr(part, "transforms") and hasattr(part, "f"):  # a function of JAX's own
+    if type(part) in (tuple, list):
+        return (type(part), *map(_identity, part))
+    of_jax = (getattr(part, "__module__", None) or "").startswith("jax.")
+    if of_jax and hasattr(part, "transforms"):  # a function that JAX wraps
         return (_identity(part.f), *map(_identity, (part.transforms, part.params)))
-    if isinstance(part, tuple | list):
-        return tuple(map(_identity, part))
+    if of_jax and type(part).__name__.endswith(("Trace", "Store")):
+        return "kept"
     code = getattr(part, "__code__", None)
-    if code is None or not (getattr(part, "__module__", "") or "").startswith("jax."):
+    if code is None or not of_jax:
         return _itself(part)
     closure = zip(code.co_freevars, part.__closure__ or (), strict=True)
     try:
@@ -58,17 +61,15 @@ def _identity(part: Any) -> Hashable:
     except ValueError:  # a cell that is empty yet
         return ("object", id(part))
     given = [(name, _identity(each)) for name, each in inside.items()]
-    return (code, _identity(part.__defaults__), *given)
+    return (id(code), _identity(part.__defaults__), *given)
 
 
 def _itself(part: Any) -> Hashable:
     """Values by what they are, objects by being the same."""
-    if part is None or isinstance(part, str | int | float | jax.tree_util.PyTreeDef):
+    if part is None or type(part) in (str, int, bool, jax.tree_util.PyTreeDef):
         return (type(part), part)
     if isinstance(part, jax.core.ShapedArray):
         return ("aval", str(part))
-    if type(part).__name__.endswith(("Trace", "Store")):
-        return "kept"
     return ("object", id(part))
 
 

@@ -110,11 +110,12 @@ def read(
         return known[atom]
 
     lines = []
-    costly, _ = live(jaxpr)
+    # (By identity: equations have no order, and are compared part by part.)
+    costly = {*map(id, live(jaxpr)[0])}
     for equation in reached(jaxpr):
         eqn, name = seen(equation, reading.numbers), equation.primitive.name
         ins = [value_of(atom) for atom in equation.invars]
-        costs = [*reading.contractions]
+        count = len(reading.contractions)
         # What a library compiled before has no line of its own, but that of the call.
         line = line_of(equation) or caller
         reading.where = where = f"{name} at {line or 'an unknown line'}"
@@ -135,8 +136,8 @@ def read(
             outs = frozen(reading, eqn, ins)
         if is_nothing(equation):
             outs = [dataclasses.replace(out, number=NONE) for out in outs]
-        if equation not in costly:
-            reading.contractions = costs
+        if id(equation) not in costly:
+            reading.contractions = reading.contractions[:count]
         known.update(zip(equation.outvars, outs, strict=True))
         lines.append(Line(equation, tuple(ins), tuple(outs), inner, where, derivative))
     outs = tuple(value_of(atom) for atom in jaxpr.outvars)
