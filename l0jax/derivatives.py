@@ -30,8 +30,8 @@ def rules_of(eqn: Any, moving: Sequence[bool]) -> tuple[Any, ...]:
 
 # Parameters of an equation in which JAX keeps the functions that its author wrote.
 RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
-# Where JAX keeps what was traced before. (Tracing is done in a `Trace`, and a `Store`
-# takes the structure of what comes out.)
+# Where JAX keeps what was traced before. (Tracing is done in a `Trace`, a `Store` takes
+# the structure of what comes out, and a `DebugInfo` says how things are called.)
 KEPT = ("cells", "sentinel")
 
 
@@ -50,7 +50,7 @@ def _identity(part: Any) -> Hashable:
     of_jax = (getattr(part, "__module__", None) or "").startswith("jax.")
     if of_jax and hasattr(part, "transforms"):  # a function that JAX wraps
         return (_identity(part.f), *map(_identity, (part.transforms, part.params)))
-    if of_jax and type(part).__name__.endswith(("Trace", "Store")):
+    if of_jax and type(part).__name__.endswith(("Trace", "Store", "DebugInfo")):
         return "kept"
     code = getattr(part, "__code__", None)
     if code is None or not of_jax:
