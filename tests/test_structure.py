@@ -682,85 +682,81 @@ def in_float64(test):
     return wrapped
 
 
-@settings(
-    phases=[Phase.generate],
-    # 10,000 once by hand: L0JAX_NETWORKS=10000 python -m pytest tests/test_structure.py
-    max_examples=int(os.environ.get("L0JAX_NETWORKS", 500)),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    deadline=None,
-)
-@given(st.data())
-@in_float64
-def test_units_of_random_networks_can_be_removed(data):
+def random_networks(examples):
+    """Sweeps a law over random networks, in float64."""
+
+    def law(test):
+        how = settings(
+            phases=[Phase.generate],
+            # 10,000 once by hand:
+            # L0JAX_NETWORKS=10000 python -m pytest tests/test_structure.py
+            max_examples=int(os.environ.get("L0JAX_NETWORKS", examples)),
+            suppress_health_check=[
+                HealthCheck.too_slow,
+                HealthCheck.data_too_large,
+            ],
+            deadline=None,
+        )
+        return how(given(st.data())(in_float64(test)))
+
+    return law
+
+
+def drawn(data):
+    """A network, the function that it is, its structure, which units stay, and its
+    outputs under closed gates."""
     net = Network(data)
 
     def apply(params, x):
         return net(x, params)
 
     structure = trace(apply, net.params, net.x)
-    assert not structure.unknown
     keep = draws(data, structure.groups)
     masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
+    return net, apply, structure, keep, masked
+
+
+def some_of_each(keep):
+    return all(flags.any() for flags in keep.values())
+
+
+@random_networks(500)
+def test_units_of_random_networks_can_be_removed(data):
+    net, _, structure, keep, masked = drawn(data)
+    assert not structure.unknown
     small, small_params = narrow(structure, net.params, keep)
     results = quick(small)(small_params, net.x)
-    # Some networks divide by zero themselves, or by all units of a group.
-    assume(np.isfinite(results).all() and np.isfinite(masked).all())
-    assert_close(masked, results, 1e-9)
-    if all(flags.any() for flags in keep.values()):
+    assume(np.isfinite(results).all())  # some networks divide by zero themselves
+    if some_of_each(keep):
         assert costs.exact(structure, keep) == costs.exact(
             trace(small, small_params, net.x)
         )
+    else:  # and some by all units of a group
+        assume(np.isfinite(masked).all())
+    assert_close(masked, results, 1e-9)
 
 
-@settings(
-    phases=[Phase.generate],
-    max_examples=int(os.environ.get("L0JAX_NETWORKS", 60)),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    deadline=None,
-)
-@given(st.data())
-@in_float64
+@random_networks(60)
 def test_gradients_of_random_networks_are_those_of_what_is_left(data):
-    net = Network(data)
-
-    def apply(params, x):
-        return net(x, params)
-
-    structure = trace(apply, net.params, net.x)
-    keep = draws(data, structure.groups)
-    masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
+    net, apply, structure, keep, masked = drawn(data)
     assume(np.isfinite(masked).all())
-    arrays = jax.tree.map(jnp.asarray, net.params)
-    closed = gradients(lambda p: apply(gated(p, keep, structure.groups), net.x), arrays)
+    params = jax.tree.map(jnp.asarray, net.params)
+    closed = gradients(lambda p: apply(gated(p, keep, structure.groups), net.x), params)
     assume(all(np.isfinite(g).all() for g in closed.values()))
-    assert_same_gradients(apply, arrays, (net.x,), structure, keep, 1e-9)
+    assert_same_gradients(apply, params, (net.x,), structure, keep, 1e-9)
 
 
-@settings(
-    phases=[Phase.generate],
-    max_examples=int(os.environ.get("L0JAX_NETWORKS", 40)),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    deadline=None,
-)
-@given(st.data())
-@in_float64
+@random_networks(40)
 def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
-    net = Network(data)
-
-    def apply(params, x):
-        return net(x, params)
-
-    structure = trace(apply, net.params, net.x)
-    keep = draws(data, structure.groups)
-    masked = masked_outputs(apply, net.params, (net.x,), keep, structure.groups)
+    net, apply, structure, keep, masked = drawn(data)
+    # (Means are then over fewer units; and it reshapes to -1.)
+    assume(not net.counts and some_of_each(keep))
     outside = {
         name: Group(name, structure.groups[name].size, (), slots)
         for name, slots in structure.inputs.items()
     }
     (x,) = units.shrink((net.x,), {name: keep[name] for name in outside}, outside)
     small = units.shrink(net.params, keep, structure.groups)
-    # (Means are then over fewer units; and it reshapes to -1.)
-    assume(not net.counts and all(flags.any() for flags in keep.values()))
     results = quick(apply)(small, x)
     assume(np.isfinite(results).all())
     assert_close(masked, results, 1e-9)
