@@ -19,8 +19,8 @@ Papers count in three ways, whose numbers can't be compared with one another:
 - `flops_objective`: Tang, Adhikari and Lin (2018): one operation per weight and bias
   and position, survivors on both sides.
 
-All are of one example if the batch axis of the inputs may have any size, else of the
-batch that was traced.
+All are of one example if examples are computed apart from one another, else of the
+batch that was traced; the table of a structure says which.
 """
 
 import dataclasses
@@ -259,22 +259,22 @@ def exact(
         return found if isinstance(found, int) else round(float(found))
 
 
-def _without(structure: Structure, unread: Collection[str]) -> Structure:
+def _without(structure: Structure, gone: Collection[str]) -> Structure:
     """Without arrays that nothing reads, and the products of these."""
     groups = {
         name: dataclasses.replace(
             group,
-            used_by=tuple(slot for slot in group.used_by if slot.path not in unread),
-            made_by=tuple(slot for slot in group.made_by if slot.path not in unread),
+            used_by=tuple(slot for slot in group.used_by if slot.path not in gone),
+            made_by=tuple(slot for slot in group.made_by if slot.path not in gone),
         )
         for name, group in structure.groups.items()
     }
     return dataclasses.replace(
         structure,
         groups=Found(groups, structure.frozen),
-        operations=tuple(op for op in structure.operations if op.kernel not in unread),
-        arrays={p: leaf for p, leaf in structure.arrays.items() if p not in unread},
-        trainable=tuple(p for p in structure.trainable if p not in unread),
+        operations=tuple(op for op in structure.operations if op.kernel not in gone),
+        arrays={p: leaf for p, leaf in structure.arrays.items() if p not in gone},
+        trainable=tuple(p for p in structure.trainable if p not in gone),
     )
 
 

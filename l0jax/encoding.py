@@ -128,12 +128,6 @@ def bytes_of(array: np.ndarray) -> memoryview | bytes:
     return array.reshape(-1).view(np.uint8).data if array.size else b""
 
 
-def shape_of(described: Description) -> tuple[int, ...]:
-    """The shape that the array has in JAX: random keys have one axis less."""
-    shape = tuple(described["shape"])
-    return shape[:-1] if "key" in described else shape
-
-
 def _check_generator(path: str, name: str, dtype: Any) -> None:
     try:
         known = jax.eval_shape(lambda: jax.random.key(0, impl=name)).dtype == dtype

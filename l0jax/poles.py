@@ -22,8 +22,6 @@ from l0jax.program import Line, Program, constants_and_carries
 from l0jax.rules import NARY, REDUCTIONS, SAME, UNARY, names
 from l0jax.values import Place, Value
 
-NOTHING: frozenset[Place] = frozenset()
-
 
 class Sign(enum.IntEnum):
     """What is known of the numbers of a value, from nothing to most."""

@@ -72,8 +72,8 @@ def save_function(
     """Writes any function, such as `l0jax.narrow` gives, and its parameters.
 
     What is to be written is read back and run beside the function before anything is
-    written: with the inputs that are given, or zeros of their shapes, and with one
-    example more.
+    written: with the inputs that are given, or zeros of their shapes, and with more of
+    them along every axis that may vary.
 
     Args:
         function: `function(params, *inputs)`.
