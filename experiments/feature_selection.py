@@ -70,7 +70,7 @@ def main(config: Config) -> dict[str, Any]:
     """Runs all seeds; returns what `summary.json` holds."""
     check(config)
     names, everything = data(config.noise)
-    _, apply = network(config, len(names))
+    model = network(config, len(names))
     select = fit_all(config, len(names), gated=True)
     train_on = fit_all(config, len(names), gated=False)
     every = np.ones((1, len(names)), bool)
@@ -79,9 +79,9 @@ def main(config: Config) -> dict[str, Any]:
         training, validation, test = split(everything, seed)
 
         found = select(seed, training, np.repeat(every, len(config.lam), axis=0))
-        probabilities, reads = jax.vmap(decide)(found["gates"])
+        probabilities, reads = jax.vmap(decide)(found.gates["logits"])
         losses = cross_entropy(
-            logits_of(apply, found, reads, validation),
+            logits_of(model, found.params, reads, validation),
             np.stack([validation.labels] * len(config.lam)),
         )
         chosen = sparsest(np.asarray(config.lam), np.asarray(losses))
@@ -93,7 +93,8 @@ def main(config: Config) -> dict[str, Any]:
         columns = [kept[-1], *every]
         columns += [rng.permutation(kept[-1]) for _ in range(config.random)]
         columns = np.stack(columns)
-        outputs = logits_of(apply, train_on(seed, training, columns), columns, test)
+        fitted = train_on(seed, training, columns).params
+        outputs = logits_of(model, fitted, columns, test)
         classes = np.asarray(outputs.argmax(axis=2))
         right = 100 * (classes == test.labels).mean(axis=1)
         accuracies.append([right[0], right[1], right[2:].mean()])
@@ -118,73 +119,68 @@ def main(config: Config) -> dict[str, Any]:
 # -------------------------------------------------------------------- the networks
 
 
-def network(config: Config, features: int, seed: int = 0):
-    """A network, and it as a function of its parameters, its inputs, and a factor for
-    each input."""
-    model = models.MLP((features, config.hidden, 2), rngs=nnx.Rngs(seed))
-    graph, _, others = nnx.split(model, nnx.Param, ...)
-    others = nnx.to_pure_dict(others)
-
-    def apply(params, x, reads):
-        return nnx.merge(graph, params, others)(x * reads.reshape(1, -1))
-
-    return model, apply
+def network(config: Config, features: int, seed: int = 0) -> models.MLP:
+    """A network with one hidden layer."""
+    return models.MLP((features, config.hidden, 2), rngs=nnx.Rngs(seed))
 
 
 def fit_all(config: Config, features: int, *, gated: bool):
-    """A function `(seed, training, columns) -> theta` that trains a network for each
+    """A function `(seed, training, columns) -> state` that trains a network for each
     row of `columns`, the features that it may read; with gates, one for each λ.
 
     All of them are one program, which is compiled once.
     """
-    model, apply = network(config, features)
-    groups = models.structure(model).only("input").groups if gated else {}
-    optimizer = train.gates_apart(
-        optax.adamw(3e-3, weight_decay=1e-2), optax.adam(1e-2)
+    model = network(config, features)
+    once = train.Training(
+        model,
+        loss_on(np.ones(features)),
+        structure=models.structure(model).only("input"),
+        gate=GATE if gated else None,
+        optimizer=optax.adamw(3e-3, weight_decay=1e-2),
+        gate_optimizer=optax.adam(1e-2),
     )
 
     def member(setting):
         lam, columns = setting
-        return train.make_step(
-            lambda params, x: apply(params, x, columns),
-            lambda outputs, labels: (cross_entropy(outputs, labels).mean(), {}),
-            lambda _, active: lam * sum(p.sum() for p in active.values()),
-            GATE,
-            groups,
-            optimizer,
-        )
+        # A price is that of a weight, and each feature is read by as many.
+        priced = {"price": lam / config.hidden} if gated else {}
+        return once.replace(loss=loss_on(columns), **priced)
 
-    sweep = train.make_sweep(member)
+    sweeps: dict[int, train.Sweep] = {}
 
     def fits(seed: int, training: Table, columns: Bool[np.ndarray, "runs features"]):
         runs, key = len(columns), jax.random.key(seed)
-        started, _ = network(config, features, seed)
-        theta: train.Theta = {
-            "params": nnx.to_pure_dict(nnx.state(started, nnx.Param)),
-            "gates": gating.init(key, GATE, groups, keep_prob=0.8),
-        }
         lams = config.lam if gated else [0.0] * runs
-        settings = (jnp.asarray(lams), jnp.asarray(columns, jnp.float32))
-        state, batch = train.init(theta, optimizer), jax.tree.map(jnp.asarray, training)
-        first = member(jax.tree.map(lambda a: a[0], settings))
-        empty = train.no_totals(first, state, tuple(batch), key)
+        settings = (np.asarray(lams, np.float32), np.asarray(columns, np.float32))
+        if runs not in sweeps:
+            sweeps[runs] = train.Sweep(member, settings)
+        sweep = sweeps[runs].at(settings)
         order = jnp.concatenate(
             [
                 train.order_of_epoch(key, epoch, len(training.labels), BATCH)
                 for epoch in range(config.epochs)
             ]
         )
-        states, _ = sweep(
-            settings,
-            train.stack([state] * runs),
-            train.stack([empty] * runs),
-            tuple(batch),
+        begun = network(config, features, seed)
+        states, _ = sweep.epoch(
+            sweep.start([key] * runs, [begun] * runs),
+            tuple(jax.tree.map(jnp.asarray, training)),
             jnp.stack([order] * runs),
-            jnp.stack([key] * runs),
         )
-        return states.theta
+        return states
 
     return fits
+
+
+def loss_on(columns):
+    """The loss of a network that reads its inputs times `columns`."""
+
+    def loss(model, batch):
+        inputs, labels = batch
+        outputs = model(inputs * columns.reshape(1, -1))
+        return cross_entropy(outputs, labels).mean(), {}
+
+    return loss
 
 
 def decide(logits):
@@ -197,12 +193,16 @@ def cross_entropy(outputs, labels):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
-def logits_of(apply, theta, reads, table: Table) -> jax.Array:
+def logits_of(model: models.MLP, params, reads, table: Table) -> jax.Array:
     """The outputs, of shape (runs, examples, 2), of networks that read their inputs
     times `reads`."""
-    return jax.vmap(lambda params, reads: apply(params, table.inputs, reads))(
-        theta["params"], jnp.asarray(reads, jnp.float32)
-    )
+    graph, _, others = nnx.split(model, nnx.Param, ...)
+
+    def outputs(params, reads):
+        network = nnx.merge(graph, params, others)
+        return network(table.inputs * reads.reshape(1, -1))
+
+    return jax.vmap(outputs)(params, jnp.asarray(reads, jnp.float32))
 
 
 def sparsest(lam: np.ndarray, losses: Float[np.ndarray, "runs examples"]) -> int:

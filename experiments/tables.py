@@ -6,8 +6,8 @@
 The README quotes the table between its two markers, and the same command fills it in.
 """
 
+import argparse
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -828,5 +828,16 @@ def main(check: bool) -> None:
             )
 
 
+def cli() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.tables",
+        description="Writes RESULTS.md and the table of the README from the results.",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and fail if they differ"
+    )
+    main(parser.parse_args().check)
+
+
 if __name__ == "__main__":
-    main("--check" in sys.argv[1:])
+    cli()

@@ -6,7 +6,7 @@ module, so that its checkpoints still fit. Gate logits are `variables["gates"]` 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -88,6 +88,78 @@ class Gated(nn.Module):
             lambda module: module(*args, **kwargs), "params", trans_in_fn=gate
         )
         return call(self.module)
+
+
+class Resized(nn.Module):
+    """A module whose layers take their sizes from their arrays.
+
+    Linen's layers are made with their sizes, so that a module can't be called with
+    smaller variables. Within this one each of `SIZES` is told what its arrays are
+    before it is called. It shares the module's scope: variables have the same paths.
+
+    What the module's own code computes from sizes stays what it was. Whether it is
+    still the same function `l0jax.train` checks.
+    """
+
+    module: nn.Module
+
+    def setup(self):
+        """Variables are the module's own."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        with nn.intercept_methods(_resize):
+            return self.module(*args, **kwargs)
+
+
+def _resize(call, args, kwargs, context):
+    """Tells a layer its sizes before it is called."""
+    layer = context.module
+    for kind, sizes in SIZES.items():
+        if isinstance(layer, kind) and context.method_name == "__call__":
+            params = layer.variables.get("params", {})
+            for name, value in sizes(layer, params).items():
+                # A copy that was bound for this call alone.
+                object.__setattr__(layer, name, value)
+    return call(*args, **kwargs)
+
+
+def _features(layer, params):
+    del layer
+    return {"features": params["kernel"].shape[-1]}
+
+
+def _general(layer, params):
+    outputs = layer.features if isinstance(layer.features, Sequence) else (0,)
+    return {"features": params["kernel"].shape[-len(outputs) :]}
+
+
+def _embedded(layer, params):
+    del layer
+    count, features = params["embedding"].shape
+    return {"num_embeddings": count, "features": features}
+
+
+def _heads(layer, params):
+    del layer
+    *_, heads, size = params["query"]["kernel"].shape
+    return {
+        "num_heads": heads,
+        "qkv_features": heads * size,
+        "out_features": params["out"]["kernel"].shape[-1],
+    }
+
+
+SIZES: dict[type[nn.Module], Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    nn.Dense: _features,
+    nn.Conv: _features,
+    nn.ConvTranspose: _features,
+    nn.DenseGeneral: _general,
+    nn.Embed: _embedded,
+    nn.MultiHeadDotProductAttention: _heads,
+}
+"""Of each layer that is made with sizes, what they are by its parameters."""
 
 
 def below_params(groups: Groups) -> dict[str, Group]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jaxtyping import PyTree
 
 import l0jax.nnx
@@ -27,8 +27,9 @@ from l0jax.structure import Structure, columns
 from l0jax.tracing import evaluated, trace
 from l0jax.units import Keep
 
-Model = nnx.Module | tuple[Callable[..., PyTree], PyTree]
-"""An NNX module, which is called as in evaluation, or `(apply, params)`."""
+Model = nnx.Module | tuple[Callable[..., PyTree] | linen.Module, PyTree]
+"""An NNX module, which is called as in evaluation, or `(apply, params)`, or `(module,
+variables)` of Linen."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,18 @@ def report(
     *inputs: PyTree,
     batch_sizes: Sequence[int] = (1, 256),
     calls: int = 20,
+    **keywords: Any,
 ) -> Report:
     """Measures two networks on the same inputs, in turns.
 
     Args:
         before: a network.
         after: what is left of it.
-        *inputs: an example of the inputs; the leading axis of each is the batch. Both
-            networks take inputs of the same shape.
+        *inputs: an example of the inputs, or its shapes; the leading axis of each is
+            the batch. Both networks take inputs of the same shape.
         batch_sizes: at which a call is timed.
         calls: of how many the median is taken, for each network and batch size.
+        **keywords: with which modules are called, such as `train=False`.
 
     Raises:
         ValueError: if a batch size or `calls` is not positive.
@@ -160,7 +163,7 @@ def report(
     for number in (*batch_sizes, calls):
         if number < 1:
             raise ValueError(f"batch sizes and calls must be at least 1, got {number}")
-    sides = [_function(before), _function(after)]
+    sides = [_function(each, keywords) for each in (before, after)]
     seconds: list[dict[int, float]] = [{}, {}]
     sizes: list[dict[int, int]] = [{}, {}]
     for batch in batch_sizes:
@@ -181,10 +184,10 @@ def report(
             sizes[at][batch] = len(executable.serialize())
     example = jax.tree.map(lambda a: _of_batch(a, 2), inputs)
     structures = [
-        trace(model, *example)
+        trace(model, *example, **keywords)
         if isinstance(model, nnx.Module)
-        else trace(*model, *example)
-        for model in (before, after)
+        else trace(*side, *example)
+        for model, side in zip((before, after), sides, strict=True)
     ]
     one, other = (
         _side(structure, seconds[at], sizes[at])
@@ -246,7 +249,7 @@ def measure_latency(
         for name, width in zip(grid, widths, strict=True):
             keep[name] = np.zeros(structure.groups[name].size, bool)
             keep[name][np.arange(width) * len(keep[name]) // width] = True
-        apply, params = _function(_without(model, structure, keep))
+        apply, params = _function(_without(model, structure, keep), {})
         call = jax.jit(apply).lower(params, *inputs).compile()
         networks.append(functools.partial(call, params, *inputs))
     shape = tuple(map(len, grid.values()))
@@ -287,15 +290,22 @@ def _side(
     )
 
 
-def _function(model: Model) -> tuple[Callable[..., PyTree], PyTree]:
-    if not isinstance(model, nnx.Module):
-        return model
-    graph, state = nnx.split(evaluated(model))
-    return lambda state, *inputs: nnx.merge(graph, state)(*inputs), state
+def _function(
+    model: Model, keywords: Mapping[str, Any]
+) -> tuple[Callable[..., PyTree], PyTree]:
+    if isinstance(model, nnx.Module):
+        graph, state = nnx.split(evaluated(model))
+        return lambda state, *x: nnx.merge(graph, state)(*x, **keywords), state
+    apply, params = model
+    if isinstance(apply, linen.Module):
+        return functools.partial(apply.apply, **keywords), params
+    return apply, params
 
 
 def _of_batch(leaf: Any, batch: int) -> Any:
     """The first examples, again and again until there are as many as are asked for."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype)
     leaf = jnp.asarray(leaf)
     return leaf[jnp.arange(batch) % leaf.shape[0]]
 

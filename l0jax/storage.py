@@ -34,6 +34,8 @@ ARCHITECTURE = "architecture.json"
 ARRAYS = "arrays.safetensors"
 PROGRAM = "program.stablehlo"
 
+Folder = Path | str
+
 # Beyond the arrays of a file, so that one which holds other arrays can be told from one
 # that holds anything at all.
 MARGIN = 2**24
@@ -429,7 +431,7 @@ class Checkpoints:
             out to be damaged.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 2):
+    def __init__(self, folder: Folder, keep: int = 2):
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}")
         self.folder = Path(folder).absolute()

@@ -7,6 +7,7 @@ proved removable is frozen, and says why.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jaxtyping import PyTree
 
 from l0jax.axes import Sum, Type, Variable, freeze, resolve, unit_of
@@ -28,15 +29,17 @@ from l0jax.values import Place, Reading, Value
 
 
 def trace(
-    apply: Callable | nnx.Module,
+    apply: Callable | nnx.Module | linen.Module,
     params: PyTree = None,
     *inputs: PyTree,
     frozen: Iterable[str] = (),
+    **keywords: Any,
 ) -> Structure:
     """The groups of units of `apply(params, *inputs)`, and what they cost.
 
     `trace(module, *inputs)` reads a Flax NNX module as it is in evaluation, whatever
-    mode it is in; its arrays are those of `nnx.state(module)`.
+    mode it is in; its arrays are those of `nnx.state(module)`. `trace(module,
+    variables, *inputs, train=False)` reads a Linen module.
 
     Args:
         apply: any function of JAX.
@@ -49,6 +52,7 @@ def trace(
             parameters read an axis of an input, its positions are a group too: removing
             some is feature selection.
         frozen: paths of arrays, or of what holds arrays, that keep all their units.
+        **keywords: with which the function or the module is called.
 
     Raises:
         TraceError: if the function can't be traced: its Python code looks at the values
@@ -60,7 +64,7 @@ def trace(
         inputs = inputs if params is None else (params, *inputs)
         trained = arrays(nnx.state(apply, nnx.Param))
         structure = _trace(
-            lambda state, *inputs: nnx.merge(graph, state)(*inputs),
+            lambda state, *inputs: nnx.merge(graph, state)(*inputs, **keywords),
             state,
             inputs,
             frozen,
@@ -68,6 +72,10 @@ def trace(
         return dataclasses.replace(
             structure, trainable=tuple(trained), notes=_mode(apply)
         )
+    if isinstance(apply, linen.Module):
+        apply = apply.apply
+    if keywords:
+        apply = functools.partial(apply, **keywords)
     return _trace(apply, params, inputs, frozen)
 
 

@@ -4,6 +4,12 @@ Nothing of `l0jax` is imported here: its annotations are checked only if pytest'
 `--jaxtyping-packages` is in place before the first import.
 """
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 from hypothesis import settings
@@ -14,6 +20,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples at every run, and no clock: a test fails for its code alone.
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("laws")
+
+
+# Of a sweep the members that take longest by far, and long sweeps.
+SLOW = re.compile(
+    r"i3d|haiku_resnet50|haiku_mobilenet_v1|ResNet-50|ConvNeXt-T|ViT-B"
+    r"|runs_and_shows_pictures\[(?!quickstart)"
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what is slow by name."""
+    for item in items:
+        if SLOW.search(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,3 +61,23 @@ def compilation_cache(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def run_python():
+    """Runs a program with so many simulated devices; gives what it printed."""
+
+    def run(program, devices=1):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -63,7 +63,7 @@ def test_a_network_is_trained_on_its_columns_alone():
     train_on = feature_selection.fit_all(config, 30, gated=False)
     columns = np.stack([np.arange(30) != 4, np.arange(30) != 5])
     one, other = (
-        train_on(0, Table(each, training.labels), columns)["params"]["layers"][0]
+        train_on(0, Table(each, training.labels), columns).params["layers"][0]
         for each in (training.inputs, inputs)
     )
     np.testing.assert_array_equal(one["kernel"][0], other["kernel"][0])

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import pydoc
+import tomllib
 
 import pytest
 
@@ -33,8 +35,9 @@ LAYERS = (
         "narrowed",
     ),
     ("constraints",),
-    ("nnx", "linen", "train"),
+    ("nnx", "linen"),
     ("report", "storage", "methods", "agnosticism"),
+    ("train",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED = {"jax", "flax", "optax", "numpy", "jaxtyping"}
@@ -56,6 +59,11 @@ ONLY_IN = {
     "gates.mixture": {"scipy"},
     # Kendall's tau.
     "agnosticism": {"scipy"},
+    # To see whether a loss asks for a key, and to say what one should know.
+    "train.training": {"inspect"},
+    "train.resuming": {"warnings"},
+    "train.deciding": {"warnings"},
+    "train.compacting": {"warnings"},
     # The LASSO.
     "methods.channel_pruning": {"sklearn"},
 }
@@ -63,6 +71,7 @@ ONLY_IN = {
 PURE = {
     "abc",
     "collections",
+    "copy",
     "dataclasses",
     "enum",
     "functools",
@@ -170,3 +179,20 @@ def test_report_imports_matplotlib_only_to_draw():
     assert any(name.startswith("matplotlib") for name in every)
     top = imported_at_once("report")
     assert not any(name.startswith("matplotlib") for name in top)
+
+
+def test_what_the_package_offers_is_listed_and_there():
+    assert {*l0jax.__all__} >= {"trace", "narrow", "report", "train", "costs"}
+    for name in l0jax.__all__:
+        assert getattr(l0jax, name) is not None
+    shown = pydoc.plain(pydoc.render_doc(l0jax))
+    assert "trace(apply" in shown
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_wheel_holds_the_library_alone():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["l0jax"]
+    for file in (*project["project"]["license-files"], "CITATION.cff", "CHANGELOG.md"):
+        assert (PACKAGE.parent / file).stat().st_size > 500

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from typing import Annotated
 
@@ -679,3 +680,13 @@ def test_relocations_are_told():
         assert table.strip() in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (tables.ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("flag", ["--help", "--chekc", "RESULTS.md"])
+def test_a_flag_that_is_none_writes_nothing(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables", flag])
+    monkeypatch.setattr(tables, "main", lambda check: pytest.fail("it wrote"))
+    with pytest.raises(SystemExit) as stopped:
+        tables.cli()
+    assert stopped.value.code == (0 if flag == "--help" else 2)
+    assert "--check" in "".join(capsys.readouterr())

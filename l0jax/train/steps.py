@@ -8,7 +8,6 @@ Keys are derived, never split in a chain: the gates of step t are drawn with
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -26,15 +26,16 @@ from l0jax.estimators import Estimator
 from l0jax.gates.bernoulli import Bernoulli
 from l0jax.gates.gate import Gate
 from l0jax.gates.noise import fold_in
+from l0jax.nnx import GateLogits
 from l0jax.objectives import Objective
+from l0jax.train import averages
+from l0jax.train.epochs import Totals, add
+from l0jax.train.gatings import Temperature
 from l0jax.units import Groups, apply_gates
 
 Theta = dict[str, PyTree]
 """What is trained: `{"params": pytree, "gates": {group: logits}}`, and if the gates'
 temperature is trained too, its logarithm as `"log_temperature"`."""
-
-Temperature = optax.Schedule | tuple[float, float]
-"""A schedule over steps, or the lowest and the highest value of one that is trained."""
 
 Apply = Callable[[PyTree, PyTree], PyTree]
 """`apply(params, inputs) -> outputs`, a pure function."""
@@ -63,20 +64,6 @@ class State(NamedTuple):
     dual: PyTree = ()
 
 
-class Totals(NamedTuple):
-    """Sums over the steps of an epoch, kept on the device until they are asked for.
-
-    Attributes:
-        steps: steps summed.
-        sums: the sum of each step's metrics.
-        first_bad_step: the first step whose loss was not finite, or -1.
-    """
-
-    steps: Int[Array, ""]
-    sums: dict[str, Float[Array, ""]]
-    first_bad_step: Int[Array, ""]
-
-
 Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
@@ -93,8 +80,8 @@ def init(
     return State(
         step=jnp.zeros((), jnp.int32),
         theta=theta,
-        opt_state=optimizer.init(_trained(theta)),
-        average=jax.tree.map(lambda a: jnp.copy(_widened(a)), theta),
+        opt_state=optimizer.init(averages.trained(theta)),
+        average=averages.start(theta),
         dual=() if constraint is None else jax.tree.map(jnp.copy, constraint.init()),
     )
 
@@ -102,11 +89,38 @@ def init(
 def gates_apart(
     weights: optax.GradientTransformation, gates: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """One optimiser for the parameters and another (often only its rate) for gates."""
-    return optax.partition(
-        {"params": weights, "gates": gates},
-        lambda theta: {n: "params" if n == "params" else "gates" for n in theta},
-    )
+    """One optimiser for the parameters and another (often only its rate) for gates: of
+    `{"params": …, "gates": …}`, or of the state of an NNX module that contains
+    `l0jax.nnx.Gated`, as `nnx.Optimizer` takes it."""
+
+    # Its updates show arrays without their types: those are known from init.
+    known: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def label(variable) -> str:
+        return "gates" if isinstance(variable, GateLogits) else "params"
+
+    def labels(theta):
+        if not isinstance(theta, nnx.State):
+            return {name: "params" if name == "params" else "gates" for name in theta}
+        typed = jax.tree.map(label, theta, is_leaf=_is_variable)
+        paths = tuple(units.arrays(theta))
+        if any(map(_is_variable, jax.tree.leaves(theta, is_leaf=_is_variable))):
+            known[paths] = units.arrays(typed)
+            return typed
+        if paths not in known:
+            raise ValueError(
+                "which of an NNX state are gates is known from the types of its "
+                "variables: make the nnx.Optimizer before it is updated"
+            )
+        return jax.tree_util.tree_map_with_path(
+            lambda key_path, _: known[paths][units.path_of(key_path)], theta
+        )
+
+    return optax.partition({"params": weights, "gates": gates}, labels)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def make_step(
@@ -161,15 +175,15 @@ def make_step(
 
     def step(state: State, batch: tuple[PyTree, PyTree], key: PRNGKeyArray):
         def of_trained(trained, *rest):
-            return total(_merged(state.theta, trained), *rest)
+            return total(averages.merged(state.theta, trained), *rest)
 
-        trained = _trained(state.theta)
+        trained = averages.trained(state.theta)
         gradients, (metrics, excess) = jax.grad(of_trained, has_aux=True)(
             trained, state, batch, fold_in(key, state.step)
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         trained: Any = optax.apply_updates(trained, updates)
-        theta: Any = _merged(state.theta, trained)
+        theta: Any = averages.merged(state.theta, trained)
         if isinstance(temperature, tuple):
             low, high = map(math.log, temperature)
             trained = jnp.clip(theta["log_temperature"], low, high)
@@ -178,7 +192,7 @@ def make_step(
         theta = {**theta, "gates": gating.project(now, theta["gates"])}
         average = state.average
         if polyak:
-            average = _average_with(theta, average, polyak, state.step + 1)
+            average = averages.follow(average, theta, polyak, state.step + 1)
         dual = state.dual
         if constraint is not None:
             dual = constraint.ascend(dual, excess)
@@ -288,53 +302,7 @@ def averaged(state: State, polyak: float) -> Theta:
     """The Polyak average of parameters and logits, in their dtypes; before the first
     step, the initial values. What is not averaged (all, if `polyak` is 0; integers,
     flags and keys) is as it is now."""
-    if not polyak:
-        return state.theta
-    return jax.tree.map(
-        lambda mean, now: mean.astype(now.dtype) if _moves(now) else now,
-        state.average,
-        state.theta,
-    )
-
-
-def _average_with(theta: Theta, average: Theta, polyak: float, steps: Array) -> Theta:
-    r"""The average after so many steps, `theta` the last of their results.
-
-    With weights $\text{polyak}^{t-i}$ over the results i of t steps, the mean moves
-    towards the newest by $(1 - \text{polyak}) / (1 - \text{polyak}^t)$ of what they
-    differ: by nothing where nothing has moved, which a sum to be divided by its weights
-    misses by all roundings of the sum.
-    """
-
-    def moved(mean, new):
-        if not _moves(new):
-            return mean
-        t = steps.astype(jnp.finfo(mean.dtype).dtype)
-        share = -(1 - polyak) / jnp.expm1(t * math.log(polyak))
-        return mean + share.astype(mean.dtype) * (new.astype(mean.dtype) - mean)
-
-    return jax.tree.map(moved, average, theta)
-
-
-def _moves(leaf: Array) -> bool:
-    """Whether it is a number that training moves: no integer, flag or random key."""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _widened(leaf: Array) -> Array:
-    """In float32, if it is of fewer bits: a change of 1/1000 must not be lost."""
-    narrow = _moves(leaf) and jnp.finfo(leaf.dtype).bits < 32
-    return leaf.astype(jnp.float32) if narrow else leaf
-
-
-def _trained(theta: Theta) -> Theta:
-    """`theta` with None where a leaf has no derivative."""
-    return jax.tree.map(lambda leaf: leaf if _moves(leaf) else None, theta)
-
-
-def _merged(theta: Theta, trained: Theta) -> Theta:
-    """`theta` with other values where `trained` has any."""
-    return jax.tree.map(lambda old, new: old if new is None else new, theta, trained)
+    return averages.read(state.average, state.theta) if polyak else state.theta
 
 
 def shrink(state: State, keep: units.Keep, groups: Groups) -> State:
@@ -392,28 +360,6 @@ def no_totals(step: Step, state: State, batch: Any, key: PRNGKeyArray) -> Totals
     return Totals(jnp.zeros((), jnp.int32), sums, jnp.full((), -1, jnp.int32))
 
 
-def add(totals: Totals, metrics: Mapping[str, Array], step: Int[Array, ""]) -> Totals:
-    """`totals` with one more step's metrics; a loss that is not finite is marked."""
-    finite = jnp.isfinite(metrics["loss"] + metrics["penalty"])
-    return Totals(
-        totals.steps + 1,
-        {name: total + metrics[name] for name, total in totals.sums.items()},
-        jnp.where((totals.first_bad_step < 0) & ~finite, step, totals.first_bad_step),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("examples", "batch"))
-def order_of_epoch(
-    key: PRNGKeyArray, epoch: int | Int[Array, ""], examples: int, batch: int
-) -> Int[Array, "steps batch"]:
-    """A fresh permutation of the examples, cut into whole batches."""
-    steps = examples // batch
-    order = jax.random.permutation(
-        jax.random.fold_in(gating.key_for(key, "order"), epoch), examples
-    )
-    return order[: steps * batch].reshape(steps, batch)
-
-
 def make_run(step: Step) -> Callable[..., tuple[State, Totals]]:
     """Many steps, compiled into one program.
 
@@ -437,9 +383,6 @@ def _many(step: Step, state, totals, data, order, key) -> tuple[State, Totals]:
         return (state, add(totals, metrics, now)), None
 
     return jax.lax.scan(one, (state, totals), order)[0]
-
-
-# ------------------------------------------------------------------------- sweeps
 
 
 def make_sweep(
@@ -492,13 +435,3 @@ def make_sweep(
         return compiled(*jax.device_put(members, shardings))
 
     return sweep
-
-
-def stack(members: Sequence[PyTree]) -> PyTree:
-    """One pytree of all members', along a new first axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-
-
-def member_of(states: PyTree, index: int) -> PyTree:
-    """What a single run would have for the member at `index`."""
-    return jax.tree.map(lambda a: a[index], states)

@@ -1,0 +1,251 @@
+"""Training goes on without units that are dead for good, and gets faster."""
+
+import copy
+import dataclasses
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from l0jax import compaction, costs, units
+from l0jax.units import Keep
+
+if TYPE_CHECKING:
+    from l0jax.train.training import Training, TrainingState
+
+
+@dataclasses.dataclass(frozen=True)
+class Compaction:
+    """When units are taken out of a training that goes on.
+
+    A unit is dead for good when at several calls of `compact` in a row it is closed by
+    the test-time rule and open in training with a small probability. The dead are taken
+    out together, once so many multiply-accumulates go with them that it is worth
+    another compilation. Where there is a target, no more is taken out than leaves some
+    room above it: what is gone never comes back.
+
+    Args:
+        below: P(z != 0) below which a unit counts as closed in training.
+        after: calls in a row at which it must have been.
+        at: share of the present multiply-accumulates to which they must fall.
+        gain: multiply-accumulates that must be saved in the examples to come, if
+            `compact` is told how many these are; some 3e11 take as long as compiling
+            on a CPU.
+        room: by how much of its target the network must still be able to exceed it.
+
+    Raises:
+        ValueError: for a share or a probability outside [0, 1], or fewer than one call.
+    """
+
+    below: float = 0.1
+    after: int = 3
+    at: float = 0.8
+    gain: float = 3e11
+    room: float = 0.1
+
+    def __post_init__(self):
+        for name in ("below", "at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} must lie in [0, 1], got {getattr(self, name)}"
+                )
+        if self.after < 1:
+            raise ValueError(f"after must be at least one call, got {self.after}")
+
+
+def compact(
+    training: "Training", state: "TrainingState", examples_to_come: int | None
+) -> tuple["Training", "TrainingState"]:
+    """See `Training.compact`."""
+    policy = training.compaction
+    if not training._gated:
+        return training, state
+    now = jax.device_get(_closed(training, policy.below, state))
+    closed = compaction.count(jax.device_get(state.closed), now)
+    state = state._replace(
+        closed={name: jnp.asarray(each, jnp.int32) for name, each in closed.items()}
+    )
+    keep = {name: each < policy.after for name, each in closed.items()}
+    keep = _with_one_left(keep)
+    keep = _with_room(training, keep, policy.room)
+    if all(flags.all() for flags in keep.values()):
+        return training, training.placed(state)
+    before = costs.exact(training.structure)
+    after = costs.exact(training.structure, keep)
+    if after > policy.at * before:
+        return training, training.placed(state)
+    # A gradient costs twice what the outputs do.
+    saved = (before - after) * 3 * (examples_to_come or 0)
+    if examples_to_come is not None and saved < policy.gain:
+        return training, training.placed(state)
+    try:
+        return without(training, state, keep)
+    except ValueError as error:
+        if "another function" not in str(error):
+            raise
+        warnings.warn(
+            f"training goes on at full width, for the code computes from its sizes: "
+            f"{error}",
+            stacklevel=3,
+        )
+        never = dataclasses.replace(policy, at=0.0)
+        return training.replace(compaction=never), training.placed(state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _closed(training: "Training", below: float, state: "TrainingState"):
+    """Which units are closed now."""
+    rule = getattr(training.gating, "rule", "paper")
+    params, own = training.averaged(state)
+    z, active = training.gating.decide(own, state.step, rule)
+    groups = training._below(training.structure.groups)
+    return compaction.closed(params, z, active, groups, below)
+
+
+def _with_one_left(keep: Keep) -> dict[str, np.ndarray]:
+    """One unit stays of a group of which all are dead: the arrays that training goes on
+    with have elements."""
+    kept = {}
+    for name, flags in keep.items():
+        kept[name] = np.array(flags, bool)
+        if kept[name].size and not kept[name].any():
+            kept[name][0] = True
+    return kept
+
+
+def _with_room(training: "Training", keep: Keep, room: float) -> dict[str, np.ndarray]:
+    """Of the units that may be taken out, those without which what is left can still be
+    as much as the target and some more: group by group."""
+    budget = training._budget
+    if budget is None:
+        return dict(keep)
+    spared: dict[str, np.ndarray] = {}
+    every = {n: np.ones(g.size, bool) for n, g in training.structure.groups.items()}
+    for name, flags in keep.items():
+        without = {**spared, name: flags}
+        most = budget.left({**every, **without}, training.structure)
+        if all(each >= room for each in budget.excess(most).values()):
+            spared = without
+    return spared
+
+
+def without(
+    training: "Training", state: "TrainingState", keep: Keep
+) -> tuple["Training", "TrainingState"]:
+    """See `Training.without`."""
+    structure = training.structure
+    state = jax.device_get(state)
+    theta = {"params": state.params, "gates": state.gates}
+    tree = training.network.tree(state.params, state.rest)
+    keep = units.left(tree, keep, structure.groups)
+    trees = [tree]
+    if training.polyak:
+        trees.append(training.network.tree(state.average["params"], state.rest))
+    smaller, left = training.network.smaller(trees, keep, structure)
+    masks = _masks_of_params(training, tree, keep)
+    gates = _gates(state.gates, keep)
+    average = state.average
+    if training.polyak:
+        average = {
+            "params": left[1][0],
+            "gates": _gates(state.average["gates"], keep),
+        }
+    params, rest = left[0]
+    opt_state = {
+        "params": _moments(state.opt_state["params"], theta["params"], params, masks),
+        "gates": _moments_of_gates(state.opt_state["gates"], theta["gates"], keep),
+    }
+    other = copy.copy(training)
+    other.network = smaller
+    other.structure = structure.shrink(keep)
+    other.gating = training.gating.smaller(keep)
+    other.alive = {name: flags.copy() for name, flags in training.alive.items()}
+    for name, flags in other.alive.items():
+        flags[flags] = keep[name]
+    other._derive()
+    closed: Any = {n: np.asarray(a)[keep[n]] for n, a in state.closed.items()}
+    after = state._replace(
+        params=params,
+        gates=gates,
+        rest=rest,
+        opt_state=opt_state,
+        average=average,
+        closed=closed,
+    )
+    return other, other.placed(jax.tree.map(jnp.array, after))
+
+
+def _masks_of_params(training, tree: PyTree, keep: Keep) -> units.Masks:
+    prefix = training.network.below
+    found = units.positions_left(tree, keep, training.structure.groups)
+    return {
+        (path.removeprefix(prefix), axis): flags
+        for (path, axis), flags in found.items()
+        if path.startswith(prefix)
+    }
+
+
+def _gates(own: PyTree, keep: Keep) -> PyTree:
+    """What a gating trains, of the units that are kept: arrays by group."""
+    return _cut_last(own, keep)
+
+
+def _cut_last(tree: PyTree, keep: Keep) -> PyTree:
+    """Arrays whose path ends with a group's name, without the units that go."""
+
+    def cut(key_path, leaf):
+        name = _group_of(key_path, keep)
+        return leaf if name is None else np.asarray(leaf)[keep[name]]
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
+def _group_of(key_path, keep: Keep) -> str | None:
+    """The group whose name is the last key of a path."""
+    last = getattr(key_path[-1], "key", None) if key_path else None
+    return last if isinstance(last, str) and last in keep else None
+
+
+def _moments_of_gates(opt_state: PyTree, own: PyTree, keep: Keep) -> PyTree:
+    sizes = {name: len(flags) for name, flags in keep.items()}
+
+    def cut(key_path, leaf):
+        name = _group_of(key_path, keep)
+        if name is None:
+            return leaf
+        if np.shape(leaf) != (sizes[name],):
+            raise ValueError(_told_apart(key_path, leaf, (sizes[name],)))
+        return np.asarray(leaf)[keep[name]]
+
+    return jax.tree_util.tree_map_with_path(cut, opt_state)
+
+
+def _moments(
+    opt_state: PyTree, params: PyTree, smaller: PyTree, masks: units.Masks
+) -> PyTree:
+    """What an optimiser keeps for the parameters that are left."""
+    shapes = {path: np.shape(leaf) for path, leaf in units.arrays(params).items()}
+    longest_first = sorted(shapes, key=len, reverse=True)
+    cut_paths = {path for path, _ in masks}
+
+    def cut(key_path, leaf):
+        path = units.path_of(key_path)
+        of = next((p for p in longest_first if f".{path}".endswith(f".{p}")), None)
+        if of is None or of not in cut_paths:
+            return leaf
+        if np.shape(leaf) != shapes[of]:
+            raise ValueError(_told_apart(key_path, leaf, shapes[of]))
+        return units.take(leaf, of, masks)
+
+    return jax.tree_util.tree_map_with_path(cut, opt_state)
+
+
+def _told_apart(key_path, leaf, shape) -> str:
+    return (
+        f"the optimiser keeps {units.path_of(key_path)!r} in shape {np.shape(leaf)} "
+        f"for a parameter of shape {shape}: its units can't be told apart"
+    )

@@ -1,0 +1,258 @@
+"""Many steps: over any iterable of batches, or in one compiled program over data that
+lies on the device; and many trainings that differ in numbers, in one program."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from l0jax import gating
+
+if TYPE_CHECKING:
+    from l0jax.train.training import Training, TrainingState
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of an epoch, kept on the device until they are asked for.
+
+    Attributes:
+        steps: steps summed.
+        sums: the sum of each step's metrics.
+        first_bad_step: the first step whose loss was not finite, or -1.
+    """
+
+    steps: Int[Array, ""]
+    sums: dict[str, Float[Array, ""]]
+    first_bad_step: Int[Array, ""]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the steps.
+
+        Raises:
+            FloatingPointError: if a loss was not finite.
+        """
+        totals = jax.device_get(self)
+        if totals.first_bad_step >= 0:
+            raise FloatingPointError(
+                f"the loss is not finite at step {int(totals.first_bad_step)}; a "
+                "smaller learning rate may help"
+            )
+        return {n: float(total) / int(totals.steps) for n, total in totals.sums.items()}
+
+
+def none_yet(metrics: Mapping[str, Any]) -> Totals:
+    """Totals of no steps, for metrics of such shapes."""
+    sums = {name: jnp.zeros(m.shape, m.dtype) for name, m in metrics.items()}
+    return Totals(jnp.zeros((), jnp.int32), sums, jnp.full((), -1, jnp.int32))
+
+
+def add(totals: Totals, metrics: Mapping[str, Array], step: Int[Array, ""]) -> Totals:
+    """`totals` with one more step's metrics; a loss that is not finite is marked."""
+    finite = jnp.isfinite(metrics["loss"] + metrics["penalty"])
+    return Totals(
+        totals.steps + 1,
+        {name: total + metrics[name] for name, total in totals.sums.items()},
+        jnp.where((totals.first_bad_step < 0) & ~finite, step, totals.first_bad_step),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("examples", "batch"))
+def order_of_epoch(
+    key: PRNGKeyArray, epoch: int | Int[Array, ""], examples: int, batch: int
+) -> Int[Array, "steps batch"]:
+    """A fresh permutation of the examples, cut into whole batches."""
+    steps = examples // batch
+    order = jax.random.permutation(
+        jax.random.fold_in(gating.key_for(key, "order"), epoch), examples
+    )
+    return order[: steps * batch].reshape(steps, batch)
+
+
+def over(
+    training: "Training", state: "TrainingState", batches: Iterable[PyTree]
+) -> tuple["TrainingState", Totals]:
+    """Steps over batches as they come; nothing waits for the device.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    totals = None
+    for batch in batches:
+        state, metrics = training.step(state, batch)
+        totals = none_yet(metrics) if totals is None else totals
+        totals = _added(totals, metrics, state.step)
+    if totals is None:
+        raise ValueError("there is no batch to train on: the loader yields nothing")
+    return state, totals
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(totals: Totals, metrics: Mapping[str, Array], after: Array) -> Totals:
+    return add(totals, metrics, after - 1)
+
+
+def within(
+    training: "Training",
+    state: "TrainingState",
+    data: PyTree,
+    order: Int[Array, "steps batch"] | Int[np.ndarray, "steps batch"],
+    *,
+    loop: bool = False,
+) -> tuple["TrainingState", Totals]:
+    """Steps over examples that lie on the device, in one program or in a loop; see
+    `Training.epoch`."""
+    if loop:
+        rows = np.asarray(order)
+        return over(training, state, (_taken(data, each) for each in rows))
+    return _scan(training, state, data, jnp.asarray(order))
+
+
+@jax.jit
+def _taken(data: PyTree, rows: Any) -> PyTree:
+    """Some of the examples."""
+    return jax.tree.map(lambda a: a.at[rows].get(mode="clip"), data)
+
+
+def many(training: "Training", state, data, order) -> tuple["TrainingState", Totals]:
+    """Steps over examples that lie on the device, as a pure function."""
+
+    def one(state, rows):
+        after, metrics = training.taken(state, _taken(data, rows))
+        return after, metrics
+
+    first = state.step
+    state, metrics = jax.lax.scan(one, state, order)
+    bad = ~jnp.isfinite(metrics["loss"] + metrics["penalty"])
+    totals = Totals(
+        jnp.asarray(len(order), jnp.int32),
+        {name: each.sum(0) for name, each in metrics.items()},
+        jnp.where(bad.any(), first + bad.argmax().astype(first.dtype), -1),
+    )
+    return state, totals
+
+
+_scan = jax.jit(many, static_argnums=0, donate_argnums=1)
+
+
+class Sweep:
+    """Many trainings that differ in numbers, compiled into one program.
+
+        sweep = Sweep(lambda price: training.replace(price=price), prices)
+        states = sweep.start(keys)
+        states, totals = sweep.epoch(states, data, orders)
+
+    Members are split evenly among the devices, and nothing passes between them: one
+    that has died or diverged changes no other.
+
+    Args:
+        member: the training of one member from its settings, which are traced: numbers
+            such as prices, targets and rates.
+        settings: a pytree of arrays with the members along the first axis.
+        devices: by default as many as share the members evenly. (Of a CPU, JAX makes
+            one device per core with `jax.config.update("jax_num_cpu_devices", cores)`.)
+        together: how many members a device steps at once, by `vmap`. By default all,
+            but one after the other on a CPU, where the weights and the optimiser's
+            moments of one small network fit into the cache and those of all do not.
+    """
+
+    def __init__(
+        self,
+        member: Callable[[Any], "Training"],
+        settings: PyTree,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        together: int | None = None,
+    ):
+        self.member = member
+        self.settings = jax.tree.map(jnp.asarray, settings)
+        self.members = len(jax.tree.leaves(self.settings)[0])
+        if devices is None:
+            devices = _dividing(self.members)
+        if self.members % len(devices):
+            raise ValueError(
+                f"{self.members} members can't be split evenly over {len(devices)} "
+                "devices"
+            )
+        if together is None and devices[0].platform == "cpu":
+            together = 1
+        mesh = Mesh(np.asarray(devices), ("members",))
+        each, all_of = PartitionSpec("members"), PartitionSpec()
+        places = (each, each, all_of, each)
+
+        def run(settings, states, data, orders):
+            def one(of):
+                settings, state, order = of
+                return many(member(settings), state, data, order)
+
+            members = (settings, states, orders)
+            if together == 1:
+                return jax.lax.map(one, members)
+            return jax.lax.map(one, members, batch_size=together or len(orders))
+
+        sharded = jax.shard_map(
+            run, mesh=mesh, in_specs=places, out_specs=each, check_vma=False
+        )
+        self._shardings = tuple(NamedSharding(mesh, place) for place in places)
+        self._run = jax.jit(sharded, donate_argnums=1)
+
+    def at(self, settings: PyTree) -> "Sweep":
+        """The same program for as many members with other settings."""
+        other = copy.copy(self)
+        other.settings = jax.tree.map(jnp.asarray, settings)
+        return other
+
+    def of(self, at: int) -> "Training":
+        """The training of a member, to evaluate or to finish it."""
+
+        def setting(a):
+            return a[at].item() if a.ndim == 1 else a[at]
+
+        return self.member(jax.tree.map(setting, self.settings))
+
+    def start(
+        self, keys: Sequence[PRNGKeyArray], models: Sequence[Any] | None = None
+    ) -> "TrainingState":
+        """The states of all members before the first step, along a new first axis; see
+        `Training.start`."""
+        begun = [None] * len(keys) if models is None else models
+        return stack(
+            [
+                self.of(at).start(key, model)
+                for at, (key, model) in enumerate(zip(keys, begun, strict=True))
+            ]
+        )
+
+    def epoch(
+        self,
+        states: "TrainingState",
+        data: PyTree,
+        orders: Int[Array, "members steps batch"],
+    ) -> tuple["TrainingState", Totals]:
+        """Steps of all members over examples that lie on the device; the states are
+        given away."""
+        # What lies elsewhere has another type, for which it would be compiled again.
+        placed = jax.device_put((self.settings, states, data, orders), self._shardings)
+        return self._run(*placed)
+
+
+def _dividing(members: int) -> list[jax.Device]:
+    """As many devices as share the members evenly."""
+    devices = jax.devices()
+    return devices[: max(n for n in range(1, len(devices) + 1) if members % n == 0)]
+
+
+def stack(members: Sequence[PyTree]) -> PyTree:
+    """One pytree of all members', along a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member_of(states: PyTree, index: int) -> PyTree:
+    """What a single run would have for the member at `index`."""
+    return jax.tree.map(lambda a: a[index], states)

@@ -1,0 +1,869 @@
+"""Training of a network while it is decided what is left of it.
+
+    training = Training(model, loss, example, gate=…, target=…, optimizer=…)
+    state = training.start(key)
+    state, metrics = training.step(state, batch)      # as often as you like
+    training, state = training.compact(state)         # what is dead for good goes
+    small = training.finish(state)
+
+Keys are derived, never split in a chain: all that is random in step t is drawn with
+`fold_in(key, t)`, so that a resumed run draws what an uninterrupted one would have.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from l0jax import gating, objectives, units
+from l0jax.constraints import Amounts, Constraint
+from l0jax.gates.noise import fold_in
+from l0jax.structure import Structure
+from l0jax.train import averages, compacting, deciding, epochs
+from l0jax.train.compacting import Compaction
+from l0jax.train.deciding import Decision
+from l0jax.train.epochs import Totals
+from l0jax.train.gatings import Learned, gating_of
+from l0jax.train.networks import Network, network
+from l0jax.train.targets import Budget, Target, sizes_of
+from l0jax.units import Group, Groups, Keep
+
+Metrics = dict[str, Array]
+Loss = Callable[..., tuple[Float[Array, ""], Mapping[str, Array]]]
+"""`loss(model, batch) -> (mean loss, metrics)`; with a parameter `key`, also a key."""
+
+Penalty = Callable[[PyTree], Float[Array, ""]]
+
+
+class TrainingState(NamedTuple):
+    """All that the next step needs; a pytree of arrays.
+
+    Attributes:
+        step: number of steps taken.
+        key: from which all that is random is derived.
+        params: the parameters.
+        gates: what the gating trains: logits by group below "logits", for instance.
+        rest: what the network writes beside the parameters: running statistics, keys.
+        opt_state: of the optimisers of "params" and "gates". They are shown no
+            integers, flags or keys.
+        average: the Polyak average of params and gates, in float32 or wider; empty if
+            there is none.
+        dual: what a constraint trains; empty if there is none.
+        closed: for how many calls of `compact` in a row each unit has been closed.
+    """
+
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    params: PyTree
+    gates: PyTree
+    rest: PyTree
+    opt_state: dict[str, optax.OptState]
+    average: PyTree
+    dual: PyTree
+    closed: dict[str, Int[Array, " units"]]
+
+
+class Training:
+    """How a network is trained; immutable.
+
+    Args:
+        model: an NNX module, or `train.linen(module, variables)`, or
+            `train.function(apply, params)`. Its own arrays are not changed.
+        loss: `loss(model, batch) -> (mean loss, metrics)`: of the model in training
+            mode and any pytree of arrays whose leading axes are the examples. Metrics
+            are arrays by name. With a parameter called `key` it also gets a key.
+        example: inputs of the model, one or a tuple of them (arrays or their shapes),
+            from which its units are read.
+        structure: the units, if they are not to be read from the model: restricted,
+            renamed, merged. Of those that are read the inputs' own are left out: the
+            data would have to lose them too.
+        gate: a gate family of `l0jax.gates`, or `train.Learned` with more settings, or
+            `train.Chosen` for units that were chosen before; None trains the network
+            as it is.
+        price: what is paid for each weight that is expected to be read by an open
+            gate, c/N for N examples (Louizos et al. 2018): a number, or one per group.
+        target: what may be left, instead of a price.
+        weight_decay: coefficient of ½‖θ‖², of which the norm of a unit counts by the
+            probability that it is there (Louizos et al. 2018, appendix A).
+        charges: which weights a unit pays for, by default those that read it.
+        penalty: anything else that is added to the loss, a function of the parameters.
+        optimizer: of the parameters.
+        gate_optimizer: of what the gating trains; by default Adam with a rate of 5e-3.
+            At the rate of SGD for the weights gates don't move.
+        polyak: decay of the average over steps that is evaluated and kept in the end;
+            0 for none, below 1.
+        compaction: when `compact` takes units out.
+        mesh: devices over the first axis of which batches are split.
+        compute: the dtype in which the network runs, such as `jnp.bfloat16`.
+            Parameters, gates, noise, statistics and losses stay as they are.
+
+    Raises:
+        ValueError: for both a price and a target, or either without gates that are
+            learned; a target below what no gate can remove; `polyak` outside [0, 1); a
+            group whose units are used by what isn't trained; anything that is refused
+            by `train.network`, `Learned` or `Target`.
+        l0jax.tracing.TraceError: if the model can't be read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Loss,
+        example: PyTree = None,
+        *,
+        structure: Structure | None = None,
+        gate: Any = None,
+        price: float | Mapping[str, float] | None = None,
+        target: Target | None = None,
+        weight_decay: float = 0.0,
+        charges: Callable[[Groups], objectives.Charges] = objectives.charges_of,
+        penalty: Penalty | None = None,
+        optimizer: optax.GradientTransformation,
+        gate_optimizer: optax.GradientTransformation | None = None,
+        polyak: float = 0.0,
+        compaction: Compaction | None = None,
+        mesh: Mesh | None = None,
+        compute: Any = None,
+    ):
+        self.network: Network = network(model)
+        self.loss = loss
+        self.gating = gating_of(gate)
+        self.price, self.target = price, target
+        self.weight_decay, self.charges, self.penalty = weight_decay, charges, penalty
+        self.optimizer = optimizer
+        self.gate_optimizer = (
+            optax.adam(5e-3) if gate_optimizer is None else gate_optimizer
+        )
+        self.polyak = polyak
+        self.compaction = Compaction() if compaction is None else compaction
+        self.mesh, self.compute = mesh, compute
+        if structure is None:
+            structure = self._read(example)
+        self.structure = structure
+        self.whole = structure
+        self.alive = {n: np.ones(g.size, bool) for n, g in structure.groups.items()}
+        self._check()
+        self._sizes = sizes_of(
+            self.network.params, self.gated, self._charges(self.gated)
+        )
+        self._derive()
+
+    def _read(self, example: PyTree) -> Structure:
+        if example is None and isinstance(self.gating.key, type):
+            example = ()
+        if example is None:
+            raise ValueError(
+                "the units are read from the model with an example of its inputs: give "
+                "example=, or structure="
+            )
+        inputs = example if isinstance(example, tuple) else (example,)
+        structure = self.network.structure(inputs)
+        kept = [name for name in structure.groups if name not in structure.inputs]
+        return structure.only(*kept)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def gated(self) -> dict[str, Group]:
+        """The groups that are multiplied, by the paths of `params`."""
+        return dict(self.gating.groups(self._below(self.structure.groups)))
+
+    @property
+    def learns(self) -> bool:
+        """Whether gates are trained."""
+        return isinstance(self.gating, Learned)
+
+    @property
+    def key(self) -> Any:
+        """Equal for trainings that are the same program."""
+        price = self.price
+        if isinstance(price, Mapping):
+            price = tuple(price.items())
+        return (
+            self.network.key,
+            self.loss,
+            self.gating.key,
+            (price, self.target and self.target.key, self.weight_decay),
+            (self.charges, self.penalty, self.optimizer, self.gate_optimizer),
+            (self.polyak, self.mesh, self.compute),
+            tuple(self.structure.groups.items()),
+            tuple((path, leaf.shape) for path, leaf in self.structure.arrays.items()),
+            tuple(self.alive[name].tobytes() for name in sorted(self.alive)),
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Training)
+            and self.key == other.key
+            and self.structure.operations == other.structure.operations
+        )
+
+    def replace(self, **changes: Any) -> "Training":
+        """The same with other settings, such as `price` or `optimizer`. Numbers may be
+        traced: so a sweep differs in them."""
+        unknown = changes.keys() - _REPLACEABLE
+        if unknown:
+            raise ValueError(
+                f"{min(unknown)!r} can't be replaced; {', '.join(_REPLACEABLE)} can"
+            )
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, gating_of(value) if name == "gating" else value)
+        other._check()
+        other._derive()
+        return other
+
+    def _below(self, groups: Groups) -> dict[str, Group]:
+        """Groups with the paths of parameters, and what lies in parameters alone."""
+        prefix = self.network.below
+
+        def below(slots):
+            return tuple(
+                dataclasses.replace(slot, path=slot.path.removeprefix(prefix))
+                for slot in slots
+                if slot.path.startswith(prefix)
+                and slot.path.removeprefix(prefix) in self._paths
+            )
+
+        return {
+            name: Group(name, group.size, below(group.used_by), below(group.made_by))
+            for name, group in groups.items()
+        }
+
+    @property
+    def _paths(self) -> set[str]:
+        return set(units.arrays(self.network.params))
+
+    def _charges(self, groups: Groups) -> objectives.Charges:
+        return self.charges(groups)
+
+    def _check(self) -> None:
+        if not 0 <= self.polyak < 1:
+            raise ValueError(f"polyak must lie in [0, 1), got {self.polyak}")
+        if self.price is not None and self.target is not None:
+            raise ValueError(
+                "both a price and a target are given: a target finds its own price; "
+                "give one of them"
+            )
+        if not self.learns:
+            for name in ("price", "target"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"a {name} is given, but no gate is learned; give gate="
+                    )
+        if self.learns and not self.structure.groups:
+            raise ValueError(
+                "there is no group of units to gate:\n" + str(self.structure)
+            )
+        for name, group in self.gating.groups(
+            self._below(self.structure.groups)
+        ).items():
+            used = self.structure.groups[name].used_by
+            if len(group.used_by) < len(used):
+                here = {slot.path for slot in group.used_by}
+                prefix = self.network.below
+                path = next(
+                    s.path for s in used if s.path.removeprefix(prefix) not in here
+                )
+                raise ValueError(
+                    f"the units of group {name!r} are read by {path!r}, which is no "
+                    f"parameter, so that no gate can be put there; leave the group out "
+                    f"with structure=…only(…)"
+                )
+
+    def _derive(self) -> None:
+        """What follows from the settings, at the width that the network has."""
+        self._gated = self.gated
+        self._objective = None
+        if self._gated and self.learns:
+            price = 0.0 if self.price is None else self.price
+            self._objective = objectives.penalty(
+                self._gated,
+                price,
+                1,
+                weight_decay=self.weight_decay,
+                charges=self._charges(self._gated),
+            )
+        elif self.weight_decay:
+            self._objective = objectives.penalty(
+                {}, {}, 1, weight_decay=self.weight_decay, charges={}
+            )
+        self._amounts: Amounts | None = None
+        self._constraint: Constraint | None = None
+        self._budget: Budget | None = None
+        if self.target is not None:
+            self._budget = Budget(self.target, self.whole, self._sizes)
+            self._amounts = self._budget.amounts(self.structure)
+            self._constraint = self._budget.constraint(self._amounts)
+        # Of traced settings, a member's in a sweep, there is no hash.
+        self._hash = id(self) if self._is_traced() else hash(self.key)
+
+    def _is_traced(self) -> bool:
+        settings = (self.price, self.target and self.target.share, self.weight_decay)
+        return any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(settings))
+
+    # ------------------------------------------------------------------ the state
+
+    def start(self, key: PRNGKeyArray, model: Any = None) -> TrainingState:
+        """The state before the first step. It holds copies: a step gives its state
+        away, and the user's arrays must survive.
+
+        Args:
+            key: from which all that is random is derived.
+            model: of which the initial values are; by default that of the training. A
+                sweep over seeds starts one training with models of several.
+
+        Raises:
+            ValueError: if the model runs other code than that of the training.
+        """
+        begun = self.network if model is None else network(model)
+        if begun.key != self.network.key:
+            raise ValueError(
+                "a training starts with a model of its own kind; this one differs in "
+                "its code or its settings"
+            )
+        own = self.gating.init(key, self._gated)
+        params = begun.params
+        theta = {"params": params, "gates": own}
+        state = TrainingState(
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+            params=params,
+            gates=own,
+            rest=begun.rest,
+            opt_state={
+                "params": self.optimizer.init(averages.trained(params)),
+                "gates": self.gate_optimizer.init(averages.trained(own)),
+            },
+            average=averages.start(theta) if self.polyak else {},
+            dual=() if self._constraint is None else self._constraint.init(),
+            closed={
+                name: jnp.zeros(group.size, jnp.int32)
+                for name, group in self.structure.groups.items()
+                if self._gated
+            },
+        )
+        return self.placed(jax.tree.map(lambda a: jnp.array(a, copy=True), state))
+
+    def placed(self, state: TrainingState) -> TrainingState:
+        """A state where the mesh wants it."""
+        if self.mesh is None:
+            return state
+        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+
+    def split(self, batch: PyTree) -> PyTree:
+        """A batch, split over the mesh.
+
+        Raises:
+            ValueError: if the number of examples doesn't divide.
+        """
+        if self.mesh is None:
+            return batch
+        axis = self.mesh.axis_names[0]
+        parts = self.mesh.shape[axis]
+        for path, leaf in units.arrays(batch).items():
+            if not np.ndim(leaf) or np.shape(leaf)[0] % parts:
+                raise ValueError(
+                    f"the batch has shape {np.shape(leaf)} at {path or 'its root'!r}: "
+                    f"its examples can't be split evenly over {parts} devices"
+                )
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(axis)))
+
+    # ------------------------------------------------------------------ the step
+
+    def step(
+        self, state: TrainingState, batch: PyTree
+    ) -> tuple[TrainingState, Metrics]:
+        """One compiled step; the state is given away.
+
+        Returns:
+            The state after it, and on the device: the loss, the penalty, the metrics of
+            the loss, and of a target its excess and its multiplier.
+        """
+        return _step(self, state, self.split(batch))
+
+    def taken(
+        self, state: TrainingState, batch: PyTree
+    ) -> tuple[TrainingState, Metrics]:
+        """The step as a pure function that isn't compiled."""
+        trained = {
+            "params": averages.trained(state.params),
+            "gates": averages.trained(state.gates),
+        }
+        now = {"params": state.params, "gates": state.gates}
+
+        def total(trained):
+            theta = averages.merged(now, trained)
+            return self.total(state, batch, theta["params"], theta["gates"])
+
+        gradients, (metrics, rest, excess) = jax.grad(total, has_aux=True)(trained)
+        opt_state = {}
+        for name, optimizer in self._optimizers.items():
+            updates, opt_state[name] = optimizer.update(
+                gradients[name], state.opt_state[name], trained[name]
+            )
+            trained[name] = optax.apply_updates(trained[name], updates)
+        theta: Any = averages.merged(now, trained)
+        theta["gates"] = self.gating.project(theta["gates"], state.step)
+        average, dual = state.average, state.dual
+        if self.polyak:
+            average = averages.follow(average, theta, self.polyak, state.step + 1)
+        if self._constraint is not None:
+            dual = self._constraint.ascend(dual, excess)
+        after = state._replace(
+            step=state.step + 1,
+            params=theta["params"],
+            gates=theta["gates"],
+            rest=rest,
+            opt_state=opt_state,
+            average=average,
+            dual=dual,
+        )
+        return after, metrics
+
+    def epoch(
+        self,
+        state: TrainingState,
+        data: Iterable[PyTree] | PyTree,
+        order: Int[Array, "steps batch"] | Int[np.ndarray, "steps batch"] | None = None,
+        *,
+        loop: bool = False,
+    ) -> tuple[TrainingState, Totals]:
+        """Many steps; the state is given away, and nothing waits for the device.
+
+        Args:
+            state: of this training.
+            data: any iterable of batches; or with an `order` arrays with all examples
+                along the first axis, which lie on the device.
+            order: row t holds the examples of step t, as `order_of_epoch` gives it; all
+                steps are then one program.
+            loop: with an order, a program for each step instead: XLA's convolutions are
+                several times slower within `lax.scan` on a CPU (jax issue 12868).
+
+        Returns:
+            The state after it, and sums over the steps, whose `means` are the metrics.
+
+        Raises:
+            ValueError: if there is no batch.
+        """
+        if order is None:
+            return epochs.over(self, state, data)
+        return epochs.within(self, state, data, order, loop=loop)
+
+    @property
+    def _optimizers(self) -> dict[str, optax.GradientTransformation]:
+        return {"params": self.optimizer, "gates": self.gate_optimizer}
+
+    def total(
+        self, state: TrainingState, batch: PyTree, params: PyTree, own: PyTree
+    ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree, dict[str, Array]]]:
+        """What a step descends on: the loss at one draw of the gates, and what the
+        units and the parameters cost. Also the metrics, the rest that the network
+        leaves, and the excess over a target."""
+        key = fold_in(state.key, state.step)
+        value, (found, rest) = self._task(state, batch, params, own, key)
+        terms = self.gating.terms(own, state.step)
+        cost = jnp.zeros(())
+        if self._objective is not None:
+            cost = cost + self._objective(params, terms)
+        if self.penalty is not None:
+            cost = cost + self.penalty(params)
+        metrics = {"loss": value, "penalty": cost, **found}
+        excess: dict[str, Array] = {}
+        if self._constraint is not None:
+            excess = self._constraint.excess(params, terms, state.step)
+            cost = cost + self._constraint.term(state.dual, excess)
+            for name, strength in self._constraint.strength(state.dual).items():
+                metrics[f"multiplier of {name}"] = strength
+                metrics[f"excess of {name}"] = excess[name]
+        return value + cost, (metrics, rest, excess)
+
+    def _task(self, state: TrainingState, batch, params, own, key):
+        """The loss of the task, the metrics, and the rest after it."""
+
+        alone = getattr(self.gating, "per_example", False)
+
+        def at(params, batch, key):
+            value, (found, rest) = self.task(params, state.rest, batch, key)
+            if alone and _written(state.rest, rest):
+                raise ValueError(
+                    "gates for each example give each example a network of its own, "
+                    f"which can't write {_written(state.rest, rest)!r} for all: train "
+                    "without per_example, or a model that writes nothing"
+                )
+            return value, (found, rest)
+
+        def whole(key):
+            return self.gating.value(
+                params, own, state.step, key, self._gated, lambda p: at(p, batch, key)
+            )
+
+        if not alone:
+            return whole(key)
+
+        def one(key, example):
+            batch = jax.tree.map(lambda a: a[None], example)
+            return self.gating.value(
+                params, own, state.step, key, self._gated, lambda p: at(p, batch, key)
+            )
+
+        examples = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+        keys = jax.random.split(key, examples.pop())
+        value, (found, _) = jax.vmap(one)(keys, batch)
+        mean = jax.tree.map(lambda a: a.mean(0), (value, found))
+        return mean[0], (mean[1], state.rest)
+
+    def task(
+        self,
+        params: PyTree,
+        rest: PyTree,
+        batch: PyTree,
+        key: PRNGKeyArray,
+        *,
+        training: bool = True,
+        loss: Loss | None = None,
+    ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
+        """A loss at given parameters, its metrics, and the rest that is left.
+
+        Raises:
+            ValueError: unless the loss is a scalar with metrics that are arrays; if the
+                network changes the shape of what it writes.
+        """
+        loss = self.loss if loss is None else loss
+        wants_key = "key" in inspect.signature(loss).parameters
+        lower = (params, batch)
+        if self.compute is not None:
+            lower = jax.tree.map(self._computed, lower)
+        model, left = self.network.run(
+            lower[0], rest, gating.key_for(key, "network"), training
+        )
+        more = {"key": gating.key_for(key, "loss")} if wants_key else {}
+        found = loss(model, lower[1], **more)
+        value, metrics = _checked(loss, found)
+        after = left()
+        _check_rest(rest, after)
+        after = jax.tree.map(
+            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
+            after,
+            rest,
+        )
+        return value, (metrics, after)
+
+    def _computed(self, leaf: Any) -> Any:
+        """A float in the dtype in which the network runs."""
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jnp.asarray(leaf).astype(self.compute)
+
+    # -------------------------------------------------------------- what is left
+
+    def averaged(self, state: TrainingState) -> tuple[PyTree, PyTree]:
+        """Parameters and gates as they are evaluated: their Polyak average, if there is
+        one."""
+        theta = {"params": state.params, "gates": state.gates}
+        if self.polyak:
+            theta = averages.read(state.average, theta)
+        return theta["params"], theta["gates"]
+
+    def decide(self, state: TrainingState, rule: str | None = None) -> Decision:
+        """Which units are left at test time, and how much that is.
+
+        Args:
+            state: of this training.
+            rule: "budget", the units with the largest logits that fit into the target,
+                which is the default where there is one; or a rule of the gate family or
+                of `gating.RULES`, by default that of `Learned`.
+
+        Raises:
+            ValueError: for the rule "budget" without a target, or an unknown rule.
+        """
+        return deciding.decide(self, state, rule)
+
+    def evaluate(
+        self,
+        state: TrainingState,
+        batches: Iterable[PyTree],
+        loss: Loss | None = None,
+        *,
+        rule: str | None = None,
+    ) -> dict[str, float]:
+        """The means of a loss and its metrics over batches, in evaluation mode and with
+        gates as at test time.
+
+        Args:
+            state: of this training.
+            batches: of one size, but for the last: means are weighted by sizes.
+            loss: `loss(model, batch) -> (value, metrics)`; that of the training if
+                None.
+            rule: of the gates, as for `decide`.
+
+        Raises:
+            ValueError: if there is no batch.
+        """
+        params = self.folded(state, self.decide(state, rule))
+        total: dict[str, Any] = {}
+        count = 0
+        for batch in batches:
+            size = len(jax.tree.leaves(batch)[0])
+            found = _evaluated(self, loss or self.loss, params, state, batch)
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + size * value
+            count += size
+        if not count:
+            raise ValueError("there is no batch to evaluate")
+        return {name: float(value) / count for name, value in total.items()}
+
+    def folded(self, state: TrainingState, decision: Decision) -> PyTree:
+        """The parameters that are evaluated, with gates of test time multiplied in."""
+        params, own = self.averaged(state)
+        z = {name: jnp.asarray(values) for name, values in decision.z.items()}
+        return self.gating.fold(params, own, z, self._gated)
+
+    def recalibrate(
+        self,
+        state: TrainingState,
+        batches: Iterable[PyTree],
+        *,
+        rule: str | None = None,
+    ) -> TrainingState:
+        """The state with running statistics that are those of batches under the gates
+        of test time: other ones than under gates that are drawn.
+
+        They are the means over batches of what each batch alone would leave, however
+        the network weighs old ones: what it writes is a n + (1 - a) b of the old n and
+        the batch's b, and two n tell both.
+
+        Args:
+            state: of this training.
+            batches: run in training mode.
+            rule: of the gates, as for `decide`.
+
+        Raises:
+            ValueError: if there is no batch, or the network writes a real array that is
+                no running average.
+        """
+        params = self.folded(state, self.decide(state, rule))
+        total, count = None, 0
+        for batch in batches:
+            found = _statistics(self, params, state, self.split(batch))
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            count += 1
+        if total is None:
+            raise ValueError("there is no batch to recalibrate with")
+        moved = {}
+        for path, (sum_of, average) in total.items():
+            if not bool(average == count):
+                raise ValueError(
+                    f"{path!r} is no running average of what batches have, and can't "
+                    "be recalibrated"
+                )
+            moved[path] = sum_of / count
+        return self.placed(state._replace(rest=units.replace(state.rest, moved)))
+
+    def whole_model(self, state: TrainingState, rule: str | None = None) -> Any:
+        """The network at its present width in evaluation mode, with gates folded in: a
+        module, or `(apply, variables)`."""
+        params = self.folded(state, self.decide(state, rule))
+        return self.network.whole(self.network.tree(params, state.rest))
+
+    def finish(self, state: TrainingState, rule: str | None = None) -> Any:
+        """What is left: the network without the units that are closed, gates folded in.
+
+        Returns:
+            For an NNX module one of the same class with smaller arrays, in evaluation
+            mode, or a `l0jax.nnx.Narrowed` where its code computes from its sizes; else
+            a pair `(apply, variables)`.
+
+        Warns:
+            UserWarning: if many gates of a group are undecided: what is decided then
+                differs from what was trained.
+        """
+        decision = self.decide(state, rule)
+        deciding.warn_undecided(decision)
+        params = self.folded(state, decision)
+        tree = self.network.tree(params, state.rest)
+        keep = units.in_use(tree, self.structure.groups)
+        return self.network.finished(jax.device_get(tree), keep, self.structure)
+
+    # -------------------------------------------------------------- compaction
+
+    def compact(
+        self, state: TrainingState, examples_to_come: int | None = None
+    ) -> tuple["Training", TrainingState]:
+        """The training and the state without units that are dead for good, if that is
+        worth another compilation; else as they are. See `Compaction`.
+
+        Args:
+            state: of this training.
+            examples_to_come: how many examples will still be trained on, if known.
+        """
+        return compacting.compact(self, state, examples_to_come)
+
+    def without(
+        self, state: TrainingState, keep: Keep
+    ) -> tuple["Training", TrainingState]:
+        """The training and the state without the units that are not kept: parameters,
+        gates, statistics, running average and whatever the optimisers keep.
+
+        Raises:
+            ValueError: as `l0jax.shrink`; if the network's code is another function
+                when its arrays are smaller; if an optimiser keeps an array for a
+                parameter in another shape than the parameter's.
+        """
+        return compacting.without(self, state, keep)
+
+    def at(self, alive: Keep) -> "Training":
+        """The training of which only some units of the whole network are left, as a
+        checkpoint tells: with arrays of the right shapes and any values."""
+        if all(flags.all() for flags in alive.values()):
+            return self
+        state = self.start(jax.random.key(0))
+        return self.without(state, alive)[0]
+
+    def full(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Vectors of the units that are left, laid out as in the whole network, with
+        zeros for those that are gone."""
+        laid = {}
+        for name, vector in values.items():
+            flags = self.alive[name]
+            laid[name] = np.zeros(len(flags), np.asarray(vector).dtype)
+            laid[name][flags] = np.asarray(vector)
+        return laid
+
+
+_REPLACEABLE = (
+    "loss",
+    "gating",
+    "price",
+    "target",
+    "weight_decay",
+    "penalty",
+    "optimizer",
+    "gate_optimizer",
+    "polyak",
+    "compaction",
+)
+
+
+def _take(training: Training, state: TrainingState, batch: PyTree):
+    return training.taken(state, batch)
+
+
+_step = jax.jit(_take, static_argnums=0, donate_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluated(training: Training, loss: Loss, params, state: TrainingState, batch):
+    value, (metrics, _) = training.task(
+        params, state.rest, batch, state.key, training=False, loss=loss
+    )
+    return {"loss": value, **metrics}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(training: Training, params, state: TrainingState, batch):
+    """For each running average what a batch alone would leave, and whether it is
+    one."""
+    floating = {
+        path: leaf
+        for path, leaf in units.arrays(state.rest).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+
+    def after(value: float) -> dict[str, Array]:
+        rest = units.replace(
+            state.rest, {p: jnp.full_like(a, value) for p, a in floating.items()}
+        )
+        _, (_, left) = training.task(params, rest, batch, state.key)
+        left = units.arrays(left)
+        return {path: left[path] for path in floating}
+
+    zero, one, two = map(after, (0.0, 1.0, 2.0))
+    found = {}
+    for path, leaf in floating.items():
+        old = one[path] - zero[path]
+        # What isn't written keeps its value.
+        kept = jnp.all(old == 1)
+        share = jnp.where(kept, 0.0, old)
+        linear = jnp.allclose(two[path] - one[path], old, rtol=1e-3, atol=1e-3)
+        linear &= jnp.allclose(old, old.ravel()[0], rtol=1e-3, atol=1e-3)
+        batch_alone = zero[path] / (1 - share)
+        value = jnp.where(kept, leaf, batch_alone)
+        found[path] = value, linear.astype(jnp.int32)
+    return found
+
+
+def _checked(loss: Loss, found: Any) -> tuple[Float[Array, ""], Metrics]:
+    """What a loss returned, as float32.
+
+    Raises:
+        ValueError: unless it is a scalar and metrics that are arrays.
+    """
+    name = getattr(loss, "__name__", "the loss")
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            f"{name} must return (mean loss, metrics), got {type(found).__name__}; "
+            "without metrics return (value, {})"
+        )
+    value, metrics = found
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"{name} must return a real scalar first, got {_kind(value)}; take the mean"
+        )
+    if not isinstance(metrics, Mapping):
+        raise ValueError(
+            f"{name} must return metrics by name second, got {type(metrics).__name__}"
+        )
+    kept = {}
+    for key, metric in metrics.items():
+        if not isinstance(metric, jax.Array | np.ndarray | np.generic | float | int):
+            raise ValueError(
+                f"metric {key!r} of {name} is no array but {type(metric).__name__}"
+            )
+        if key in ("loss", "penalty"):
+            raise ValueError(f"{name} may not call a metric {key!r}: that is taken")
+        kept[key] = _wide(metric)
+    return _wide(value), kept
+
+
+def _wide(value: Any) -> Array:
+    value = jnp.asarray(value)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _check_rest(before: PyTree, after: PyTree) -> None:
+    """Raises ValueError if the network changed the shapes of what it writes."""
+    old = {path: jnp.shape(leaf) for path, leaf in units.arrays(before).items()}
+    new = {path: jnp.shape(leaf) for path, leaf in units.arrays(after).items()}
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            raise ValueError(
+                f"the network writes {path!r} in shape {new.get(path, 'none')}, and "
+                f"it had {old.get(path, 'none')}: what it writes must keep its shape"
+            )
+
+
+def _written(before: PyTree, after: PyTree) -> str | None:
+    """The first array that a network has written, if there is any."""
+    for (path, old), new in zip(
+        units.arrays(before).items(), jax.tree.leaves(after), strict=True
+    ):
+        if new is not old:
+            return path
+    return None
+
+
+def _kind(value: Any) -> str:
+    return f"{jnp.result_type(value)} of shape {jnp.shape(value)}"
