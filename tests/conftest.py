@@ -22,17 +22,22 @@ settings.register_profile("laws", derandomize=True, deadline=None, max_examples=
 settings.load_profile("laws")
 
 
-# Of a sweep the members that take longest by far, and long sweeps.
+# What takes longest: of a sweep the largest members, the others being of the same kind,
+# and runs of whole experiments beyond the first of each.
 SLOW = re.compile(
-    r"i3d|haiku_resnet50|haiku_mobilenet_v1|ResNet-50|ConvNeXt-T|ViT-B"
+    r"i3d|haiku_(resnet50|mobilenet_v1|vq_vae|lstm|transformer)|equinox_rope_decoder"
+    r"|ResNet-50|ConvNeXt-T|ViT-B|test_models.*(-odd|-paper)"
     r"|runs_and_shows_pictures\[(?!quickstart)"
+    r"|test_relocation_runs|each_option_does_something"
+    r"|every_variant_trains_and_is_removed\[(?!fixed\])"
+    r"|a_target_is_met\[(?!macs)|a_comparison_goes_on_where|it_trains_and_is_recorded"
 )
 
 
 def pytest_collection_modifyitems(items):
     """Marks what is slow by name."""
     for item in items:
-        if SLOW.search(item.name):
+        if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
 
 
