@@ -559,6 +559,178 @@ def scan_over_layers():
 
 
 @network
+def mixture_of_experts():
+    """All experts, weighed by the scores that a router gives them."""
+    a, size, experts, hidden = Arrays(), 6, 4, 5
+    a("stem", 3, size)
+    a("router", size, experts)
+    a("up", experts, size, hidden)
+    a("down", experts, hidden, size)
+    a("head", size, 2)
+
+    def apply(p, x):
+        x = x @ p["stem"]
+        scores = jax.nn.softmax(x @ p["router"])
+        hidden = jax.nn.silu(jnp.einsum("tc,ecf->tef", x, p["up"]))
+        made = jnp.einsum("tef,efc->tec", hidden, p["down"])
+        return (x + jnp.einsum("te,tec->tc", scores, made)) @ p["head"]
+
+    return Network(apply, dict(a), (normal(7, 3),), 3 + size + experts + hidden)
+
+
+@network
+def routed_experts():
+    """The two best experts of each token: which ones is an order of scores."""
+    a, size, experts, hidden = Arrays(), 6, 4, 5
+    a("stem", 3, size)
+    a("router", size, experts)
+    a("up", experts, size, hidden)
+    a("down", experts, hidden, size)
+    a("head", size, 2)
+
+    def apply(p, x):
+        x = x @ p["stem"]
+        scores, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["router"]), 2)
+        up, down = p["up"][chosen], p["down"][chosen]
+        hidden = jax.nn.silu(jnp.einsum("tc,tkcf->tkf", x, up))
+        made = jnp.einsum("tkf,tkfc->tkc", hidden, down)
+        return (x + jnp.einsum("tk,tkc->tc", scores, made)) @ p["head"]
+
+    frozen = (("router", 1), ("up", 0), ("down", 0))
+    return Network(apply, dict(a), (normal(7, 3),), 3 + size + hidden, frozen)
+
+
+@network
+def graph_network():
+    """Two rounds of messages along the edges of a graph, summed at their ends."""
+    a, size = Arrays(), 5
+    a("stem", 3, size)
+    for layer in range(2):
+        a(f"message{layer}", 2 * size, 6)
+        a(f"shift{layer}", 6)
+        a(f"update{layer}", size + 6, size)
+    a("head", size, 2)
+    senders, receivers = jnp.asarray([[0, 1, 2, 3, 3, 0], [1, 2, 3, 0, 1, 2]])
+
+    def apply(p, nodes, senders, receivers):
+        x = nodes @ p["stem"]
+        for layer in range(2):
+            both = jnp.concatenate([x[senders], x[receivers]], axis=-1)
+            made = jax.nn.relu(both @ p[f"message{layer}"] + p[f"shift{layer}"])
+            seen = jax.ops.segment_sum(made, receivers, num_segments=len(nodes))
+            x = x + jnp.concatenate([x, seen], axis=-1) @ p[f"update{layer}"]
+        return x @ p["head"]
+
+    inputs = (normal(4, 3), senders, receivers)
+    return Network(apply, dict(a), inputs, 3 + size + 6 + 6)
+
+
+@network
+def state_space():
+    """Diagonal recurrences whose inputs and outputs depend on what is read, as in
+    Mamba, by an associative scan."""
+    a, size, channels, states = Arrays(), 5, 6, 4
+    a("stem", 3, size)
+    a("into", size, 2 * channels)
+    a("decay", channels, states)
+    a("step", channels, channels)
+    a("write", channels, states)
+    a("read", channels, states)
+    a("skip", channels)
+    a("out", channels, size)
+    a("head", size, 2)
+
+    def apply(p, x):
+        x = x @ p["stem"]
+        u, gate = jnp.split(x @ p["into"], 2, axis=-1)
+        step = jax.nn.softplus(u @ p["step"])
+        decay = jnp.exp(-step[..., None] * jnp.exp(p["decay"]))
+        written = step[..., None] * u[..., None] * (u @ p["write"])[:, :, None]
+
+        def after(one, other):
+            return one[0] * other[0], one[1] * other[0] + other[1]
+
+        _, state = jax.lax.associative_scan(after, (decay, written), axis=1)
+        y = jnp.einsum("btcs,bts->btc", state, u @ p["read"]) + u * p["skip"]
+        return (x + (y * jax.nn.silu(gate)) @ p["out"])[:, -1] @ p["head"]
+
+    return Network(apply, dict(a), (normal(2, 5, 3),), 3 + size + channels + states)
+
+
+@network
+def encoder_decoder():
+    """Attention over what an encoder has read, by a stream of its own."""
+    a, size, wide, heads, dim = Arrays(), 6, 7, 3, 4
+    a("read", 9, wide)
+    a("encode", wide, 8)
+    a("encoded", 8, wide)
+    a("embedding", 11, size)
+    a("q", size, heads, dim)
+    a("k", wide, heads, dim)
+    a("v", wide, heads, dim)
+    a("o", heads, dim, size)
+    a("up", size, 5)
+    a("down", 5, size)
+
+    def normed(x):
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-3)
+
+    def apply(p, source, target):
+        memory = p["read"][source]
+        memory = memory + jax.nn.relu(normed(memory) @ p["encode"]) @ p["encoded"]
+        memory, x = normed(memory), p["embedding"][target]
+        q = jnp.einsum("ntc,chd->nthd", normed(x), p["q"])
+        k = jnp.einsum("nsc,chd->nshd", memory, p["k"])
+        v = jnp.einsum("nsc,chd->nshd", memory, p["v"])
+        weights = jax.nn.softmax(jnp.einsum("nthd,nshd->nhts", q, k) / 2.0, axis=-1)
+        mixed = jnp.einsum("nhts,nshd->nthd", weights, v)
+        x = x + jnp.einsum("nthd,hdc->ntc", mixed, p["o"])
+        x = x + jax.nn.relu(normed(x) @ p["up"]) @ p["down"]
+        return normed(x) @ p["embedding"].T
+
+    inputs = (jnp.arange(8).reshape(2, 4) % 9, jnp.arange(6).reshape(2, 3) % 11)
+    return Network(
+        apply,
+        dict(a),
+        inputs,
+        wide + 8 + size + heads + dim + dim + 5,
+        (("read", 0), ("embedding", 0)),
+    )
+
+
+@network
+def unet_with_time_embedding():
+    """A denoiser: the time as sines, which shift and scale the maps at every level."""
+    a = Arrays()
+    a("time", 8, 6)
+    a("shift1", 6, 4)
+    a("shift2", 6, 5)
+    a("down1", 3, 3, 3, 4)
+    a("down2", 3, 3, 4, 5)
+    a("up", 3, 3, 5, 4)
+    a("merge", 3, 3, 4 + 4, 4)
+    a("head", 1, 1, 4, 3)
+
+    def apply(p, x, time):
+        angles = time[:, None] * jnp.exp(-jnp.arange(4.0))
+        waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        embedded = jax.nn.silu(waves @ p["time"])
+        first = conv(x, p["down1"])
+        first = jax.nn.silu(first + (embedded @ p["shift1"])[:, None, None])
+        x = conv(first, p["down2"], 2)
+        x = jax.nn.silu(x * (1 + (embedded @ p["shift2"])[:, None, None]))
+        n, height, width, _ = x.shape
+        shape = (n, 2 * height, 2 * width, x.shape[-1])
+        x = conv(jax.image.resize(x, shape, "nearest"), p["up"])
+        x = jnp.concatenate([first, jax.nn.silu(x)], axis=-1)
+        return conv(jax.nn.silu(conv(x, p["merge"])), p["head"])
+
+    inputs = (normal(2, 8, 8, 3), jnp.asarray([0.5, 3.0]))
+    # The frequencies, of which each is a sine and a cosine, too.
+    return Network(apply, dict(a), inputs, 3 + 4 + 6 + 4 + 5 + 4 + 4)
+
+
+@network
 def several_inputs_and_outputs():
     a = Arrays()
     a("left", 4, 6)
