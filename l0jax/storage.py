@@ -2,8 +2,9 @@
 
 A model is a folder of files that need neither pickle nor training code to read:
 `architecture.json`, the name and the arguments of its constructor, and
-`arrays.safetensors`, its arrays by dotted path. Of a function that no constructor
-makes, the architecture is a third file: its program, exported by `jax.export`.
+`arrays.safetensors`, its arrays by dotted path. Of a user's own module the architecture
+is its attributes, to be put into another module of its class. Of a function that no
+constructor makes, it is a third file: its program, exported by `jax.export`.
 `architecture.json` also says what each array is, and holds digests of all there is and
 of itself: whatever changes by accident, be it one bit of any file, is noticed when the
 folder is read.
@@ -13,6 +14,7 @@ last: a checkpoint that was cut short has none, or one that does not fit.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from jaxtyping import PyTree
 
 from l0jax import encoding, exporting, models, units
 from l0jax.exporting import Program as Program
+from l0jax.narrowed import Narrowed
 
 ARCHITECTURE = "architecture.json"
 ARRAYS = "arrays.safetensors"
@@ -46,26 +49,79 @@ LARGEST_ARGUMENT = 2**20
 # ----------------------------------------------------------------------------- saving
 
 
-def save(model: nnx.Module, folder: Path | str) -> None:
-    """Writes `model`, an instance of one of `l0jax.models.MODELS`, into `folder`.
+def save(model: nnx.Module, folder: Folder) -> None:
+    """Writes any NNX module into `folder`: its arrays, and the numbers, strings and
+    tuples of these among its attributes.
+
+    One of `l0jax.models.MODELS` is read back by itself; of any other class `load` needs
+    a module of any size, such as the one that was shrunk.
 
     Raises:
-        ValueError: if its class is not in `MODELS`; if an array is of a dtype that
-            can't be stored, or that JAX as it is set up does not have.
+        ValueError: if an array is of a dtype that can't be stored, or that JAX as it is
+            set up does not have; for a `l0jax.nnx.Narrowed`, which is a program:
+            `save_function(*narrowed.function, inputs, folder=folder)` writes it.
     """
-    name = models.name_of(model)
-    assert isinstance(model, models.Model)
-    record = {"model": name, "arguments": model.architecture}
+    if isinstance(model, Narrowed):
+        raise ValueError(
+            "a Narrowed module is a program: write it with "
+            "save_function(*narrowed.function, inputs, folder=folder)"
+        )
+    record: dict[str, Any]
+    if any(type(model) is kind for kind in models.MODELS.values()):
+        assert isinstance(model, models.Model)
+        record = {"model": models.name_of(model), "arguments": model.architecture}
+    else:
+        record = {"class": type(model).__qualname__, "attributes": attributes_of(model)}
     described, arrays = _encoded(nnx.state(model))
     files = {ARRAYS: encoding.pack(described, arrays)}
     _write(Path(folder), files, {**record, "arrays": described})
+
+
+def attributes_of(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """The attributes of a module and of all modules within it, by their dotted paths:
+    what JSON can hold, and of functions and types the name, as `{"named": "relu"}`."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        each = {}
+        for name, value in sorted(vars(module).items()):
+            # (NNX keeps books of its own there.)
+            if name.startswith(("_pytree", "_object")):
+                continue
+            if _is_plain(value):
+                each[name] = _as_json(value)
+            elif callable(value) and hasattr(value, "__qualname__"):
+                each[name] = {"named": value.__qualname__}
+        found[".".join(map(str, path))] = each
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_json(each) for each in value]
+    return value
+
+
+def _as_attribute(value: Any, was: Any) -> Any:
+    """A value of JSON, with tuples where there was one."""
+    if isinstance(value, list):
+        each = [_as_attribute(v, v) for v in value]
+        return tuple(each) if isinstance(was, tuple) else each
+    return value
 
 
 def save_function(
     function: Callable[..., PyTree],
     params: PyTree,
     *inputs: PyTree,
-    folder: Path | str,
+    folder: Folder,
     any_batch: bool = True,
     batch: PyTree = None,
     dynamic: Mapping[str, PyTree] | None = None,
@@ -233,7 +289,9 @@ def _write(folder: Path, files: dict[str, bytes], record: dict[str, Any]) -> Non
 # ---------------------------------------------------------------------------- loading
 
 
-def load(folder: Path | str, *, apart: bool = False) -> "models.Model | Program":
+def load(
+    folder: Folder, *, like: nnx.Module | None = None, apart: bool = False
+) -> "nnx.Module | Program":
     """The model that `save` wrote into `folder`, or the function of `save_function`.
 
     What has changed by accident is refused, down to a single bit. Someone who means
@@ -246,12 +304,17 @@ def load(folder: Path | str, *, apart: bool = False) -> "models.Model | Program"
 
     Args:
         folder: where it lies.
+        like: a module of the class that was saved, of any size, if that is none of
+            `l0jax.models.MODELS`. Its code is taken, functions among its attributes
+            too, and must have the same names; arrays, numbers and strings are those of
+            the file. It isn't changed.
         apart: read a program in a process of its own first, which takes seconds.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
         ValueError: if a file is not what was saved, or was saved by another version; if
-            arrays and architecture disagree.
+            arrays and architecture disagree; if `like` is missing, needless, or of
+            another class.
     """
     folder = Path(folder)
     if apart:
@@ -270,7 +333,8 @@ def load(folder: Path | str, *, apart: bool = False) -> "models.Model | Program"
         arrays = encoding.unpack(described, _read(folder / ARRAYS, largest))
         if "program" in record:
             return _load_program(folder, record, arrays)
-        return _load_model(record, arrays)
+        if "model" in record:
+            return _load_model(record, arrays)
     except FileNotFoundError:
         raise
     except (ValueError, OSError, MemoryError) as error:
@@ -278,6 +342,52 @@ def load(folder: Path | str, *, apart: bool = False) -> "models.Model | Program"
             f"{folder}: the saved model is damaged or can't be read: {error}; copy it "
             "again from where it is whole, or save it again"
         ) from error
+    return _load_like(folder, record, arrays, like)
+
+
+def _load_like(
+    folder: Path,
+    record: dict[str, Any],
+    arrays: dict[str, jax.Array],
+    like: nnx.Module | None,
+) -> nnx.Module:
+    """A copy of a module with the sizes and the arrays of a file."""
+    name = record["class"]
+    if like is None or type(like).__qualname__ != name:
+        got = "nothing" if like is None else type(like).__qualname__
+        raise ValueError(
+            f"{folder} holds a module of the class {name!r}, which no file can make: "
+            f"give like=, a module of that class of any size; got {got}"
+        )
+    model = nnx.clone(like)
+    here, saved = attributes_of(model), record["attributes"]
+    for path, module in nnx.iter_modules(model):
+        at = ".".join(map(str, path))
+        mine, theirs = here[at], saved.get(at, {})
+        for attribute in sorted({*mine, *theirs}):
+            one, other = mine.get(attribute), theirs.get(attribute)
+            if attribute in mine and attribute in theirs and one == other:
+                continue
+            # Sizes and settings are those of the file, code is that of `like`.
+            if len({attribute in each for each in (mine, theirs)}) > 1 or (
+                isinstance(one, dict) or isinstance(other, dict)
+            ):
+                raise ValueError(
+                    f"{folder}: {name} was saved with {attribute} {other!r} at "
+                    f"{at or 'its root'!r}, and like= has {one!r}"
+                )
+            setattr(module, attribute, _as_attribute(other, getattr(module, attribute)))
+    state = nnx.state(model)
+    expected = units.arrays(state)
+    if expected.keys() != arrays.keys():
+        path = min(expected.keys() ^ arrays.keys())
+        where = "like=" if path in expected else "the file"
+        raise ValueError(f"{folder}: only {where} has an array at {path!r}")
+    filled = jax.tree_util.tree_map_with_path(
+        lambda key_path, _: arrays[units.path_of(key_path)], state
+    )
+    nnx.update(model, filled)
+    return model
 
 
 def _check_there(folder: Path, name: str) -> None:
@@ -298,6 +408,8 @@ def _read(file: Path, largest: int) -> bytes:
 def _check_record(record: dict[str, Any]) -> None:
     """Raises ValueError unless it is one of a model or one of a program."""
     kinds: dict[str, type] = {"model": str, "arguments": dict, "arrays": dict}
+    if "class" in record:
+        kinds = {"class": str, "attributes": dict, "arrays": dict}
     if "program" in record:
         kinds = {"program": str, "program bytes": int, "derivatives": int}
         kinds |= {"jax": str, "arrays": dict}

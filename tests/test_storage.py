@@ -136,10 +136,70 @@ def test_loading_waits_for_nothing_that_training_needs(name, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_class_that_is_not_registered_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Linear is not in MODELS"):
-        storage.save(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+class Own(nnx.Module):
+    """A user's module: with a norm, a size of its own, a function and a float."""
+
+    def __init__(self, rngs, width=6, act=nnx.relu, slope=0.5):
+        self.first = nnx.Linear(4, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.act, self.slope, self.shape = act, slope, (2, 3)
+        self.dropout = nnx.Dropout(0.25, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(width, 3, rngs=rngs)])
+
+    def __call__(self, x):
+        x = self.dropout(self.act(self.norm(self.first(x))))
+        return self.slope * self.blocks[0](x).reshape(-1, *self.shape[1:])
+
+
+def own(**settings):
+    model = Own(nnx.Rngs(0), **settings)
+    model.eval()
+    return model
+
+
+def test_a_users_module_comes_back_smaller_and_is_trained_on(tmp_path):
+    whole, x = own(slope=0.25), jnp.ones((2, 4))
+    structure = l0jax.trace(whole, x)
+    name = next(n for n, g in structure.groups.items() if g.size == 6)
+    keep = {name: np.array([True, False, True, True, False, True])}
+    small = l0jax.nnx.shrink(whole, keep, structure)
+    storage.save(small, tmp_path)
+    like = own()
+    like.train()
+    again = storage.load(tmp_path, like=like)
+    assert type(again) is Own
+    np.testing.assert_array_equal(again(x), small(x))
+    assert again.norm.num_features == again.first.out_features == 4
+    assert (again.slope, again.shape, again.act) == (0.25, (2, 3), nnx.relu)
+    assert again.dropout.deterministic is True
+    assert like.slope == 0.5
+    assert like.first.kernel.shape == (4, 6)
+    slopes = nnx.grad(lambda model: model(x).sum())(again)
+    assert np.abs(np.asarray(slopes.first.kernel[...])).max() > 0
+    assert l0jax.trace(again, x).groups[name].size == 4
+
+
+def test_a_module_of_another_class_or_with_other_code_is_refused(tmp_path):
+    storage.save(own(), tmp_path)
+    with pytest.raises(ValueError, match=r"class 'Own'.*give like=.*got nothing"):
+        storage.load(tmp_path)
+    with pytest.raises(ValueError, match="got Linear"):
+        storage.load(tmp_path, like=nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"saved with act .*relu.* like= has .*gelu"):
+        storage.load(tmp_path, like=own(act=nnx.gelu))
+    more = own()
+    more.other = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="like="):
+        storage.load(tmp_path, like=more)
+
+
+def test_a_narrowed_module_is_saved_as_a_program(tmp_path):
+    model, x = own(), jnp.ones((2, 4))
+    structure = l0jax.trace(model, x)
+    narrowed = l0jax.nnx.Narrowed(structure, model, {})
+    with pytest.raises(ValueError, match=r"write it with save_function\(\*narrowed"):
+        storage.save(narrowed, tmp_path)
+    storage.save_function(*narrowed.function, x, folder=tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["architecture.json", "arrays.safetensors"])
