@@ -21,6 +21,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Bool, PyTree
 
 from l0jax import reading, units
@@ -51,7 +52,7 @@ def narrow(
     Args:
         structure: of the function, by `trace`.
         params: the parameters, with test-time gates folded in: what is removed is then
-            exactly what contributes nothing.
+            exactly what contributes nothing. Of an NNX module its state, or the module.
         keep: a boolean vector for each group that loses units. If a group loses all,
             what was computed for it alone goes with it: of a block whose branch has no
             units, nothing is left but the constants that it adds to the stream.
@@ -67,6 +68,13 @@ def narrow(
             program can't lose units; and, when called, for inputs for which the
             function can't be traced or has other units.
     """
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params)
+    for path, leaf in arrays(params).items():
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"the parameters hold no array at {path!r}, but {type(leaf).__name__}"
+            )
     units.check_lengths(keep, structure.groups)
     unknown = _lost_unknown(structure, keep)
     if unknown is not None:
@@ -311,11 +319,27 @@ def _whole(
 def _check_tree(structure: Structure, params: PyTree, inputs: PyTree) -> None:
     found = jax.tree.structure((params, *inputs))
     expected = structure.traced.in_tree
-    if found != expected:
-        raise ValueError(
-            f"the arguments have the structure {found}; the program was traced with "
-            f"{expected}"
-        )
+    if found == expected:
+        return
+    said = []
+    for number, (mine, theirs) in enumerate(
+        itertools.zip_longest(found.children(), expected.children())
+    ):
+        if mine is None or theirs is None or mine != theirs:
+            what = "the parameters" if not number else f"input {number - 1}"
+            said.append(f"{what} are {_short(mine)}, traced was {_short(theirs)}")
+    raise ValueError(
+        f"the arguments have another structure than those that were traced: "
+        f"{'; '.join(said)}"
+    )
+
+
+def _short(tree: Any) -> str:
+    """A structure of arguments in so many words."""
+    if tree is None:
+        return "missing"
+    text = str(tree).removeprefix("PyTreeDef(").removesuffix(")")
+    return text if len(text) <= 120 else f"{text[:100]}… ({tree.num_leaves} arrays)"
 
 
 # ---------------------------------------------------------------- running a program

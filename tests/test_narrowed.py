@@ -85,6 +85,30 @@ def test_its_arrays_have_the_paths_and_types_of_the_modules():
     assert "Param # 15" in shown or "Param( # 15" in shown
 
 
+def test_a_module_is_narrowed_as_its_state_is():
+    module = Scaled(nnx.Rngs(0))
+    structure = l0jax.trace(module, X)
+    keep = {"layers.0": np.arange(8) < 5}
+    small, params = l0jax.narrow(structure, module, keep)
+    other, state = l0jax.narrow(structure, nnx.state(module), keep)
+    np.testing.assert_array_equal(small(params, X), other(state, X))
+
+
+def test_what_is_no_array_is_named():
+    structure = l0jax.trace(lambda p, x: x @ p["w"] @ p["v"], PLAIN, X)
+    with pytest.raises(ValueError, match="no array at 'w', but str"):
+        l0jax.narrow(structure, {**PLAIN, "w": "of text"}, {})
+    small, params = l0jax.narrow(structure, PLAIN, {})
+    with pytest.raises(ValueError, match="the parameters are") as raised:
+        small(nnx.state(Scaled(nnx.Rngs(0))), X)
+    assert len(str(raised.value)) < 500
+    with pytest.raises(ValueError, match=r"input 1 are .*traced was missing"):
+        small(params, X, X)
+
+
+PLAIN = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+
+
 def test_it_is_trained():
     gated, structure, keep, _ = made()
     small = l0jax.nnx.Narrowed(structure, gated, keep)

@@ -1457,5 +1457,5 @@ def test_inputs_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"input '0' has shape \(5, 4\)") as error:
         small(small_params, jnp.ones((5, 4)))
     assert "for these it can't be traced: dot_general" in str(error.value)
-    with pytest.raises(ValueError, match="the arguments have the structure"):
+    with pytest.raises(ValueError, match="the arguments have another structure"):
         small(small_params, X, X)
