@@ -17,16 +17,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import csv_lines, data, mnist, progress, run_folder
+from experiments import command_line, csv_lines, data, mnist, progress, run_folder
 from l0jax import gates, gating, models, objectives, storage, train, units
 from l0jax.estimators import ESTIMATORS
 
@@ -81,9 +80,6 @@ class Config:
     gate_learning_rate: float = 2e-2
     """of Adam, for the gates; of 5e-3 noisy families have most gates undecided after 30
     epochs"""
-    quick: bool = False
-    """all families in three minutes: digits, one seed, two λ, 30 epochs in which gates
-    are trained fast"""
     checkpoint_every: int = 10
     """epochs between checkpoints"""
     out: Path | None = None
@@ -94,8 +90,6 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Runs what is missing; returns the folder and the lines of its CSV."""
-    if config.quick:
-        config = dataclasses.replace(config, **QUICK)
     check(config)
     dataset = data.load(config.dataset, mnist.Config.validation)
     settings = {
@@ -451,7 +445,13 @@ class Results:
 
 
 def cli() -> None:
-    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    config = command_line.parse(
+        Config,
+        __doc__,
+        QUICK,
+        "all families in three minutes: digits, one seed, two λ, 30 epochs in which "
+        "gates are trained fast",
+    )
     # One device per core, each of which trains members of its own. (Of the CPU: where
     # there is an accelerator, JAX goes on taking that.)
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)

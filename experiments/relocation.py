@@ -19,19 +19,18 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import csv_lines, data, progress, run_folder
+from experiments import command_line, csv_lines, data, progress, run_folder
 from experiments.image_training import Images, images_of, normalised
 from experiments.relocation_training import (
     ARMS,
@@ -144,8 +143,6 @@ class Config:
     """of Adam; for the base network it falls to 0"""
     together: int = 55
     """runs in one program"""
-    quick: bool = False
-    """an MLP on digits, in two minutes"""
     out: Path | None = None
     """folder; None is runs/relocation-<dataset>-<model>-<digest of the settings>"""
     progress: bool = True
@@ -199,8 +196,6 @@ def main(
 
 def resolved(config: Config) -> Config:
     """The configuration with all defaults filled in."""
-    if config.quick:
-        config = dataclasses.replace(config, **QUICK)
     if config.arms == ("all",):
         config = dataclasses.replace(config, arms=tuple(ARMS))
     if config.dataset is None and config.model in NETWORKS:
@@ -579,7 +574,9 @@ class Results:
 
 
 def cli() -> None:
-    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    config = command_line.parse(
+        Config, __doc__, QUICK, "an MLP on digits, in two minutes"
+    )
     try:
         found = main(config)
     except (ValueError, FloatingPointError, data.DataError, OSError) as error:
