@@ -15,7 +15,6 @@ paper's are `--depth 28 --factor 10 --examples 45000 --recipe.epochs 200`.
 """
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,12 +24,10 @@ import jax.numpy as jnp
 import matplotlib
 import matplotlib.style
 import numpy as np
-import optax
 import tyro
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import l0jax.nnx
 from experiments import channel_pruning, data, json_lines, progress, run_folder
@@ -46,7 +43,6 @@ from experiments.image_training import (
     recalibrated,
 )
 from l0jax import (
-    constraints,
     costs,
     gates,
     gating,
@@ -182,9 +178,9 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """One variant with one seed."""
     settings = run_folder.settings_of(config, UNTOLD)
     folder = config.out / f"{run_folder.default('run', settings).name}-{seed}"
-    run_folder.prepare(folder, settings, settings, resume=True)
     done = json_lines.read(folder / "result.jsonl")
     if done:
+        run_folder.prepare(folder, settings, settings, resume=True)
         return done[-1]
     images = images_of(dataset, config.examples)
     if len(images.labels) < config.recipe.batch_size:
@@ -195,13 +191,17 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     key = jax.random.key(seed)
     model = network(config, dataset, key)
     structure = channel_pruning.prunable(model)
-    theta, shares = trained(config, images, model, structure, key, folder)
+    training = training_of(config, images, model, structure)
+    training.start(key)
+    # Nothing is refused from here on: a refused run leaves no folder.
+    run_folder.prepare(folder, settings, settings, resume=True)
+    state, shares = trained(config, images, training, key, folder)
     result = {
         "config": settings,
         "jax": jax.__version__,
         "shares": shares,
         "expected": shares[-1],
-        **tested(config, dataset, images, model, structure, theta, folder),
+        **tested(config, dataset, images, training, state, folder),
     }
     json_lines.add(folder / "result.jsonl", result)
     return result
@@ -233,40 +233,54 @@ def made_by(groups: Groups) -> Groups:
     }
 
 
-def gated(config: Config, structure: Structure) -> Groups:
-    """Where gates are multiplied in."""
-    return structure.groups if config.gates_on == "reads" else made_by(structure.groups)
+@dataclasses.dataclass(frozen=True)
+class OnMaps(train.Learned):
+    """Gates on the filters that make a map.
+
+    Args:
+        masked: after batch normalisation closed maps are zero again.
+    """
+
+    masked: bool = True
+
+    @property
+    def key(self) -> Any:
+        """All fields."""
+        return super().key, self.masked
+
+    def fold(self, params, own, z, groups):
+        """Where a map is made."""
+        makes = made_by(groups)
+        closed = units.apply_gates(params, z, makes)
+        return masked(closed, makes, groups) if self.masked else closed
 
 
-def trained(
-    config: Config,
-    images: Images,
-    model: models.ImageModel,
-    structure: Structure,
-    key: PRNGKeyArray,
-    folder: Path,
-) -> tuple[train.Theta, list[float]]:
-    """Weights and gates after training, and the share of the multiply-accumulates that
-    was expected before each epoch and at the end."""
-    recipe, groups = config.recipe, gated(config, structure)
-    count = len(images.labels)
+def training_of(
+    config: Config, images: Images, model: models.ImageModel, structure: Structure
+) -> train.Training:
+    """What is trained, and how."""
+    recipe, count = config.recipe, len(images.labels)
     steps = count // recipe.batch_size * recipe.epochs
-    training = nnx.clone(model)
-    training.train()
-    graph, params, statistics = nnx.split(training, nnx.Param, ...)
+    learned = {"gate": GATE, "keep_prob": config.keep_prob, "rule": RULE}
+    on_maps = config.gates_on == "maps"
+    target = None
+    if config.target is not None:
+        target = train.Target(
+            costs.macs,
+            config.target,
+            warm_up=round(config.warm_up * steps),
+            how=config.constraint,
+            rate=config.multiplier_rate,
+            restart=config.restart,
+        )
 
-    def apply(params, inputs):
-        """Of one batch, with the statistics of the batch."""
-        x, statistics = inputs
-        if config.gates_on == "maps" and config.masked_norm:
-            params = masked(params, groups, structure.groups)
-        # What it writes of the running statistics is left: they are taken at the end.
-        return nnx.merge(graph, params, statistics, copy=True)(x)
+    def loss(model, batch, key):
+        pixels, labels = batch
+        x = normalised(pixels, images)
+        x = augmented(key, x) if recipe.augment else x
+        return cross_entropy(model(x), labels).mean(), {}
 
-    def loss(logits, labels):
-        return cross_entropy(logits, labels).mean(), {}
-
-    # Weight decay is in the objective, where it counts by the gates.
+    # Weight decay counts by the gates, and is no part of the optimiser.
     undecayed = dataclasses.replace(recipe, weight_decay=0.0)
     rate = config.gate_learning_rate
     # Gates keep their rate to the end, so that the target can still be met there.
@@ -275,83 +289,73 @@ def trained(
         learning_rate=recipe.learning_rate if rate is None else rate,
         drops=(),
     )
-    optimizer = train.gates_apart(
-        optimizer_of(undecayed, steps), optimizer_of(gate_recipe, steps)
-    )
-    objective = objectives.penalty(
-        groups,
-        config.lam if config.target is None else 0.0,
-        count,
+    return train.Training(
+        model,
+        loss,
+        structure=structure,
+        gate=OnMaps(**learned, masked=config.masked_norm)
+        if on_maps
+        else train.Learned(**learned),
+        price=config.lam / count if target is None else None,
+        target=target,
         weight_decay=recipe.weight_decay,
         detached=config.detached,
-    )
-    amounts = constraints.share(structure, costs.macs)
-    constraint = constraint_of(config, amounts, steps)
-    step = train.make_step(
-        apply, loss, objective, GATE, groups, optimizer, constraint=constraint
+        charges=lambda groups: objectives.charges_of(
+            made_by(groups) if on_maps else groups
+        ),
+        optimizer=optimizer_of(undecayed, steps),
+        gate_optimizer=optimizer_of(gate_recipe, steps),
     )
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def turn(state, batch, key, images, statistics):
-        x = normalised(images.images[batch], images)
-        if recipe.augment:
-            x = augmented(jax.random.fold_in(key, state.step), x)
-        inputs, labels = (x, statistics), images.labels[batch]
-        return step(state, (inputs, labels), gating.key_for(key, "gates"))
+
+def trained(
+    config: Config,
+    images: Images,
+    training: train.Training,
+    key: PRNGKeyArray,
+    folder: Path,
+) -> tuple[train.TrainingState, list[float]]:
+    """The state after training, and the share of the multiply-accumulates that was
+    expected before each epoch and at the end."""
+    recipe, structure = config.recipe, training.structure
 
     @jax.jit
     def left(logits):
-        return amounts.of((), gating.prob_active(GATE, logits))["macs"]
+        expected = costs.macs(structure, gating.prob_active(GATE, logits))
+        return expected / costs.macs(structure)
 
-    logits = gating.init(gating.key_for(key, "gates"), GATE, groups, config.keep_prob)
-    state = train.init({"params": params, "gates": logits}, optimizer, constraint)
-    checkpoints = storage.Checkpoints(folder / "checkpoints")
-    found, first = checkpoints.restore(lambda _: state, tqdm.write), 0
-    shares = [float(left(logits))]
-    if found is not None:
-        first, state, notes = found
-        shares = notes["shares"]
-    on_device = Images(*jax.tree.map(jnp.asarray, images))
+    checkpoints = train.Checkpoints(folder / "checkpoints")
+    training, state, first = checkpoints.restore(training, key)
+    shares = checkpoints.notes.get("shares", [float(left(state.gates["logits"]))])
+    on_device = tuple(map(jnp.asarray, (images.images, images.labels)))
     bar = progress.bar(recipe.epochs, "epoch", done=first, show=config.progress)
     for epoch in range(first, recipe.epochs):
-        losses = []
-        for batch in train.order_of_epoch(key, epoch, count, recipe.batch_size):
-            state, metrics = turn(state, batch, key, on_device, statistics)
-            losses.append(metrics["loss"])
-        mean = float(jnp.stack(losses).mean())
-        if not math.isfinite(mean):
-            raise ValueError(
-                f"the loss is {mean} in epoch {epoch + 1}; lower the learning rates"
-            )
-        shares.append(float(left(state.theta["gates"])))
-        checkpoints.save(epoch + 1, state, {"shares": shares})
+        order = train.order_of_epoch(key, epoch, len(images.labels), recipe.batch_size)
+        state, totals = training.epoch(state, on_device, order, loop=True)
+        mean = totals.means["loss"]
+        shares.append(float(left(state.gates["logits"])))
+        checkpoints.save(epoch + 1, training, state, {"shares": shares})
         bar.set_postfix_str(f"loss {mean:.3f}, MACs expected {100 * shares[-1]:.1f} %")
         bar.update()
     bar.close()
-    return state.theta, shares
+    return state, shares
 
 
 def tested(
     config: Config,
     dataset: data.Dataset,
     images: Images,
-    model: models.ImageModel,
-    structure: Structure,
-    theta: train.Theta,
+    training: train.Training,
+    state: train.TrainingState,
     folder: Path,
 ) -> dict[str, Any]:
     """The network whose gates the rule has decided, before and after removal of what it
     closes; without the latter if a layer has closed."""
-    groups, reads = gated(config, structure), structure.groups
-    z = gating.deterministic(GATE, theta["gates"], RULE)
-    keep = {name: np.asarray(values) != 0 for name, values in z.items()}
-    params = units.apply_gates(theta["params"], z, groups)
-    exact = config.gates_on == "reads" or config.masked_norm
-    if config.gates_on == "maps" and config.masked_norm:
-        params = masked(params, groups, reads)
-    graph, _, statistics = nnx.split(model, nnx.Param, ...)
+    structure = training.structure
+    decision = training.decide(state, RULE)
+    keep = {name: np.asarray(values) != 0 for name, values in decision.z.items()}
     size = config.recipe.batch_size
-    whole = recalibrated(nnx.merge(graph, params, statistics, copy=True), images, size)
+    whole = recalibrated(training.whole_model(state, RULE), images, size)
     result: dict[str, Any] = {
         "kept": costs.exact(structure, keep) / costs.exact(structure),
         "widths": {name: int(each.sum()) for name, each in keep.items()},
@@ -359,9 +363,9 @@ def tested(
     }
     if all(each.any() for each in keep.values()):
         flags = {name: jnp.float32(each) for name, each in keep.items()}
-        closed = l0jax.nnx.fold(whole, flags, reads)
+        closed = l0jax.nnx.fold(whole, flags, structure.groups)
         small = l0jax.nnx.shrink(closed, keep, structure)
-        if not exact:
+        if config.gates_on == "maps" and not config.masked_norm:
             # Batch normalisation had made something of closed maps, which is gone.
             small = recalibrated(small, images, size)
         storage.save(small, folder / "shrunk")
@@ -376,20 +380,6 @@ def masked(params: Any, groups: Groups, reads: Groups) -> Any:
     largest = units.largest_use(magnitudes, groups)
     on = {name: jax.lax.stop_gradient(jnp.sign(v)) for name, v in largest.items()}
     return units.apply_gates(params, on, reads)
-
-
-def constraint_of(
-    config: Config, amounts: constraints.Amounts, steps: int
-) -> constraints.Constraint | None:
-    if config.target is None:
-        return None
-    told: dict[str, Any] = {
-        "warm_up": round(config.warm_up * steps),
-        "optimizer": optax.sgd(config.multiplier_rate),
-    }
-    if config.constraint == "lagrangian":
-        told |= {"restart": config.restart}
-    return constraints.CONSTRAINTS[config.constraint](amounts, config.target, **told)
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:
@@ -420,7 +410,7 @@ def cli() -> None:
     config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
     try:
         found = main(config)
-    except (ValueError, data.DataError, OSError) as error:
+    except (ValueError, FloatingPointError, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.wide_resnet: {error}") from None
     for result in found:
         shrunk = result.get("shrunk", {"test": math.nan})["test"]

@@ -139,7 +139,7 @@ class Learned:
         if isinstance(keep_prob, Mapping):
             keep_prob = tuple(keep_prob.items())
         rest = self.temperature, self.per_example, self.estimator, self.rule, self.only
-        return Learned, self.gate, keep_prob, rest
+        return type(self), self.gate, keep_prob, rest
 
     def groups(self, groups: Groups) -> Groups:
         """All, or those that are named."""
@@ -177,7 +177,7 @@ class Learned:
         now = self.at(own, step)
 
         def at(z):
-            return of(units.apply_gates(params, z, groups))
+            return of(self.fold(params, own, z, groups))
 
         if self.estimator is not None and isinstance(now, Bernoulli):
             logits = now.natural(own["logits"])

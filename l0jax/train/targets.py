@@ -31,6 +31,7 @@ class Target:
         how: by which of `constraints.CONSTRAINTS` it is enforced; "quadratic" ends at
             the target, the others at it or below.
         rate: of gradient ascent, for the multipliers.
+        restart: of "lagrangian": a multiplier is set to 0 where its constraint holds.
 
     Raises:
         ValueError: for a share outside (0, 1], a negative warm-up, a rate that isn't
@@ -42,6 +43,7 @@ class Target:
     warm_up: int = 0
     how: str = "quadratic"
     rate: float = 5e-3
+    restart: bool = True
 
     def __post_init__(self):
         if self.how not in constraints.CONSTRAINTS:
@@ -49,12 +51,15 @@ class Target:
                 f"unknown constraint {self.how!r}; there is "
                 f"{', '.join(constraints.CONSTRAINTS)}"
             )
-        shares = self.share if isinstance(self.share, Mapping) else {"": self.share}
+        shares = self.share
+        if not isinstance(shares, Mapping):
+            shares = {self.name: shares}
         for name, share in shares.items():
             # (A member's target in a sweep is traced, and has no value to check.)
             if isinstance(share, float | int) and not 0 < share <= 1:
-                of = f" of {name!r}" if name else ""
-                raise ValueError(f"a target{of} must lie in (0, 1], got {share}")
+                raise ValueError(
+                    f"the target of {name!r} must lie in (0, 1], got {share}"
+                )
         if self.warm_up < 0:
             raise ValueError(f"warm_up must be at least 0 steps, got {self.warm_up}")
         if not self.rate > 0:
@@ -76,7 +81,7 @@ class Target:
         share = self.share
         if isinstance(share, Mapping):
             share = tuple(share.items())
-        return self.cost, share, self.warm_up, self.how, self.rate
+        return self.cost, share, self.warm_up, self.how, self.rate, self.restart
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,10 +119,12 @@ class Budget:
 
     def constraint(self, amounts: Amounts) -> Constraint:
         """What is added to the loss, and its multipliers."""
-        target, optimizer = self.target, optax.sgd(self.target.rate)
-        return constraints.CONSTRAINTS[target.how](
-            amounts, target.share, optimizer=optimizer, warm_up=target.warm_up
-        )
+        target = self.target
+        named: dict[str, Any] = {"warm_up": target.warm_up}
+        if target.how == "lagrangian":
+            named["restart"] = target.restart
+        make = constraints.CONSTRAINTS[target.how]
+        return make(amounts, target.share, optimizer=optax.sgd(target.rate), **named)
 
     def left(self, keep: Keep, structure: Structure) -> dict[str, float]:
         """What is left of a network as it is trained if only such units are kept, as

@@ -94,6 +94,8 @@ class Training:
         target: what may be left, instead of a price.
         weight_decay: coefficient of ½‖θ‖², of which the norm of a unit counts by the
             probability that it is there (Louizos et al. 2018, appendix A).
+        detached: weight decay shrinks weights only, and closes no gates (as in the code
+            of Gallego-Posada et al. 2022).
         charges: which weights a unit pays for, by default those that read it.
         penalty: anything else that is added to the loss, a function of the parameters.
         optimizer: of the parameters.
@@ -125,6 +127,7 @@ class Training:
         price: float | Mapping[str, float] | None = None,
         target: Target | None = None,
         weight_decay: float = 0.0,
+        detached: bool = False,
         charges: Callable[[Groups], objectives.Charges] = objectives.charges_of,
         penalty: Penalty | None = None,
         optimizer: optax.GradientTransformation,
@@ -138,7 +141,8 @@ class Training:
         self.loss = loss
         self.gating = gating_of(gate)
         self.price, self.target = price, target
-        self.weight_decay, self.charges, self.penalty = weight_decay, charges, penalty
+        self.weight_decay, self.detached = weight_decay, detached
+        self.charges, self.penalty = charges, penalty
         self.optimizer = optimizer
         self.gate_optimizer = (
             optax.adam(5e-3) if gate_optimizer is None else gate_optimizer
@@ -192,7 +196,7 @@ class Training:
             self.network.key,
             self.loss,
             self.gating.key,
-            (price, self.target and self.target.key, self.weight_decay),
+            (price, self.target and self.target.key, self.weight_decay, self.detached),
             (self.charges, self.penalty, self.optimizer, self.gate_optimizer),
             (self.polyak, self.mesh, self.compute),
             tuple(self.structure.groups.items()),
@@ -295,6 +299,7 @@ class Training:
                 1,
                 weight_decay=self.weight_decay,
                 charges=self._charges(self._gated),
+                detached=self.detached,
             )
         elif self.weight_decay:
             self._objective = objectives.penalty(
