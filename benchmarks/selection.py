@@ -77,11 +77,11 @@ def main(arguments) -> list[dict]:
     # ------------------------------------------------- the training that follows
     graph, _ = nnx.split(model)
     small = l0jax.nnx.shrink(nnx.merge(graph, params), keep, structure)
-    trainer = Trainer(small, images, SMALL.tune)
-    trainer.epoch(0, jax.random.key(0))
+    trainer = Trainer(small, images, SMALL.tune, jax.random.key(0))
+    trainer.epoch(0)
     begun = time.perf_counter()
     for epoch in range(EPOCHS_MEASURED):
-        trainer.epoch(epoch, jax.random.key(0))
+        trainer.epoch(epoch)
     epoch_seconds = (time.perf_counter() - begun) / EPOCHS_MEASURED
     training = SMALL.tune.epochs * epoch_seconds
 

@@ -14,7 +14,6 @@ import bisect
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +37,7 @@ from experiments.image_training import (
     images_of,
     normalised,
 )
-from l0jax import costs, gating, methods, models, storage, units
+from l0jax import costs, gating, methods, models, storage, train, units
 from l0jax.methods import discrimination, slimming
 from l0jax.methods.discrimination import Chosen, Head, Selection, Stage
 from l0jax.methods.keeping import count_left, keep_above, keep_top
@@ -359,24 +358,19 @@ class Run:
         self, name: str, model: models.Model, recipe: Recipe, **how: Any
     ) -> Trainer[models.Model]:
         """A trainer at its end, from its checkpoints if there are some."""
-        trainer = Trainer(model, self.images, recipe, **how)
-        checkpoints = storage.Checkpoints(
+        trainer = Trainer(model, self.images, recipe, self.named(name), **how)
+        checkpoints = train.Checkpoints(
             self.folder / "checkpoints" / f"{name}-{self.seed}"
         )
-        found = checkpoints.restore(lambda _: trainer.state, tqdm.write)
-        first = 0
-        if found is not None:
-            self.resumed = True
-            first, trainer.state, _ = found
+        _, trainer.state, first = checkpoints.restore(trainer.training, trainer.key)
+        self.resumed |= first > 0
         bar = self.bar(f"{name} seed {self.seed}", recipe.epochs, first, "epoch")
         for epoch in range(first, recipe.epochs):
-            loss = trainer.epoch(epoch, self.named(name))
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"{name}: the loss is {loss} in epoch {epoch + 1}; lower the "
-                    "learning rate"
-                )
-            checkpoints.save(epoch + 1, trainer.state, {"loss": loss})
+            try:
+                loss = trainer.epoch(epoch)
+            except FloatingPointError as error:
+                raise ValueError(f"{name}, epoch {epoch + 1}: {error}") from None
+            checkpoints.save(epoch + 1, trainer.training, trainer.state)
             bar.set_postfix_str(f"loss {loss:.3f}")
             bar.update()
         bar.close()
@@ -456,7 +450,7 @@ def discriminating(
                 model,
                 config.heads,
                 heads=own,
-                groups=structure.groups,
+                structure=structure,
                 keep=keep,
             )
             model = closed(trainer.trained(), keep, structure)

@@ -19,11 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree, UInt8
 
 from experiments import data
-from l0jax import units
+from l0jax import train
 from l0jax.dataflow import dataflow
 from l0jax.methods.discrimination import Head
 from l0jax.methods.task import cross_entropy
-from l0jax.units import Groups
+from l0jax.structure import Structure
 
 PADDING = 4
 """Pixels of zero around an image before it is cropped at random."""
@@ -57,16 +57,6 @@ class Images(NamedTuple):
     labels: Int32[Array | np.ndarray, " n"]
     mean: Float[np.ndarray, " c"]
     deviation: Float[np.ndarray, " c"]
-
-
-class State(NamedTuple):
-    """All that training changes."""
-
-    params: PyTree
-    statistics: PyTree
-    heads: dict[str, tuple[PyTree, PyTree]]
-    optimizer: Any
-    step: Array
 
 
 def images_of(dataset: data.Dataset, examples: int | None = None) -> Images:
@@ -128,9 +118,14 @@ class Trainer(Generic[Model]):
         model: where it starts; its own arrays are not changed.
         images: the training images.
         recipe: how it is trained.
+        key: from which all that is random is derived.
         heads: additional classifiers, by the kernel after which they are attached.
-        keep: units that stay closed, `{group: flags}`, of `groups`.
+        structure: of the network, if units stay closed.
+        keep: which units don't stay closed, `{group: flags}`.
         penalty: added to the loss, a function of the parameters.
+
+    Attributes:
+        training, state: what is trained, and how far.
     """
 
     def __init__(
@@ -138,9 +133,10 @@ class Trainer(Generic[Model]):
         model: Model,
         images: Images,
         recipe: Recipe,
+        key: PRNGKeyArray,
         *,
         heads: Mapping[str, Head] | None = None,
-        groups: Groups | None = None,
+        structure: Structure | None = None,
         keep: Mapping[str, np.ndarray] | None = None,
         penalty: Callable[[PyTree], Array] | None = None,
     ):
@@ -149,125 +145,96 @@ class Trainer(Generic[Model]):
                 f"{len(images.images)} training images don't fill a batch of "
                 f"{recipe.batch_size}"
             )
-        self.recipe = recipe
-        self.images = Images(*jax.tree.map(jnp.asarray, images))
         self.per_epoch = len(images.images) // recipe.batch_size
+        self.heads = tuple(heads or ())
         steps = self.per_epoch * recipe.epochs
-        training = nnx.clone(model)
-        training.train()
-        self.graph, params, statistics = nnx.split(training, nnx.Param, ...)
-        self.heads = {}
-        of_heads = {}
-        for name, head in (heads or {}).items():
-            own = nnx.clone(head)
-            own.train()
-            self.heads[name], weights, rest = nnx.split(own, nnx.Param, ...)
-            of_heads[name] = weights, rest
+        both: Any = nnx.clone(model)
+        if heads:
+            both.heads = nnx.List([nnx.clone(head) for head in heads.values()])
         # The additional losses move the weights before the network's own does
-        # (algorithm S1 of Zhuang et al.), each with momentum of its own.
-        self.optimizer = optimizer_of(recipe, steps)
-        moved = {"params": params, "heads": {n: p for n, (p, _) in of_heads.items()}}
-        pairs = 2 if heads else 1
-        started = State(
-            params,
-            statistics,
-            of_heads,
-            tuple(self.optimizer.init(moved) for _ in range(pairs)),
-            jnp.zeros((), jnp.int32),
+        # (algorithm S1 of Zhuang et al.), each by a step of its own. Of SGD with
+        # momentum these are a step by the sum, but that the weights decay in both.
+        decayed = dataclasses.replace(
+            recipe, weight_decay=recipe.weight_decay * (2 if heads else 1)
         )
-        # Copies, for a step gives the buffers of its state away.
-        self.state = jax.tree.map(lambda a: jnp.array(a, copy=True), started)
-        gates = None
-        if keep is not None and groups is not None:
-            gates = {name: jnp.float32(flags) for name, flags in keep.items()}
-        self._step = jax.jit(
-            functools.partial(self._turn, gates, groups, penalty), donate_argnums=0
+        self.recipe, self.data = recipe, _on_device(images)
+        self.training = train.Training(
+            both,
+            functools.partial(_loss, self.heads, recipe.augment, _colours(images)),
+            structure=structure if keep else None,
+            gate=train.Chosen(keep) if keep else None,
+            penalty=penalty,
+            optimizer=optimizer_of(decayed, steps),
         )
+        self.key, self.state = key, self.training.start(key)
 
-    def epoch(self, number: int, key: PRNGKeyArray) -> float:
+    def epoch(self, number: int) -> float:
         """Trains once over the images; the mean loss. Epoch `number` of a key is always
-        the same."""
-        key = jax.random.fold_in(key, number)
-        order = jax.random.permutation(key, len(self.images.labels))
+        the same.
+
+        Raises:
+            FloatingPointError: if it is not finite.
+        """
+        key = jax.random.fold_in(self.key, number)
+        order = jax.random.permutation(key, len(self.data[1]))
         order = order[: self.per_epoch * self.recipe.batch_size]
-        losses = []
-        for batch in order.reshape(self.per_epoch, -1):
-            self.state, loss = self._step(self.state, batch, key, self.images)
-            losses.append(loss)
-        return float(jnp.stack(losses).mean())
+        self.state, totals = self.training.epoch(
+            self.state, self.data, order.reshape(self.per_epoch, -1), loop=True
+        )
+        return totals.means["loss"]
 
     def trained(self) -> Model:
         """The network as it is now, in evaluation mode."""
-        model = nnx.merge(self.graph, self.state.params, self.state.statistics)
-        model = nnx.clone(model)
-        model.eval()
+        model = self._both()
+        if self.heads:
+            del model.heads
         return model
 
     def trained_heads(self) -> dict[str, Head]:
         """The additional classifiers as they are now, in evaluation mode."""
-        found = {}
-        for name, graph in self.heads.items():
-            found[name] = nnx.clone(nnx.merge(graph, *self.state.heads[name]))
-            found[name].eval()
-        return found
+        if not self.heads:
+            return {}
+        return dict(zip(self.heads, map(nnx.clone, self._both().heads), strict=True))
 
-    def _turn(self, gates, groups, penalty, state, batch, key, images):
-        x = normalised(images.images[batch], images)
-        labels = images.labels[batch]
-        if self.recipe.augment:
-            x = augmented(jax.random.fold_in(key, state.step), x)
+    def _both(self) -> Any:
+        network = self.training.network
+        return network.whole(network.tree(self.state.params, self.state.rest))
 
-        def run(params, x):
-            if gates is not None:
-                params = units.apply_gates(params, gates, groups)
-            net = nnx.merge(self.graph, params, state.statistics, copy=True)
-            logits = net(x)
-            return logits, nnx.split(net, nnx.Param, ...)[2]
 
-        def losses(moved):
-            """The network's own loss, and the sum of the additional ones."""
-            params, extra = moved["params"], {}
-            if not self.heads:
-                logits, statistics = run(params, x)
-            else:
-                flow = dataflow(run, params, x)
-                at = {name: flow.after(name) for name in self.heads}
-                wanted = [*flow.outs, *at.values()]
-                values = flow.evaluate(flow.known(params, x), wanted)
-                shapes = jax.eval_shape(run, params, x)
-                found = values[: len(flow.outs)]
-                logits, statistics = jax.tree.unflatten(
-                    jax.tree.structure(shapes), found
-                )
-                for name, value in zip(at, values[len(flow.outs) :], strict=True):
-                    graph, (_, rest) = self.heads[name], state.heads[name]
-                    head = nnx.merge(graph, moved["heads"][name], rest, copy=True)
-                    extra[name] = (head(value), nnx.split(head, nnx.Param, ...)[2])
-            own = cross_entropy(logits, labels).mean()
-            if penalty is not None:
-                own = own + penalty(params)
-            others = [cross_entropy(y, labels).mean() for y, _ in extra.values()]
-            beside = sum(others, jnp.zeros(()))
-            rest = {name: written for name, (_, written) in extra.items()}
-            return (own, beside), (statistics, rest)
+def _on_device(images: Images) -> tuple[Array, Array]:
+    return jnp.asarray(images.images), jnp.asarray(images.labels)
 
-        moved: Any = {
-            "params": state.params,
-            "heads": {name: params for name, (params, _) in state.heads.items()},
-        }
-        (own, beside), pull, (statistics, rest) = jax.vjp(losses, moved, has_aux=True)
-        optimizers = list(state.optimizer)
-        one, none = jnp.ones(()), jnp.zeros(())
-        turns = [(one, none)] if len(optimizers) == 1 else [(none, one), (one, none)]
-        for i, turn in enumerate(turns):
-            (slopes,) = pull(turn)
-            updates, optimizers[i] = self.optimizer.update(slopes, optimizers[i], moved)
-            moved = jax.tree.map(jnp.add, moved, updates)
-        heads = {name: (moved["heads"][name], rest[name]) for name in state.heads}
-        after = State(
-            moved["params"], statistics, heads, tuple(optimizers), state.step + 1
-        )
-        return after, own + beside
+
+def _colours(images: Images) -> Images:
+    """What normalises colours, without the images."""
+    return images._replace(images=images.images[:0], labels=images.labels[:0])
+
+
+def _loss(heads: tuple[str, ...], augment: bool, of: Images, model, batch, key):
+    """The network's own loss and the additional ones."""
+    pixels, labels = batch
+    x = normalised(pixels, of)
+    if augment:
+        x = augmented(key, x)
+    if not heads:
+        return cross_entropy(model(x), labels).mean(), {}
+    graph, params, before = nnx.split(model, nnx.Param, ...)
+
+    def run(params, x):
+        net = nnx.merge(graph, params, before, copy=True)
+        logits = net(x)
+        return logits, nnx.split(net, nnx.Param, ...)[2]
+
+    flow = dataflow(run, params, x)
+    wanted = [*flow.outs, *(flow.after(name) for name in heads)]
+    values = flow.evaluate(flow.known(params, x), wanted)
+    outs, reached = values[: len(flow.outs)], values[len(flow.outs) :]
+    tree = jax.tree.structure(jax.eval_shape(run, params, x))
+    logits, statistics = jax.tree.unflatten(tree, outs)
+    nnx.update(model, statistics)
+    found = [logits, *(head(y) for head, y in zip(model.heads, reached, strict=True))]
+    losses = [cross_entropy(each, labels).mean() for each in found]
+    return sum(losses[1:], losses[0]), {}
 
 
 def error(model: nnx.Module, split: data.Split, of: Images, batch: int = 500) -> float:

@@ -59,9 +59,9 @@ images = images_of(digits)
 # %%
 def train(model, epochs, rate, **how):
     recipe = Recipe(epochs=epochs, batch_size=64, learning_rate=rate, augment=False)
-    trainer = Trainer(model, images, recipe, **how)
+    trainer = Trainer(model, images, recipe, key, **how)
     for epoch in range(epochs):
-        trainer.epoch(epoch, key)
+        trainer.epoch(epoch)
     return trainer
 
 
@@ -155,7 +155,7 @@ def discriminating(selection):
     model, keep, losses = base, {}, {}
     for number, stage in enumerate(stages):
         own = {n: head for n, head in heads.items() if n == stage.kernel}
-        trainer = train(model, 2, 0.01, heads=own, groups=structure.groups, keep=keep)
+        trainer = train(model, 2, 0.01, heads=own, structure=structure, keep=keep)
         flags = {name: jnp.float32(kept) for name, kept in keep.items()}
         model = l0jax.nnx.fold(trainer.trained(), flags, structure.groups)
         now = methods.task(model, structure, x, task.labels.reshape(-1), 128)

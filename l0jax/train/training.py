@@ -28,11 +28,12 @@ from l0jax import gating, objectives, units
 from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
 from l0jax.structure import Structure
+from l0jax.tracing import trace
 from l0jax.train import averages, compacting, deciding, epochs
 from l0jax.train.compacting import Compaction
 from l0jax.train.deciding import Decision
 from l0jax.train.epochs import Totals
-from l0jax.train.gatings import Learned, gating_of
+from l0jax.train.gatings import Learned, Ungated, gating_of
 from l0jax.train.networks import Network, network
 from l0jax.train.targets import Budget, Target, sizes_of
 from l0jax.units import Group, Groups, Keep
@@ -162,8 +163,11 @@ class Training:
         self._derive()
 
     def _read(self, example: PyTree) -> Structure:
-        if example is None and isinstance(self.gating.key, type):
-            example = ()
+        if example is None and isinstance(self.gating, Ungated):
+            # What is trained as it is has no units to be known.
+            network = self.network
+            tree = network.tree(network.params, network.rest)
+            return trace(lambda _: jnp.zeros(()), tree).only()
         if example is None:
             raise ValueError(
                 "the units are read from the model with an example of its inputs: give "
