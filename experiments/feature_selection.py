@@ -13,8 +13,8 @@ random.
 On one core it takes a quarter of a minute: 6.6 features of 30 are kept, with which
 95.4 % of the test examples are right; with all 97.0 %, with as many at random 93.4 %.
 (Of 20 splits 6.3, and 95.7, 97.6 and 90.2 %.) Which are kept differs between seeds, for
-many measure the same; one wrong example of the 114 is 0.9 %. (Accuracy would choose λ badly: on so few examples it is often 100 %,
-whose standard error is 0.)
+many measure the same; one wrong example of the 114 is 0.9 %. (Accuracy would choose λ
+badly: on so few examples it is often 100 %, whose standard error is 0.)
 """
 
 import dataclasses

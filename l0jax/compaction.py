@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from l0jax import units
-from l0jax.units import Groups
+from l0jax.units import Group, Groups
 
 Counts = dict[str, Int[np.ndarray, " units"]]
 
@@ -34,17 +34,21 @@ def closed(
         groups: where the units lie, and the weights if those are gated.
         below: the probability.
     """
-    removable = {
-        name: group
-        for name, group in groups.items()
-        # Single weights can't be taken out of an array.
-        if any(slot.axis is not None for slot in group.used_by)
-    }
+    those = removable(groups)
     ones = jax.tree.map(jnp.ones_like, params)
     sizes = jax.tree.map(jnp.abs, units.apply_gates(params, z, groups))
-    decided = units.largest_use(sizes, removable)
-    likely = units.largest_use(units.apply_gates(ones, prob_active, groups), removable)
-    return {n: (decided[n] == 0) & (likely[n] < below) for n in removable}
+    decided = units.largest_use(sizes, those)
+    likely = units.largest_use(units.apply_gates(ones, prob_active, groups), those)
+    return {n: (decided[n] == 0) & (likely[n] < below) for n in those}
+
+
+def removable(groups: Groups) -> dict[str, Group]:
+    """The groups whose units can be taken out of arrays: none of single weights."""
+    return {
+        name: group
+        for name, group in groups.items()
+        if any(slot.axis is not None for slot in group.used_by)
+    }
 
 
 def count(

@@ -767,7 +767,22 @@ def test_single_weights_are_gated_and_units_go_with_them():
     assert smaller.structure.groups["first"].size == 45
     assert left.gates["logits"]["second.kernel"].shape == (45 * 32,)
     assert left.params["second"]["kernel"].shape == (45, 32)
+    shapes = jax.tree.map(jnp.shape, left._replace(key=()))
+    begun = smaller.start(jax.random.key(0))._replace(key=())
+    assert jax.tree.map(jnp.shape, begun) == shapes
     smaller.step(left, next(models.batches(0)))
+
+
+def test_a_network_without_gates_ends_as_it_is():
+    training = train.Training(
+        models.Perceptron(nnx.Rngs(0)), models.loss, optimizer=SGD
+    )
+    state, _ = training.epoch(training.start(jax.random.key(0)), models.batches(0))
+    found = training.evaluate(state, models.validation())
+    images, labels = models.validation()[0]
+    small = training.finish(state)
+    wrong = (np.asarray(small(images)).argmax(-1) != labels).mean()
+    assert found["error"] == pytest.approx(wrong, abs=1e-6)
 
 
 def test_gates_of_an_unknown_group_are_refused():

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating, objectives, units
+from l0jax.compaction import removable
 from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
 from l0jax.structure import Structure
@@ -360,7 +361,7 @@ class Training:
             dual=() if self._constraint is None else self._constraint.init(),
             closed={
                 name: jnp.zeros(group.size, jnp.int32)
-                for name, group in self.structure.groups.items()
+                for name, group in removable(self.structure.groups).items()
                 if self._gated
             },
         )
@@ -703,6 +704,8 @@ class Training:
         deciding.warn_undecided(decision)
         params = self.folded(state, decision)
         tree = self.network.tree(params, state.rest)
+        if not self.structure.groups:
+            return self.network.whole(tree)
         keep = units.in_use(tree, self.structure.groups)
         return self.network.finished(jax.device_get(tree), keep, self.structure)
 
