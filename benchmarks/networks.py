@@ -558,15 +558,21 @@ def scan_over_layers():
     return Network(apply, dict(a), (normal(4, 3),), 3 + 5 + 6, (("up", 0), ("head", 1)))
 
 
-@network
-def mixture_of_experts():
-    """All experts, weighed by the scores that a router gives them."""
+def of_experts():
+    """Arrays of a layer of experts, and its sizes."""
     a, size, experts, hidden = Arrays(), 6, 4, 5
     a("stem", 3, size)
     a("router", size, experts)
     a("up", experts, size, hidden)
     a("down", experts, hidden, size)
     a("head", size, 2)
+    return a, size, experts, hidden
+
+
+@network
+def mixture_of_experts():
+    """All experts, weighed by the scores that a router gives them."""
+    a, size, experts, hidden = of_experts()
 
     def apply(p, x):
         x = x @ p["stem"]
@@ -581,12 +587,7 @@ def mixture_of_experts():
 @network
 def routed_experts():
     """The two best experts of each token: which ones is an order of scores."""
-    a, size, experts, hidden = Arrays(), 6, 4, 5
-    a("stem", 3, size)
-    a("router", size, experts)
-    a("up", experts, size, hidden)
-    a("down", experts, hidden, size)
-    a("head", size, 2)
+    a, size, _, hidden = of_experts()
 
     def apply(p, x):
         x = x @ p["stem"]

@@ -71,6 +71,6 @@ def alive(
     """
     keep = {name: each < evaluations for name, each in counts.items()}
     for flags in keep.values():
-        if not flags.any():
+        if flags.size and not flags.any():
             flags[0] = True
     return keep

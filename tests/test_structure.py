@@ -746,7 +746,7 @@ def test_gradients_of_random_networks_are_those_of_what_is_left(data):
     assert_same_gradients(apply, params, (net.x,), structure, keep, 1e-9)
 
 
-@random_networks(40)
+@random_networks(8)
 def test_code_that_reads_sizes_from_arrays_runs_on_smaller_ones(data):
     net, apply, structure, keep, masked = drawn(data)
     # (Means are then over fewer units; and it reshapes to -1.)

@@ -69,8 +69,7 @@ def compact(
     state = state._replace(
         closed={name: jnp.asarray(each, jnp.int32) for name, each in closed.items()}
     )
-    keep = {name: each < policy.after for name, each in closed.items()}
-    keep = _with_one_left(keep)
+    keep = compaction.alive(closed, policy.after)
     keep = _with_room(training, keep, policy.room)
     if all(flags.all() for flags in keep.values()):
         return training, training.placed(state)
@@ -106,17 +105,6 @@ def _closed(training: "Training", below: float, state: "TrainingState"):
     return compaction.closed(params, z, active, groups, below)
 
 
-def _with_one_left(keep: Keep) -> dict[str, np.ndarray]:
-    """One unit stays of a group of which all are dead: the arrays that training goes on
-    with have elements."""
-    kept = {}
-    for name, flags in keep.items():
-        kept[name] = np.array(flags, bool)
-        if kept[name].size and not kept[name].any():
-            kept[name][0] = True
-    return kept
-
-
 def _with_room(training: "Training", keep: Keep, room: float) -> dict[str, np.ndarray]:
     """Of the units that may be taken out, those without which what is left can still be
     as much as the target and some more: group by group."""
@@ -139,7 +127,6 @@ def without(
     """See `Training.without`."""
     structure = training.structure
     state = jax.device_get(state)
-    theta = {"params": state.params, "gates": state.gates}
     tree = training.network.tree(state.params, state.rest)
     keep = units.left(tree, keep, structure.groups)
     trees = [tree]
@@ -147,17 +134,16 @@ def without(
         trees.append(training.network.tree(state.average["params"], state.rest))
     smaller, left = training.network.smaller(trees, keep, structure)
     masks = _masks_of_params(training, tree, keep)
-    gates = _gates(state.gates, keep)
     average = state.average
     if training.polyak:
         average = {
             "params": left[1][0],
-            "gates": _gates(state.average["gates"], keep),
+            "gates": _of_groups(state.average["gates"], keep),
         }
     params, rest = left[0]
     opt_state = {
-        "params": _moments(state.opt_state["params"], theta["params"], params, masks),
-        "gates": _moments_of_gates(state.opt_state["gates"], theta["gates"], keep),
+        "params": _moments(state.opt_state["params"], state.params, masks),
+        "gates": _of_groups(state.opt_state["gates"], keep),
     }
     other = copy.copy(training)
     other.network = smaller
@@ -170,7 +156,7 @@ def without(
     closed: Any = {n: np.asarray(a)[keep[n]] for n, a in state.closed.items()}
     after = state._replace(
         params=params,
-        gates=gates,
+        gates=_of_groups(state.gates, keep),
         rest=rest,
         opt_state=opt_state,
         average=average,
@@ -189,44 +175,22 @@ def _masks_of_params(training, tree: PyTree, keep: Keep) -> units.Masks:
     }
 
 
-def _gates(own: PyTree, keep: Keep) -> PyTree:
-    """What a gating trains, of the units that are kept: arrays by group."""
-    return _cut_last(own, keep)
-
-
-def _cut_last(tree: PyTree, keep: Keep) -> PyTree:
-    """Arrays whose path ends with a group's name, without the units that go."""
+def _of_groups(tree: PyTree, keep: Keep) -> PyTree:
+    """What a gating trains, or an optimiser keeps for it, of the units that are kept:
+    arrays whose path ends with the name of a group."""
 
     def cut(key_path, leaf):
-        name = _group_of(key_path, keep)
-        return leaf if name is None else np.asarray(leaf)[keep[name]]
+        last = getattr(key_path[-1], "key", None) if key_path else None
+        if not isinstance(last, str) or last not in keep:
+            return leaf
+        if np.shape(leaf) != keep[last].shape:
+            raise ValueError(_told_apart(key_path, leaf, keep[last].shape))
+        return np.asarray(leaf)[keep[last]]
 
     return jax.tree_util.tree_map_with_path(cut, tree)
 
 
-def _group_of(key_path, keep: Keep) -> str | None:
-    """The group whose name is the last key of a path."""
-    last = getattr(key_path[-1], "key", None) if key_path else None
-    return last if isinstance(last, str) and last in keep else None
-
-
-def _moments_of_gates(opt_state: PyTree, own: PyTree, keep: Keep) -> PyTree:
-    sizes = {name: len(flags) for name, flags in keep.items()}
-
-    def cut(key_path, leaf):
-        name = _group_of(key_path, keep)
-        if name is None:
-            return leaf
-        if np.shape(leaf) != (sizes[name],):
-            raise ValueError(_told_apart(key_path, leaf, (sizes[name],)))
-        return np.asarray(leaf)[keep[name]]
-
-    return jax.tree_util.tree_map_with_path(cut, opt_state)
-
-
-def _moments(
-    opt_state: PyTree, params: PyTree, smaller: PyTree, masks: units.Masks
-) -> PyTree:
+def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
     """What an optimiser keeps for the parameters that are left."""
     shapes = {path: np.shape(leaf) for path, leaf in units.arrays(params).items()}
     longest_first = sorted(shapes, key=len, reverse=True)

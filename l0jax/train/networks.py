@@ -183,6 +183,23 @@ class Module:
         return nnx.merge(self.graph_evaluated, tree, copy=True)
 
 
+class _Applied:
+    """What is called as a function of its arrays in evaluation: `_evaluated(tree,
+    *inputs)`."""
+
+    def structure(self: Any, inputs):
+        """Of the outputs in evaluation; what is written is none of them."""
+        return trace(self._evaluated, self.tree(self.params, self.rest), *inputs)
+
+    def finished(self: Any, tree, keep, structure):
+        """A function of smaller arrays, and these."""
+        return narrow(structure, tree, keep)
+
+    def whole(self: Any, tree):
+        """A function of all arrays, and these."""
+        return self._evaluated, tree
+
+
 # ---------------------------------------------------------------------------- Linen
 
 
@@ -215,7 +232,7 @@ def linen(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linen:
+class Linen(_Applied):
     """A Linen module and its variables; see `linen`."""
 
     module: nn.Module
@@ -253,10 +270,6 @@ class Linen:
 
         return apply, lambda: now
 
-    def structure(self, inputs):
-        """Of the module as it is called in evaluation."""
-        return trace(self._evaluated, self.tree(self.params, self.rest), *inputs)
-
     def _evaluated(self, variables, *inputs):
         return self.module.apply(variables, *inputs, **dict(self.evaluation))
 
@@ -279,14 +292,6 @@ class Linen:
         params, rest = left[0]
         return dataclasses.replace(small, params=params, rest=rest), left
 
-    def finished(self, tree, keep, structure):
-        """A function of smaller variables, and these."""
-        return narrow(structure, tree, keep)
-
-    def whole(self, tree):
-        """A function of variables, and these."""
-        return self._evaluated, tree
-
 
 # ------------------------------------------------------------------------- functions
 
@@ -305,7 +310,7 @@ def function(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Function:
+class Function(_Applied):
     """A plain function and its arrays; see `function`."""
 
     apply: Callable[..., Any]
@@ -336,10 +341,6 @@ class Function:
 
         return call, lambda: now
 
-    def structure(self, inputs):
-        """Of its outputs; the rest that it writes is none of them."""
-        return trace(self._evaluated, self.tree(self.params, self.rest), *inputs)
-
     def _evaluated(self, tree, *inputs):
         if self.rest is None:
             return self.apply(tree, *inputs)
@@ -359,14 +360,6 @@ class Function:
             left.append(both)
         params, rest = left[0]
         return dataclasses.replace(self, params=params, rest=rest), left
-
-    def finished(self, tree, keep, structure):
-        """A function of smaller arrays, and these."""
-        return narrow(structure, tree, keep)
-
-    def whole(self, tree):
-        """A function of all arrays, and these."""
-        return self._evaluated, tree
 
 
 def _check_same(whole, small, tree, keep: Keep, structure: Structure) -> None:

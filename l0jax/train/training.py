@@ -158,9 +158,8 @@ class Training:
         self.whole = structure
         self.alive = {n: np.ones(g.size, bool) for n, g in structure.groups.items()}
         self._check()
-        self._sizes = sizes_of(
-            self.network.params, self.gated, self._charges(self.gated)
-        )
+        gated = self.gated
+        self._sizes = sizes_of(self.network.params, gated, self.charges(gated))
         self._derive()
 
     def _read(self, example: PyTree) -> Structure:
@@ -237,26 +236,20 @@ class Training:
     def _below(self, groups: Groups) -> dict[str, Group]:
         """Groups with the paths of parameters, and what lies in parameters alone."""
         prefix = self.network.below
+        paths = units.arrays(self.network.params).keys()
 
         def below(slots):
             return tuple(
                 dataclasses.replace(slot, path=slot.path.removeprefix(prefix))
                 for slot in slots
                 if slot.path.startswith(prefix)
-                and slot.path.removeprefix(prefix) in self._paths
+                and slot.path.removeprefix(prefix) in paths
             )
 
         return {
             name: Group(name, group.size, below(group.used_by), below(group.made_by))
             for name, group in groups.items()
         }
-
-    @property
-    def _paths(self) -> set[str]:
-        return set(units.arrays(self.network.params))
-
-    def _charges(self, groups: Groups) -> objectives.Charges:
-        return self.charges(groups)
 
     def _check(self) -> None:
         if not 0 <= self.polyak < 1:
@@ -276,21 +269,16 @@ class Training:
             raise ValueError(
                 "there is no group of units to gate:\n" + str(self.structure)
             )
-        for name, group in self.gating.groups(
-            self._below(self.structure.groups)
-        ).items():
-            used = self.structure.groups[name].used_by
-            if len(group.used_by) < len(used):
-                here = {slot.path for slot in group.used_by}
-                prefix = self.network.below
-                path = next(
-                    s.path for s in used if s.path.removeprefix(prefix) not in here
-                )
-                raise ValueError(
-                    f"the units of group {name!r} are read by {path!r}, which is no "
-                    f"parameter, so that no gate can be put there; leave the group out "
-                    f"with structure=…only(…)"
-                )
+        prefix = self.network.below
+        for name, group in self.gated.items():
+            here = {prefix + slot.path for slot in group.used_by}
+            for slot in self.structure.groups[name].used_by:
+                if slot.path not in here:
+                    raise ValueError(
+                        f"the units of group {name!r} are read by {slot.path!r}, which "
+                        "is no parameter, so that no gate can be put there; leave the "
+                        "group out with structure=…only(…)"
+                    )
 
     def _derive(self) -> None:
         """What follows from the settings, at the width that the network has."""
@@ -303,7 +291,7 @@ class Training:
                 price,
                 1,
                 weight_decay=self.weight_decay,
-                charges=self._charges(self._gated),
+                charges=self.charges(self._gated),
                 detached=self.detached,
             )
         elif self.weight_decay:
@@ -515,25 +503,22 @@ class Training:
                 )
             return value, (found, rest)
 
-        def whole(key):
+        def drawn(batch, key):
             return self.gating.value(
                 params, own, state.step, key, self._gated, lambda p: at(p, batch, key)
             )
 
         if not alone:
-            return whole(key)
+            return drawn(batch, key)
 
         def one(key, example):
-            batch = jax.tree.map(lambda a: a[None], example)
-            return self.gating.value(
-                params, own, state.step, key, self._gated, lambda p: at(p, batch, key)
-            )
+            return drawn(jax.tree.map(lambda a: a[None], example), key)
 
         examples = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
         keys = jax.random.split(key, examples.pop())
         value, (found, _) = jax.vmap(one)(keys, batch)
-        mean = jax.tree.map(lambda a: a.mean(0), (value, found))
-        return mean[0], (mean[1], state.rest)
+        value, found = jax.tree.map(lambda a: a.mean(0), (value, found))
+        return value, (found, state.rest)
 
     def task(
         self,
