@@ -307,9 +307,9 @@ def _whole(
     for path, value in now.params.items():
         shape, leaf = tuple(left.size(axis) for axis in value.axes), params[path]
         expected = (0, *shape[1:]) if path in gone else shape
-        if tuple(jnp.shape(leaf)) != expected:
+        if tuple(np.shape(leaf)) != expected:
             raise ValueError(
-                f"parameter {path!r} has shape {jnp.shape(leaf)}; of what is kept it "
+                f"parameter {path!r} has shape {np.shape(leaf)}; of what is kept it "
                 f"is {expected}"
             )
         whole[path] = jnp.zeros(shape, leaf.dtype) if path in gone else leaf

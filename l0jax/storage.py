@@ -233,10 +233,14 @@ def save_onnx(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
+    shapes = exporting.shapes(tuple(leaves), axes)
     try:
+        # A narrowed function is read again for these sizes, and remembers it. Within the
+        # conversion functions of JAX are others, which no rule knows.
+        jax.eval_shape(of_leaves, *shapes)
         jax2onnx.to_onnx(
             of_leaves,
-            exporting.shapes(tuple(leaves), axes),
+            shapes,
             model_name=file.stem,
             return_mode="file",
             output_path=str(file),
