@@ -235,7 +235,7 @@ def save_onnx(
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
     shapes = exporting.shapes(tuple(leaves), axes)
     try:
-        # A narrowed function is read again for these sizes, and remembers it. Within the
+        # A narrowed function is read again for these sizes and remembers it. Within the
         # conversion functions of JAX are others, which no rule knows.
         jax.eval_shape(of_leaves, *shapes)
         jax2onnx.to_onnx(
