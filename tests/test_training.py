@@ -256,19 +256,27 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path):
 # -------------------------------------------------------------------- law 11: one trace
 
 
-def test_a_width_is_compiled_once_and_equal_trainings_share_it():
-    core._step.clear_cache()
+def test_a_width_is_compiled_once_and_equal_trainings_share_it(monkeypatch):
+    taken, traced = core._take, []
+
+    def counted(training, *rest):
+        traced.append(training)
+        return taken(training, *rest)
+
+    monkeypatch.setattr(
+        core, "_step", jax.jit(counted, static_argnums=0, donate_argnums=1)
+    )
     widths = []
     begin = training_of()
     trained(begin, begin.start(jax.random.key(0)), widths=widths)
     different = {tuple(each.items()) for each in widths} | {
         tuple((n, g.size) for n, g in begin.structure.groups.items())
     }
-    assert core._step._cache_size() == len(different)
+    assert len(traced) == len(different) > 1
     again = training_of()
     assert again == begin
     trained(again, again.start(jax.random.key(1)), last=2)
-    assert core._step._cache_size() == len(different)
+    assert len(traced) == len(different)
     other = training_of(target=train.Target(costs.macs, 0.4, warm_up=STEPS // 2))
     assert other != begin
 
