@@ -18,9 +18,9 @@ from flax import nnx
 
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
-from experiments.image_training import Images
 from experiments.relocation import NETWORKS, parameters, removable
 from experiments.relocation_training import ARMS, Member, Program, split, stacked
+from experiments.tasks.images import Images
 from l0jax import models
 from l0jax.methods.relocation import remove
 

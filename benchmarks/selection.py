@@ -21,7 +21,7 @@ from benchmarks import measure
 from benchmarks.measure import entry
 from experiments.channel_pruning import prunable
 from experiments.channel_rows import SMALL
-from experiments.image_training import Images, Trainer, normalised, recalibrated
+from experiments.tasks.images import Images, Trainer, normalised, recalibrated
 from l0jax import methods, models
 from l0jax.methods import discrimination
 from l0jax.methods.keeping import count_left

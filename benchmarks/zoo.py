@@ -35,7 +35,7 @@ import l0jax
 from benchmarks import others
 from benchmarks.measure import RESULTS
 from benchmarks.others import Model
-from experiments import json_lines
+from experiments.harness import json_lines
 from l0jax import Structure, costs, units
 
 FILE = RESULTS / "zoo.jsonl"

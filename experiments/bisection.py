@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import json_lines, mnist, run_folder
+from experiments import mnist
+from experiments.harness import json_lines, run_folder
 
 RESULTS = Path(__file__).parent / "results" / "bisection.jsonl"
 

@@ -28,8 +28,9 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import data, json_lines, progress, run_folder
-from experiments.image_training import (
+from experiments.harness import json_lines, progress, run_folder
+from experiments.tasks import data
+from experiments.tasks.images import (
     Images,
     Recipe,
     Trainer,
@@ -59,7 +60,7 @@ class Config:
     method: tuple[str, ...] = ("dcp",)
     """which methods, or all"""
     dataset: str = "cifar10"
-    """a data set of `experiments.data`"""
+    """a data set of `experiments.tasks.data`"""
     model: str = "resnet20"
     """a network of `l0jax.models.PRESETS`"""
     width: float = 1.0

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from experiments import channel_rows
 from experiments.figures import BLUE, ORANGE, STYLE
-from experiments.printing import interval, markdown, mean_and_half_width
+from experiments.reports.printing import interval, markdown, mean_and_half_width
 from l0jax.methods.keeping import count_left
 
 FOLDER = Path(__file__).parent / "results" / "channel-pruning"

@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import channel_pruning, json_lines, row_names, run_folder
+from experiments import channel_pruning
 from experiments.channel_pruning import METHODS, Config
-from experiments.image_training import Recipe
+from experiments.harness import command_line, json_lines, run_folder
+from experiments.tasks.images import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "channel_pruning.jsonl"
 RUNS = Path("runs") / "channel_rows"
@@ -137,7 +138,7 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Runs rows by name."""
     if arguments.rows or not arguments.list:
-        row_names.check(arguments.rows, ROWS)
+        command_line.check_names(arguments.rows, ROWS)
     if arguments.list:
         for name, config in ROWS.items():
             print(f"{name}: {run_folder.settings_of(config, channel_pruning.UNTOLD)}")

@@ -25,7 +25,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import command_line, csv_lines, data, mnist, progress, run_folder
+from experiments import mnist
+from experiments.harness import command_line, csv_lines, progress, run_folder
+from experiments.tasks import data
 from l0jax import gates, gating, models, objectives, storage, train, units
 from l0jax.estimators import ESTIMATORS
 

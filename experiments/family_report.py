@@ -26,9 +26,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments import csv_lines, families, mnist
+from experiments import families, mnist
 from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
-from experiments.printing import interval, markdown, mean_and_half_width
+from experiments.harness import csv_lines
+from experiments.reports.printing import interval, markdown, mean_and_half_width
 from l0jax import gates
 
 Row = dict[str, str]

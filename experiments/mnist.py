@@ -28,7 +28,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import data, progress, run_folder
+from experiments.harness import progress, run_folder
+from experiments.tasks import data
 from l0jax import (
     compaction,
     constraints,

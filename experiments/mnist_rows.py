@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments import json_lines, mnist, row_names
+from experiments import mnist
+from experiments.harness import command_line, json_lines
 
 RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
 RUNS = Path("runs") / "rows"
@@ -207,7 +208,7 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Runs rows by name."""
     if arguments.rows or not arguments.list:
-        row_names.check(arguments.rows, ROWS)
+        command_line.check_names(arguments.rows, ROWS)
     if arguments.list:
         for name, row in ROWS.items():
             print(f"{name}: {mnist.scientific(row.config)}")

@@ -30,8 +30,7 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments import command_line, csv_lines, data, progress, run_folder
-from experiments.image_training import Images, images_of, normalised
+from experiments.harness import command_line, csv_lines, progress, run_folder
 from experiments.relocation_training import (
     ARMS,
     MAIN_ARMS,
@@ -46,6 +45,8 @@ from experiments.relocation_training import (
     split,
     stacked,
 )
+from experiments.tasks import data
+from experiments.tasks.images import Images, images_of, normalised
 from l0jax import gating, methods, models, storage
 from l0jax.methods import relocation
 from l0jax.methods.keeping import keep_top
@@ -118,7 +119,7 @@ class Config:
     model: str = "mlp"
     """a name in `NETWORKS`"""
     dataset: str | None = None
-    """a data set of `experiments.data`; by default that of the network"""
+    """a data set of `experiments.tasks.data`; by default that of the network"""
     heuristics: tuple[str, ...] = tuple(HEURISTICS)
     """which heuristics"""
     arms: tuple[str, ...] = MAIN_ARMS

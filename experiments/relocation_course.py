@@ -37,8 +37,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import csv_lines, data, progress, run_folder
 from experiments.figures import COLOURS, STYLE
+from experiments.harness import csv_lines, progress, run_folder
 from experiments.relocation import ADVERSARIES, HEURISTICS, OF_RESULTS, Config, Work
 from experiments.relocation_training import (
     ARMS,
@@ -49,6 +49,7 @@ from experiments.relocation_training import (
     split,
     stacked,
 )
+from experiments.tasks import data
 from l0jax import agnosticism, methods, units
 from l0jax.methods import LeastSquares, relocation
 from l0jax.methods.keeping import keep_top

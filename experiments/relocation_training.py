@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 import l0jax.nnx
-from experiments.image_training import Images, normalised
+from experiments.tasks.images import Images, normalised
 from l0jax import models, units
 from l0jax.dataflow import dataflow
 from l0jax.methods import relocation

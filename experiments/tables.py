@@ -20,13 +20,13 @@ from experiments import (
     channel_rows,
     families,
     family_report,
-    json_lines,
     mnist_rows,
     relocation_course,
     relocation_report,
     wide_resnet,
 )
-from experiments.printing import interval, markdown
+from experiments.harness import json_lines
+from experiments.reports.printing import interval, markdown
 
 ROOT = Path(__file__).parent.parent
 NOTES = Path(__file__).parent / "results" / "notes.md"

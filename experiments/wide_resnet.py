@@ -30,9 +30,11 @@ from jaxtyping import PRNGKeyArray
 from matplotlib.figure import Figure
 
 import l0jax.nnx
-from experiments import channel_pruning, data, json_lines, progress, run_folder
+from experiments import channel_pruning
 from experiments.figures import COLOURS, STYLE
-from experiments.image_training import (
+from experiments.harness import json_lines, progress, run_folder
+from experiments.tasks import data
+from experiments.tasks.images import (
     Images,
     Recipe,
     augmented,
@@ -93,7 +95,7 @@ class Config:
     keep_prob: float = 0.7
     """initial"""
     dataset: str = "cifar10_jpeg"
-    """a data set of `experiments.data`"""
+    """a data set of `experiments.tasks.data`"""
     depth: int = 10
     """6n + 4 layers"""
     factor: int = 1

@@ -37,8 +37,9 @@ import numpy as np
 from flax import nnx
 
 import l0jax
-from experiments import data, figures
-from experiments.image_training import Recipe, Trainer, error, images_of, normalised
+from experiments import figures
+from experiments.tasks import data
+from experiments.tasks.images import Recipe, Trainer, error, images_of, normalised
 from l0jax import methods, models
 from l0jax.methods import discrimination
 from l0jax.report import report

@@ -44,7 +44,8 @@ import optax
 from flax import nnx
 
 import l0jax
-from experiments import data, figures
+from experiments import figures
+from experiments.tasks import data
 from l0jax import (
     constraints,
     costs,

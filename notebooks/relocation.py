@@ -47,10 +47,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import data, figures
-from experiments.image_training import images_of, normalised
+from experiments import figures
 from experiments.relocation import ADVERSARIES, HEURISTICS, removable
 from experiments.relocation_training import member_of, stacked
+from experiments.tasks import data
+from experiments.tasks.images import images_of, normalised
 from l0jax import agnosticism, methods, models
 from l0jax.methods import relocation
 from l0jax.methods.task import cross_entropy

@@ -36,7 +36,8 @@ import optax
 from flax import nnx
 
 import l0jax
-from experiments import data, figures
+from experiments import figures
+from experiments.tasks import data
 from l0jax import costs, gates, gating, train
 
 plt.rcParams.update(figures.STYLE)

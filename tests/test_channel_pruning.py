@@ -13,7 +13,7 @@ from killing import killed_when, saves
 
 from experiments import channel_pruning
 from experiments.channel_pruning import METHODS, Config
-from experiments.image_training import Recipe
+from experiments.tasks.images import Recipe
 from l0jax import models, storage
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

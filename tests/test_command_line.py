@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from experiments import command_line, families, relocation
+from experiments import families, relocation
+from experiments.harness import command_line
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from experiments import data
+from experiments.tasks import data
 
 TFDS = ("mnist", "fashion_mnist", "kmnist")
 SIZES = {"train": 40, "test": 7}
@@ -212,7 +212,7 @@ def test_default_folder(
 
 def test_import_is_cheap():
     code = (
-        "import sys, experiments.data as data; print(*sys.modules);"
+        "import sys, experiments.tasks.data as data; print(*sys.modules);"
         "assert not {'sklearn', 'tensorflow_datasets', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -10,8 +10,9 @@ import matplotlib.style
 import numpy as np
 import pytest
 
-from experiments import families, family_report, mnist, printing
+from experiments import families, family_report, mnist
 from experiments.figures import STYLE
+from experiments.reports import printing
 from l0jax import gates, gating
 
 TINY = families.Config(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import json_lines
+from experiments.harness import json_lines
 
 
 def test_what_was_written_is_read(tmp_path):

@@ -30,7 +30,9 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from scipy.interpolate import RegularGridInterpolator
 
-from experiments import data, mnist, mnist_rows, run_folder
+from experiments import mnist, mnist_rows
+from experiments.harness import run_folder
+from experiments.tasks import data
 from l0jax import costs, gates, models, storage, train, units
 from l0jax.estimators import ESTIMATORS
 

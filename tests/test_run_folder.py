@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import run_folder
+from experiments.harness import run_folder
 from l0jax import costs
 
 SETTINGS = {"dataset": "digits", "lam": [0.1, 0.2], "beta_end": None, "seed": 0}

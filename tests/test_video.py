@@ -12,7 +12,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.linear_model import RidgeClassifier
 from tensorflow_datasets.core.shuffle import Shuffler
 
-from experiments import data, video
+from experiments.tasks import data, video
 
 STEPS = np.array(list(video.DIRECTIONS.values()))
 CLASSES = len(STEPS)

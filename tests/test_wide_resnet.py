@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from killing import killed_when, saves
 
-from experiments import channel_pruning, json_lines, wide_resnet
-from experiments.image_training import Recipe
+from experiments import channel_pruning, wide_resnet
+from experiments.harness import json_lines
+from experiments.tasks.images import Recipe
 from experiments.wide_resnet import Config, made_by
 from l0jax import costs, models, storage, train, units
 from l0jax.models import PreActivationResNet

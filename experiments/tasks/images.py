@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree, UInt8
 
-from experiments import data
+from experiments.tasks import data
 from l0jax import train
 from l0jax.dataflow import dataflow
 from l0jax.methods.discrimination import Head

@@ -11,12 +11,13 @@ import io
 import os
 import queue
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+
+from experiments.tasks import video
+from experiments.tasks.dataset import DataError, Dataset, Split
 
 DATASETS = (
     "digits",
@@ -27,7 +28,7 @@ DATASETS = (
     "cifar100",
     "cifar10_jpeg",
 )
-# Of clips, with an axis of frames before the height; see `experiments.video`.
+# Of clips, with an axis of frames before the height; see `experiments.tasks.video`.
 VIDEOS = ("motion", "ucf101")
 # Not of TFDS' catalogue: CIFAR-10 stored as JPEG, where somebody has prepared it so.
 # That loses a little of the images: its errors are not those of CIFAR-10.
@@ -36,39 +37,6 @@ _NOT_IN_CATALOGUE = ("cifar10_jpeg",)
 # TFDS asks for importlib_resources when it prepares, without depending on it.
 _NEEDED_TO_PREPARE = ("tensorflow", "importlib_resources")
 _PATIENCE = 10.0  # seconds
-
-
-class DataError(RuntimeError):
-    """A data set is not there and can't be prepared, or can't be read."""
-
-
-class Split(NamedTuple):
-    """Images, or clips of them, and the class of each."""
-
-    images: UInt8[np.ndarray, "n *frames h w c"]
-    labels: Int32[np.ndarray, " n"]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set in three parts, each in the order of the stored examples; `ucf101` is
-    in that of its groups.
-
-    Args:
-        name: one of `DATASETS` or `VIDEOS`.
-        train: what is left of the stored training examples.
-        validation: what is held out of them.
-        test: the test examples.
-        classes: the number of classes; labels lie in `range(classes)`.
-        scale: `images / scale` lies in [0, 1].
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    classes: int
-    scale: float
 
 
 def load(name: str, validation: float) -> Dataset:
@@ -98,8 +66,6 @@ def load(name: str, validation: float) -> Dataset:
             "wanted, above 0 and below 1"
         )
     if name == "ucf101":
-        from experiments import video  # which imports this module
-
         return video.ucf101(_data_dir(), validation)
     own = {"digits": _digits, "motion": _motion}
     train, test, classes, scale = own[name]() if name in own else _prepared(name)
@@ -149,7 +115,7 @@ def _motion(train: int = 4000, test: int = 2000) -> tuple[Split, Split, int, flo
     Raises:
         DataError: if MNIST can't be prepared or read.
     """
-    from experiments import video  # which imports this module
+    from experiments.tasks import video  # which imports this module
 
     digits, others, _, scale = _prepared("mnist")
     return (

@@ -11,8 +11,9 @@ import pytest
 from architectures import ARCHITECTURES
 from flax import nnx
 
-from experiments import data, image_training
-from experiments.image_training import Images, Recipe, Trainer
+from experiments.tasks import data
+from experiments.tasks import images as module
+from experiments.tasks.images import Images, Recipe, Trainer
 from l0jax import models, units
 from l0jax.methods.discrimination import Head
 
@@ -43,7 +44,7 @@ def by_hand(model, epochs=2, heads=None, penalty=None):
     """The same training in the way of Flax, without any of ours."""
     model = nnx.clone(model)
     model.train()
-    sgd = image_training.optimizer_of(RECIPE, 6)
+    sgd = module.optimizer_of(RECIPE, 6)
     own = nnx.Optimizer(model, sgd, wrt=nnx.Param)
 
     def loss(model, x, labels):
@@ -177,19 +178,19 @@ def test_augmentation_shifts_and_mirrors():
             crop = padded[top : top + 6, left : left + 5]
             known[crop.tobytes()] = (top, left, False)
             known[crop[:, ::-1].tobytes()] = (top, left, True)
-    found = image_training.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
+    found = module.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
     seen = {known[np.asarray(one).tobytes()] for one in found}
     assert {top for top, *_ in seen} == {left for _, left, _ in seen} == set(range(9))
     assert len(seen) > 120
     flips = np.mean([known[np.asarray(one).tobytes()][2] for one in found])
     assert 0.4 < flips < 0.6
-    again = image_training.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
+    again = module.augmented(KEY, jnp.asarray(np.stack([image] * 400)))
     np.testing.assert_array_equal(found, again)
 
 
 def test_the_learning_rate_drops_at_shares_of_the_steps():
     recipe = Recipe(learning_rate=1.0, momentum=0.0, weight_decay=0.0)
-    sgd = image_training.optimizer_of(recipe, 10)
+    sgd = module.optimizer_of(recipe, 10)
     state, moved = sgd.init(jnp.zeros(())), []
     for _ in range(10):
         update, state = sgd.update(jnp.ones(()), state, jnp.zeros(()))
@@ -203,7 +204,7 @@ def test_errors_are_counted():
     wrong = np.asarray(model(x)).argmax(-1) != of.labels
     split = data.Split(of.images, of.labels)
     for batch in (500, 7):
-        found = image_training.error(model, split, of, batch)
+        found = module.error(model, split, of, batch)
         assert found == pytest.approx(100 * wrong.mean(), rel=1e-6)
 
 
@@ -211,7 +212,7 @@ def test_statistics_are_the_means_over_batches():
     """Of the first normalisation by hand; the model that was given keeps its own."""
     model, of = network(), images()
     before = jax.tree.map(np.asarray, nnx.state(model))
-    found = image_training.recalibrated(model, of, batch_size=8)
+    found = module.recalibrated(model, of, batch_size=8)
     x = jnp.asarray((of.images.astype(np.float32) - of.mean) / of.deviation)
     maps = np.asarray(model.convs[0](x), np.float64).reshape(3, 8, -1, 3)
     of_batches = maps.reshape(3, -1, 3)
@@ -225,16 +226,16 @@ def test_statistics_are_the_means_over_batches():
     assert found.norms[0].use_running_average
     assert found.norms[0].momentum == model.norms[0].momentum
     with pytest.raises(ValueError, match="24 images don't fill a batch of 25"):
-        image_training.recalibrated(model, of, batch_size=25)
+        module.recalibrated(model, of, batch_size=25)
 
 
 def test_colours_are_normalised_over_the_training_images():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (50, 4, 4, 3), np.uint8)
     split = data.Split(pixels, np.zeros(50, np.int32))
-    of = image_training.images_of(data.Dataset("x", split, split, split, 3, 255.0), 20)
+    of = module.images_of(data.Dataset("x", split, split, split, 3, 255.0), 20)
     assert of.images.shape == (20, 4, 4, 3)
-    found = image_training.normalised(jnp.asarray(pixels), of)
+    found = module.normalised(jnp.asarray(pixels), of)
     np.testing.assert_allclose(found.mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(found.std((0, 1, 2)), 1, atol=1e-4)
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from experiments.data import DataError, Dataset, Split
-from experiments.progress import bar
+from experiments.harness.progress import bar
+from experiments.tasks.dataset import DataError, Dataset, Split
 
 # The rows and columns that a clip of each class moves by, per frame and unit of speed.
 DIRECTIONS = {

@@ -1,0 +1,1 @@
+"""What all studies share: run folders, records, loops, command lines."""

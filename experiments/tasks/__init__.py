@@ -1,0 +1,1 @@
+"""Data by name, and what is trained on them."""
