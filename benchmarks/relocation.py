@@ -19,9 +19,9 @@ from flax import nnx
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
 from experiments.relocation import NETWORKS, parameters, removable
-from experiments.relocation_training import ARMS, Member, Program, split, stacked
+from experiments.relocation_training import ARMS, Doomed, closing, plain
 from experiments.tasks.images import Images
-from l0jax import models
+from l0jax import models, train, units
 from l0jax.methods.relocation import remove
 
 STEPS = {"mlp": 100, "lenet5": 12, "resnet8": 12}
@@ -103,45 +103,31 @@ class Contender:
         labels = rng.integers(0, 10, count).astype(np.int32)
         # On the device, as in the experiment: a step gathers its batch there.
         images = Images(pixels, labels, *colours)
-        self.images = Images(*jax.tree.map(jnp.asarray, images))
-        graph, params, statistics = split(model)
         structure = removable(model)
-        self.program = Program(
-            graph, optax.adam(1e-3), structure, None if arm is None else ARMS[arm]
-        )
         keep = {n: jnp.arange(g.size) % 5 == 0 for n, g in structure.groups.items()}
-        arrays = dict(nnx.to_flat_state(params))
         shift = {}
         if arm == "soft_least_squares":
+            arrays = units.arrays(nnx.state(model))
             read = {s.path for g in structure.groups.values() for s in g.used_by}
-            shift = {
-                path: jnp.zeros_like(arrays[at][...])
-                for at in arrays
-                if (path := ".".join(map(str, at))) in read
-            }
-            assert len(shift) == len(read)
-        order = rng.permutation(count).reshape(-1, batch)
-        member = Member(
-            jnp.asarray(np.tile(order, (1000, 1)), jnp.int32),
-            jax.random.key(0),
-            keep if arm else {},
-            shift,
-            {},
-        )
-        self.members = stacked([member])
-        self.state, self.at = stacked([self.program.start(params, statistics)]), 0
+            shift = {path: jnp.zeros_like(arrays[path]) for path in read}
+        if arm is None:
+            once = plain(model, images, optax.adam(1e-3))
+            self.sweep = train.Sweep(lambda _: once, np.zeros(1), together=1)
+        else:
+            member = closing(
+                model, images, optax.adam(1e-3), structure, ARMS[arm], 4000
+            )
+            settings = train.stack([Doomed(keep, shift, {})])
+            self.sweep = train.Sweep(member, settings, together=1)
+        # On the device, as in the experiment: a step gathers its batch there.
+        self.data = jnp.asarray(pixels), jnp.asarray(labels)
+        self.order = rng.permutation(count).reshape(1, -1, batch)
+        self.states = self.sweep.start([jax.random.key(0)])
 
     def __call__(self, steps: int) -> None:
-        for at in range(self.at, self.at + steps):
-            self.state, _ = self.program.step(
-                self.state,
-                self.members,
-                jnp.int32(at % 1000),
-                jnp.float32(2000),
-                self.images,
-            )
-        self.at += steps
-        jax.block_until_ready(self.state.params)
+        rows = np.resize(self.order, (1, steps, self.order.shape[-1]))
+        self.states, _ = self.sweep.epoch(self.states, self.data, rows, loop=True)
+        jax.block_until_ready(self.states.params)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from flax import nnx
 
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
-from experiments.mnist import cross_entropy, weight_groups
-from l0jax import gates, gating, models, objectives, train
+from experiments.mnist_training import loss_on, weight_groups
+from l0jax import gates, models, train
 
 EXAMPLES, BATCH = 10_000, 100
 
@@ -60,35 +60,31 @@ def stepper(
     gate: gates.Gate = gates.HardConcrete(),  # noqa: B008 (frozen)
 ) -> Callable[[], None]:
     """Runs `steps` training steps of `model` gated per `kind`, compiled before."""
-    graph, params, others = nnx.split(model, nnx.Param, ...)
-    params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
-    groups = {
-        "none": {},
-        "group": models.structure(model).groups,
-        "weight": weight_groups(params),
-    }[kind]
-    optimizer = train.gates_apart(optax.adam(1e-3), optax.adam(1e-3))
-    step = train.make_step(
-        lambda params, x: nnx.merge(graph, params, others)(x.astype(jnp.float32) / 255),
-        cross_entropy,
-        objectives.penalty(groups, 0.1, EXAMPLES, weight_decay=1e-4),
-        gate,
-        groups,
-        optimizer,
+    structure = models.structure(model)
+    gated = list(structure.groups)
+    if kind == "weight":
+        single = weight_groups(nnx.state(model, nnx.Param))
+        gated = list(single)
+        for group in single.values():
+            structure = structure.add(group)
+    training = train.Training(
+        model,
+        loss_on(255.0),
+        structure=structure,
+        gate=None if kind == "none" else train.Learned(gate, only=tuple(gated)),
+        price=None if kind == "none" else 0.1 / EXAMPLES,
+        weight_decay=1e-4,
+        optimizer=optax.adam(1e-3),
+        gate_optimizer=optax.adam(1e-3),
         polyak=0.999,
     )
     key = jax.random.key(1)
     data = images_and_labels()
     order = train.order_of_epoch(key, 0, EXAMPLES, BATCH)[:steps]
-    logits = gating.init(key, gate, groups, 0.8)
-    state = train.init({"params": params, "gates": logits}, optimizer)
-    batch = jax.tree.map(lambda a: a[:BATCH], data)
-    totals = train.no_totals(step, state, batch, key)
-    run = train.make_run(step)
-    kept = [*run(state, totals, data, order, key)]
+    kept = [training.epoch(training.start(key), data, order)[0]]
 
     def go():
-        kept[:] = run(*kept, data, order, key)
+        kept[0], _ = training.epoch(kept[0], data, order)
         jax.block_until_ready(kept)
 
     return go

@@ -20,60 +20,43 @@ from flax import nnx
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
 from benchmarks.steps import BATCH, EXAMPLES, images_and_labels
-from experiments.mnist import cross_entropy
-from l0jax import gates, gating, models, objectives, train
+from experiments.mnist_training import loss_on
+from l0jax import gates, models, train
 
 MEMBERS, STEPS = 16, 100
-GATE = gates.HardConcrete()
-OPTIMIZER = train.gates_apart(optax.adam(1e-3), optax.adam(5e-3))
 
 
 def contenders() -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """Both ways to train all members, and the seconds that each took to compile."""
     model = models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0))
-    groups = models.structure(model).groups
-    graph, params, others = nnx.split(model, nnx.Param, ...)
-    params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
     data = images_and_labels()
-    batch = jax.tree.map(lambda a: a[:BATCH], data)
-
-    def member(lam) -> train.Step:
-        return train.make_step(
-            lambda p, x: nnx.merge(graph, p, others)(x.astype(jnp.float32) / 255),
-            cross_entropy,
-            objectives.penalty(groups, lam, EXAMPLES, weight_decay=1e-4),
-            GATE,
-            groups,
-            OPTIMIZER,
-            polyak=0.999,
-        )
-
-    def start(seed):
-        key = jax.random.key(seed)
-        theta = {"params": params, "gates": gating.init(key, GATE, groups, 0.8)}
-        state = train.init(theta, OPTIMIZER)
-        order = train.order_of_epoch(key, 0, EXAMPLES, BATCH)[:STEPS]
-        return state, train.no_totals(member(0.1), state, batch, key), order, key
-
-    single = train.make_run(member(0.1))
-    states, totals, orders, keys = zip(*map(start, range(MEMBERS)), strict=True)
-    one_by_one = list(zip(states, totals, strict=True))
+    training = train.Training(
+        model,
+        loss_on(255.0),
+        structure=models.structure(model),
+        gate=gates.HardConcrete(),
+        price=0.1 / EXAMPLES,
+        weight_decay=1e-4,
+        optimizer=optax.adam(1e-3),
+        polyak=0.999,
+    )
+    keys = list(map(jax.random.key, range(MEMBERS)))
+    orders = [train.order_of_epoch(k, 0, EXAMPLES, BATCH)[:STEPS] for k in keys]
+    states = [training.start(key) for key in keys]
 
     def singles():
         for at in range(MEMBERS):
-            one_by_one[at] = single(*one_by_one[at], data, orders[at], keys[at])
-        jax.block_until_ready(one_by_one)
+            states[at], _ = training.epoch(states[at], data, orders[at])
+        jax.block_until_ready(states)
 
-    sweep = train.make_sweep(member)
-    lams = jnp.geomspace(0.01, 1.0, MEMBERS)
-    together = [train.stack(states), train.stack(totals)]
-    stacked = train.stack(orders), train.stack(keys)
+    prices = jnp.geomspace(0.01, 1.0, MEMBERS) / EXAMPLES
+    sweep = train.Sweep(lambda price: training.replace(price=price), prices)
+    together, stacked = [sweep.start(keys)], train.stack(orders)
 
     def swept():
-        together[:] = sweep(lams, *together, data, *stacked)
+        together[0], _ = sweep.epoch(together[0], data, stacked)
         jax.block_until_ready(together)
 
-    # The sweep first: the single runs donate what both begin with.
     found, compiled = {"one program": swept, "single runs": singles}, {}
     for name, go in found.items():
         begun = time.perf_counter()

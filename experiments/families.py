@@ -1,34 +1,39 @@
-"""Gate families compared: the same network, budget and seeds, a grid of λ for each.
+"""Gate families compared: the same network, epochs and seeds, a grid of λ for each, or
+the same budgets.
 
     python -m experiments.families --quick                 # 8x8 digits, 3 minutes
     python -m experiments.families                         # MNIST, MLP: 3 hours
     python -m experiments.families --model lenet5 --families hard_concrete …
+    python -m experiments.families --lam --targets 0.1 0.2 0.4
 
-All λ and seeds of a family are one compiled program (`l0jax.train.make_sweep`). Every
-member becomes a line of `results.csv` for each test-time rule, and a family that is
-there is not run again; one that was interrupted goes on from its last checkpoint.
+All λ and seeds of a family are one compiled program (`l0jax.train.Sweep`), and so are
+all targets and seeds. Every member becomes a line of `results.csv` for each test-time
+rule, and a family that is there is not run again; one that was interrupted goes on from
+its last checkpoint.
 `table.md` and the pictures in `figures` follow from the CSV:
 `python -m experiments.family_report FOLDER` makes them again.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 from experiments import mnist
 from experiments.harness import command_line, csv_lines, progress, run_folder
+from experiments.mnist_evaluation import Seen, counter, sizes_of, to_floats, undecided
 from experiments.tasks import data
-from l0jax import gates, gating, models, objectives, storage, train, units
+from l0jax import gates, gating, storage, train
 from l0jax.estimators import ESTIMATORS
 
 QUICK: dict[str, Any] = {
@@ -75,6 +80,10 @@ class Config:
     """which families"""
     lam: tuple[float, ...] = (0.03, 0.07, 0.15, 0.35)
     """the grid of c in λ = c/N"""
+    targets: tuple[float, ...] = ()
+    """a grid of budgets: shares of the cost that may be left"""
+    target_of: Literal["params", "macs", "bytes"] = "macs"
+    """the cost that the budgets are of"""
     seeds: int = 3
     """runs for each family and λ, with seeds 0, 1, …"""
     epochs: int = 30
@@ -94,22 +103,30 @@ def main(config: Config) -> dict[str, Any]:
     """Runs what is missing; returns the folder and the lines of its CSV."""
     check(config)
     dataset = data.load(config.dataset, mnist.Config.validation)
-    settings = {
-        name: getattr(config, name)
-        for name in ("dataset", "model", "lam", "epochs", "gate_learning_rate")
-    }
+    named = ["dataset", "model", "lam", "epochs", "gate_learning_rate"]
+    named += ["targets", "target_of"] if config.targets else []
+    settings = {name: getattr(config, name) for name in named}
     name = f"families-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "results.csv")
-    wanted = [(lam, seed) for lam in config.lam for seed in range(config.seeds)]
-    missing = [name for name in config.families if not results.has(name, wanted)]
-    epochs = len(missing) * config.epochs
-    bar = progress.bar(epochs, "epoch", show=config.progress)
-    for name in missing:
-        bar.set_description(name)
-        results.add(run(config, name, wanted, dataset, folder, bar))
-    bar.close()
+    sweeps = {
+        kind: [(value, seed) for value in values for seed in range(config.seeds)]
+        for kind, values in (("lam", config.lam), ("target", config.targets))
+        if values
+    }
+    missing = [
+        Family(config, name, kind, members, dataset)
+        for name in config.families
+        for kind, members in sweeps.items()
+        if not results.has(name, kind, members)
+    ]
+    # Nothing is refused from here on: a refused comparison leaves no folder.
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress.bar(
+        len(missing) * config.epochs, "epoch", show=config.progress
+    ) as bar:
+        for family in missing:
+            results.add(family.lines(family.run(folder, bar)))
     # Imported at the end, when its second no longer delays the first step.
     from experiments import family_report
 
@@ -126,248 +143,232 @@ def check(config: Config) -> None:
     for name in ("seeds", "epochs", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if not config.families or not config.lam:
-        raise ValueError("give at least one family and one λ")
+    if not config.families or not (config.lam or config.targets):
+        raise ValueError("give at least one family and one λ or target")
     for lam in config.lam:
         if not lam >= 0:
             raise ValueError(f"lam must be >= 0, got {lam}")
+    for share in config.targets:
+        if not 0 < share <= 1:
+            raise ValueError(f"targets must lie in (0, 1], got {share}")
 
 
 # ----------------------------------------------------------------- one family's sweep
 
 
-class Setting(NamedTuple):
-    """One family on the network: everything that its members share."""
+class Swept(NamedTuple):
+    """The members of a family after training, and what was measured on the way."""
 
-    config: mnist.Config
-    gate: gates.Gate
-    network: mnist.Network
-    dataset: data.Dataset
-    steps: int
+    states: train.TrainingState
+    variance: list[float]
+    milliseconds: float
 
-    def minimised(self, lam) -> dict[str, Any]:
-        """The arguments of `train.make_total` at a λ."""
-        return mnist.minimised(
-            self.config, self.gate, self.network, self.network, self.dataset, (lam,)
+
+class Family:
+    """One family on the network, at several λ or targets and with several seeds.
+
+    Args:
+        config: of the comparison.
+        name: of the family, in `VARIANTS`.
+        kind: what members differ in beside the seed, "lam" or "target".
+        members: of each its value and its seed.
+        dataset: what they are trained on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        kind: str,
+        members: list[tuple[float, int]],
+        dataset: data.Dataset,
+    ):
+        self.config, self.name, self.kind = config, name, kind
+        self.members, self.dataset = members, dataset
+        its = mnist.Config(
+            dataset=config.dataset,
+            model=config.model,
+            epochs=config.epochs,
+            gate_learning_rate=config.gate_learning_rate,
+            compact=False,
+            **VARIANTS[name],
+        )
+        gate = mnist.check(its)
+        if isinstance(gate, gates.Mixture):
+            its = dataclasses.replace(its, beta_end=gate.scale_at_leak(LEAK))
+        if kind == "target":
+            share: dict[str, Any] = {f"target_{config.target_of}": members[0][0]}
+            its = dataclasses.replace(its, **share)
+        self.settings, self.gate = its, gate
+        self.keys = [jax.random.key(seed) for _, seed in members]
+        self.networks = [mnist.network(its, dataset, key) for key in self.keys]
+        self.once = mnist.training_of(its, gate, dataset, self.networks[0])
+        self.sweep = train.Sweep(
+            self.member, np.asarray([value for value, _ in members], np.float32)
         )
 
+    def member(self, value: Any) -> train.Training:
+        """The training at a λ or a target, which may be traced."""
+        if self.kind == "lam":
+            price = value / len(self.dataset.train.labels)
+            return self.once.replace(price=dict.fromkeys(self.once.gated, price))
+        assert self.once.target is not None
+        target = dataclasses.replace(self.once.target, share=value)
+        return self.once.replace(target=target)
 
-def run(
-    config: Config,
-    name: str,
-    wanted: list[tuple[float, int]],
-    dataset: data.Dataset,
-    folder: Path,
-    bar: tqdm,
-) -> list[dict[str, Any]]:
-    """Trains all members of one family; the lines of the CSV that they become."""
-    setting = setting_of(config, name, dataset)
-    once = mnist.optimizer_of(setting.config, setting.steps)
+    def run(self, folder: Path, bar: tqdm) -> Swept:
+        """Trains all members, or goes on with them."""
+        bar.set_description(self.name)
+        batch_size, count = self.settings.batch_size, len(self.members)
+        on_device = jax.tree.map(jnp.asarray, tuple(self.dataset.train))
+        examples = len(on_device[1])
+        batch = jax.tree.map(lambda a: a[:batch_size], on_device)
+        states = self.sweep.start(self.keys, self.networks)
+        where = folder / "checkpoints" / f"{self.name}-{self.kind}-{count}"
+        checkpoints = storage.Checkpoints(where)
+        first, fastest, variance = 1, math.inf, []
+        found = checkpoints.restore(lambda _: states._asdict(), tqdm.write)
+        if found is not None:
+            first, states = found[0] + 1, train.TrainingState(**found[1])
+            fastest, variance = found[2]["fastest"], found[2]["variance"]
+            bar.update(first - 1)
+        for epoch in range(first, self.config.epochs + 1):
+            begun = time.perf_counter()
+            orders = jnp.stack(
+                [
+                    train.order_of_epoch(k, epoch, examples, batch_size)
+                    for k in self.keys
+                ]
+            )
+            states, totals = self.sweep.epoch(states, on_device, orders)
+            loss = np.asarray(totals.sums["loss"] / totals.steps)
+            # (The first one compiles, and whatever else runs slows some.)
+            fastest = min(fastest, time.perf_counter() - begun)
+            if epoch == max(self.config.epochs // 4, 1):
+                variance = self.gradient_variances(states, batch)
+            bar.set_postfix_str(f"loss {np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}")
+            bar.update()
+            if epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs:
+                notes = {"fastest": fastest, "variance": variance}
+                checkpoints.save(epoch, states._asdict(), notes)
+        steps = examples // batch_size * count
+        return Swept(states, variance, 1e3 * fastest / steps)
 
-    def member(lam):
-        return train.make_step(
-            **setting.minimised(lam), optimizer=once, polyak=setting.config.polyak
-        )
+    def gradient_variances(self, states: train.TrainingState, batch) -> list[float]:
+        """Of each member: the variance over draws of the gates of the derivative of the
+        loss in a logit, at one batch; the mean over all logits."""
 
-    batch_size = setting.config.batch_size
-    examples = len(dataset.train.labels)
-    roots = [jax.random.key(seed) for _, seed in wanted]
-    states = train.stack(
-        [train.init(initial(setting, key), once) for key in roots],
-    )
-    training = jax.tree.map(jnp.asarray, (dataset.train.images, dataset.train.labels))
-    batch = jax.tree.map(lambda a: a[:batch_size], training)
-    lams = jnp.asarray([lam for lam, _ in wanted], jnp.float32)
-    devices = devices_for(len(wanted))
-    sweep = train.make_sweep(member, devices=devices)
-    empty = train.no_totals(
-        member(lams[0]), train.member_of(states, 0), batch, roots[0]
-    )
+        @jax.jit
+        def variance(state, value, keys):
+            training = self.member(value)
 
-    checkpoints = storage.Checkpoints(folder / "checkpoints" / f"{name}-{len(wanted)}")
-    first, fastest, variance = 1, math.inf, []
-    found = checkpoints.restore(lambda _: states, tqdm.write)
-    if found is not None:
-        first, states = found[0] + 1, found[1]
-        fastest, variance = found[2]["fastest"], found[2]["variance"]
-        bar.update(first - 1)
-    keys = jnp.stack(roots)
-    for epoch in range(first, config.epochs + 1):
-        begun = time.perf_counter()
-        orders = jnp.stack(
-            [train.order_of_epoch(k, epoch, examples, batch_size) for k in roots]
-        )
-        totals = train.stack([empty] * len(wanted))
-        states, totals = sweep(lams, states, totals, training, orders, keys)
-        loss = np.asarray(totals.sums["loss"] / totals.steps)
-        # (The first one compiles, and whatever else runs on the machine slows some.)
-        fastest = min(fastest, time.perf_counter() - begun)
-        if epoch == max(config.epochs // 4, 1):
-            variance = gradient_variances(setting, states, lams, batch)
-        bar.set_postfix_str(f"loss {np.nanmin(loss):.3f} to {np.nanmax(loss):.3f}")
-        bar.update()
-        if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-            notes = {"fastest": fastest, "variance": variance}
-            checkpoints.save(epoch, states, notes)
-    milliseconds = 1e3 * fastest / (setting.steps // config.epochs) / len(wanted)
-    evaluate = evaluation(setting)
-    lines = []
-    # A member taken out on the devices makes them meet, and they wait for one that is
-    # still busy with the member before for 40 seconds at most.
-    states = jax.device_get(states)
-    for at, (lam, seed) in enumerate(wanted):
-        state = train.member_of(states, at)
-        for line in evaluate(state, jax.random.key(seed)):
-            line |= {
-                "dataset": config.dataset,
-                "model": config.model,
-                "family": name,
-                "lam": lam,
-                "seed": seed,
-                "epochs": config.epochs,
-                "gradient_variance": variance[at],
-                "step_ms": milliseconds,
-            }
-            lines.append(line)
-    return lines
+            def total(own, key):
+                one = state._replace(key=key)
+                return training.total(one, batch, state.params, own)
 
+            def slopes(key):
+                return jax.grad(total, has_aux=True)(state.gates, key)[0]["logits"]
 
-def setting_of(config: Config, name: str, dataset: data.Dataset) -> Setting:
-    """A family on the network of the comparison."""
-    its = mnist.Config(
-        dataset=config.dataset,
-        model=config.model,
-        epochs=config.epochs,
-        gate_learning_rate=config.gate_learning_rate,
-        compact=False,
-        **VARIANTS[name],
-    )
-    gate = mnist.check(its)
-    if isinstance(gate, gates.Mixture):
-        its = dataclasses.replace(its, beta_end=gate.scale_at_leak(LEAK))
-    shape = dataset.train.images.shape[1:]
-    widths = mnist.architecture(its.model, shape, dataset.classes)
-    network = mnist.network(its, models.make(its.model, widths, rngs=nnx.Rngs(0)))
-    steps = len(dataset.train.labels) // its.batch_size * its.epochs
-    return Setting(its, gate, network, dataset, steps)
+            found = jax.lax.map(slopes, keys)
+            variances = [jnp.var(g, axis=0, ddof=1) for g in found.values()]
+            return jnp.concatenate(variances).mean()
 
+        keys = jax.random.split(jax.random.key(0), GRADIENT_DRAWS)
+        states = jax.device_get(states)
+        return [
+            float(variance(train.member_of(states, at), np.float32(value), keys))
+            for at, (value, _) in enumerate(self.members)
+        ]
 
-def initial(setting: Setting, key: jax.Array) -> train.Theta:
-    """Weights and logits of one seed, those that `experiments.mnist` starts with."""
-    its, groups = setting.config, setting.network.gated
-    shape = setting.dataset.train.images.shape[1:]
-    widths = mnist.architecture(its.model, shape, setting.dataset.classes)
-    rngs = nnx.Rngs(gating.key_for(key, "params"))
-    model = models.make(its.model, widths, rngs=rngs)
-    keep_prob = mnist.keep_probabilities(its, groups)
-    keep_prob = mnist.per_layer("keep_prob", keep_prob, groups)
-    return {
-        "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        "gates": gating.init(
-            gating.key_for(key, "gates"), setting.gate, groups, keep_prob
-        ),
-    }
+    # ---------------------------------------------------------------- evaluation
 
+    def lines(self, swept: Swept) -> list[dict[str, Any]]:
+        """Those of the CSV: of each member one for each test-time rule."""
+        counted = counter(self.once.structure)
+        # A member taken out on the devices makes them meet, and they wait for one that
+        # is still busy with the member before for 40 seconds at most.
+        states = jax.device_get(swept.states)
+        found = []
+        for at, (value, seed) in enumerate(self.members):
+            state = train.member_of(states, at)
+            for line in self.evaluated(value, state, self.keys[at], counted):
+                line |= {
+                    "dataset": self.config.dataset,
+                    "model": self.config.model,
+                    "family": self.name,
+                    "lam": "",
+                    "target": "",
+                    self.kind: value,
+                    "seed": seed,
+                    "epochs": self.config.epochs,
+                    "gradient_variance": swept.variance[at],
+                    "step_ms": swept.milliseconds,
+                }
+                found.append(line)
+        return found
 
-def devices_for(members: int) -> list[jax.Device]:
-    """As many devices as share the members evenly."""
-    devices = jax.devices()
-    return devices[: max(n for n in range(1, len(devices) + 1) if members % n == 0)]
-
-
-def gradient_variances(
-    setting: Setting, states: train.State, lams: jax.Array, batch
-) -> list[float]:
-    """Of each member: the variance over draws of the gates of the derivative of the
-    loss in a logit, at one batch; the mean over all logits."""
-
-    @jax.jit
-    def variance(state, lam, keys):
-        total = train.make_total(**setting.minimised(lam))
-
-        def slopes(key):
-            return jax.grad(total, has_aux=True)(state.theta, state, batch, key)[0]
-
-        found = jax.lax.map(lambda key: slopes(key)["gates"], keys)
-        variances = [jnp.var(g, axis=0, ddof=1) for g in found.values()]
-        return jnp.concatenate(variances).mean()
-
-    keys = jax.random.split(jax.random.key(0), GRADIENT_DRAWS)
-    states = jax.device_get(states)
-    return [
-        float(variance(train.member_of(states, at), lam, keys))
-        for at, lam in enumerate(lams)
-    ]
-
-
-# --------------------------------------------------------------------------- evaluation
-
-
-def evaluation(setting: Setting):
-    """A function from a member's state to its lines, one for each test-time rule."""
-    its, gate, now = setting.config, setting.gate, setting.network
-    compiled = mnist.compile_for(
-        its, gate, now, now, setting.dataset, mnist.optimizer_of(its, setting.steps)
-    )
-    temperature = mnist.temperature_schedule(its, gate, setting.steps)
-    dense = mnist.to_floats(jax.device_get(compiled.count({})))
-    sizes = objectives.sizes(
-        nnx.state(now.model, nnx.Param), now.gated, mnist.charges_of(its, now)
-    )
-    sizes = {name: np.asarray(each) for name, each in sizes.items()}
-
-    def theta_of(state):
-        theta = train.averaged(state, its.polyak)
-        return theta, train.gate_at(gate, temperature, state.step, theta)
-
-    @jax.jit
-    def facts(state, keys):
-        theta, at = theta_of(state)
-        logits = theta["gates"]
-        return {
-            "params": theta["params"],
-            "active": gating.prob_active(at, logits),
-            "paid": gating.l0_term(at, logits),
-            # Mapped, for written out they would take longest of all to compile.
-            "drawn": jax.lax.map(lambda key: gating.sample(key, at, logits), keys),
-            "decided": {
-                rule: gating.deterministic(at, logits, rule) for rule in rules_of(gate)
-            },
-        }
-
-    def lines(state: train.State, key) -> Iterator[dict[str, Any]]:
+    def evaluated(
+        self, value: float, state: train.TrainingState, key: PRNGKeyArray, counted
+    ) -> Iterator[dict[str, Any]]:
+        """What each rule makes of a member."""
+        once, dataset = self.once, self.dataset
         keys = jax.random.split(gating.key_for(key, "networks"), SAMPLED_NETWORKS)
-        found = facts(state, keys)
-        params, validation = found["params"], setting.dataset.validation
-        expected = sum((sizes[n] * p).sum() for n, p in found["active"].items())
+        found = jax.device_get(_facts(once, rules_of(self.gate), state, keys))
+        active, sizes = found["active"], sizes_of(once)
+        dense = to_floats(counted({}))
+
+        def decision(z, rule="drawn"):
+            return train.Decision(rule, z, active, {})
+
+        def error(decision, split):
+            seen = Seen.of(once, state, decision)
+            return seen, seen.error(split)
+
         draws = [train.member_of(found["drawn"], at) for at in range(len(keys))]
-        sampled = [compiled.error(params, z, validation) for z in draws]
-        for rule, z in found["decided"].items():
-            folded = units.apply_gates(params, z, now.gated)
-            keep = units.in_use(jax.device_get(folded), now.units)
-            vectors = {n: jnp.asarray(k, jnp.float32) for n, k in keep.items()}
-            left = mnist.to_floats(jax.device_get(compiled.count(vectors)))
+        sampled = [error(decision(z), dataset.validation)[1] for z in draws]
+        decided = {rule: decision(z, rule) for rule, z in found["decided"].items()}
+        if self.kind == "target":
+            decided["budget"] = self.member(value).decide(state)
+        for rule, its in decided.items():
+            seen, validation = error(its, dataset.validation)
+            left = to_floats(counted(seen.decided()))
             line = {
                 "rule": rule,
-                "validation_error": compiled.error(params, z, validation),
-                "test_error": compiled.error(params, z, setting.dataset.test),
+                "validation_error": validation,
+                "test_error": seen.error(dataset.test),
                 "sampled_validation_error": float(np.mean(sampled)),
-                "architecture": "-".join(str(int(k.sum())) for k in keep.values()),
+                "architecture": "-".join(str(int(k.sum())) for k in seen.keep.values()),
                 "weights": round(left["weights"]),
                 "macs": round(left["macs"]),
                 "dense_weights": round(dense["weights"]),
                 "dense_macs": round(dense["macs"]),
-                "expected_l0": float(expected),
-                "test_l0": float(
-                    sum((sizes[n] * (np.asarray(v) != 0)).sum() for n, v in z.items())
+                "expected_l0": float(
+                    sum((sizes[n] * p).sum() for n, p in active.items())
                 ),
-                "undecided": mnist.undecided(found["paid"], now.gated)
-                if gate.bounded
+                "test_l0": float(
+                    sum((sizes[n] * (z != 0)).sum() for n, z in its.z.items())
+                ),
+                "undecided": undecided(found["paid"])
+                if self.gate.bounded
                 else math.nan,
             }
             yield line | {"verdict": verdict(line)}
 
-    return lines
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _facts(training: train.Training, rules: tuple[str, ...], state, keys):
+    """What is known of the gates of a member."""
+    learned = training.gating
+    assert isinstance(learned, train.Learned)
+    _, own = training.averaged(state)
+    gate, logits = learned.at(own, state.step), own["logits"]
+    return {
+        "active": gating.prob_active(gate, logits),
+        "paid": gating.l0_term(gate, logits),
+        # Mapped, for written out they would take longest of all to compile.
+        "drawn": jax.lax.map(lambda key: gating.sample(key, gate, logits), keys),
+        "decided": {rule: gating.deterministic(gate, logits, rule) for rule in rules},
+    }
 
 
 def rules_of(gate: gates.Gate) -> tuple[str, ...]:
@@ -408,6 +409,7 @@ COLUMNS = (
         "model",
         "family",
         "lam",
+        "target",
         "seed",
         "rule",
         "epochs",
@@ -430,19 +432,23 @@ class Results:
         """Its lines."""
         return csv_lines.read(self.file)
 
-    def has(self, family: str, wanted: list[tuple[float, int]]) -> bool:
+    def has(self, family: str, kind: str, wanted: list[tuple[float, int]]) -> bool:
         """Whether all members of a family are there."""
         found = {
-            (float(row["lam"]), int(row["seed"]))
+            (float(row[kind]), int(row["seed"]))
             for row in self.rows()
-            if row["family"] == family
+            if row["family"] == family and row.get(kind)
         }
         return set(wanted) <= found
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        """Puts lines into the file, in the place of older ones of the same family."""
-        families = {line["family"] for line in lines}
-        kept = [row for row in self.rows() if row["family"] not in families]
+        """Puts lines into the file, in the place of older ones of the same members."""
+
+        def member(row):
+            return row["family"], *(str(row.get(k) or "") for k in ("lam", "target"))
+
+        new = {member(line) for line in lines}
+        kept = [row for row in self.rows() if member(row) not in new]
         csv_lines.write(self.file, [*kept, *lines], COLUMNS)
 
 

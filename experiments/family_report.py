@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments import families, mnist
+from experiments import families, mnist_settings
 from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
 from experiments.harness import csv_lines
 from experiments.reports.printing import interval, markdown, mean_and_half_width
@@ -123,7 +123,13 @@ def numbers(rows: Iterable[Row], column: str) -> np.ndarray:
 # -------------------------------------------------------------------------- the table
 
 HEADER = [
-    *("family", "c in λ = c/N", "test error, %", "architectures by seed", "weights"),
+    *(
+        "family",
+        "c in λ = c/N, or target",
+        "test error, %",
+        "architectures by seed",
+        "weights",
+    ),
     *("MACs", "expected L0", "L0 at test time", "undecided, %"),
     *("variance of gradients", "ms a step", "by other rules: test error, weights"),
     "verdict",
@@ -133,19 +139,20 @@ HEADER = [
 def table(rows: list[Row]) -> str:
     """Every family at every λ, under the rule of its paper and beside it the others."""
     lines = []
-    for (family, lam), found in by(rows, "family", "lam").items():
+    for (family, strength), found in by_strength(rows).items():
         rules = by(found, "rule")
-        its = rules[RULE,]
+        rule = rule_of(found[0])
+        its = rules[rule,]
         others = [
-            f"{rule} {numbers(other, 'test_error').mean():.2f}, "
+            f"{name} {numbers(other, 'test_error').mean():.2f}, "
             f"{numbers(other, 'weights').mean():,.0f}"
-            for (rule,), other in rules.items()
-            if rule != RULE
+            for (name,), other in rules.items()
+            if name != rule
         ]
         lines.append(
             [
                 family,
-                lam,
+                strength,
                 interval(numbers(its, "test_error")),
                 ", ".join(row["architecture"] for row in its),
                 interval(numbers(its, "weights"), 0),
@@ -160,6 +167,21 @@ def table(rows: list[Row]) -> str:
             ]
         )
     return markdown(HEADER, lines)
+
+
+def by_strength(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The lines of each family at each λ and each target."""
+    grouped = defaultdict(list)
+    for row in rows:
+        share = row.get("target")
+        said = f"{100 * float(share):g} % left" if share else row["lam"]
+        grouped[row["family"], said].append(row)
+    return dict(grouped)
+
+
+def rule_of(row: Row) -> str:
+    """By which a line is shown: the budget where there is one, else the paper's."""
+    return "budget" if row.get("target") else RULE
 
 
 def verdicts(rows: Sequence[Row]) -> str:
@@ -188,7 +210,7 @@ def verdicts(rows: Sequence[Row]) -> str:
 
 def frontier(rows: list[Row], column: str) -> Figure:
     """Test error against what is left, a panel for each kind of family."""
-    rows = [row for row in rows if row["rule"] == RULE]
+    rows = [row for row in rows if row["rule"] == rule_of(row)]
     of_family = by(rows, "family")
     reference = of_family.pop(("hard_concrete",), [])
     model = rows[0]["model"]
@@ -252,7 +274,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
     figure.suptitle(
         f"{model} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs: "
         + (f"means of {seeds} seeds with 95 % intervals" if seeds > 1 else "one seed")
-        + ", a point for each λ"
+        + ", a point for each λ or target"
     )
     return figure
 
@@ -267,7 +289,7 @@ def curve(
 ) -> None:
     """One family: a point with both intervals for each λ."""
     points = []
-    for found in by(rows, "lam").values():
+    for found in by_strength(rows).values():
         pair = [
             mean_and_half_width(numbers(found, name)) for name in (column, "test_error")
         ]
@@ -326,7 +348,7 @@ def densities(names: Sequence[str], draws: int = 200_000) -> Figure:
     """What each family draws at three logits; the masses at 0 and at 1 in words."""
     kinds = {}
     for name in names:
-        gate = mnist.gate_of(mnist.Config(**families.VARIANTS[name]))
+        gate = mnist_settings.gate_of(mnist_settings.Config(**families.VARIANTS[name]))
         kinds.setdefault(gate, name.split("-")[0] if "bernoulli" in name else name)
     columns = 4
     lines = -(-len(kinds) // columns)

@@ -31,28 +31,24 @@ from tqdm import tqdm
 
 import l0jax.nnx
 from experiments.harness import command_line, csv_lines, progress, run_folder
+from experiments.harness.loop import Run
 from experiments.relocation_training import (
     ARMS,
     MAIN_ARMS,
     Arm,
+    Doomed,
     Keep,
-    Member,
-    Program,
-    State,
-    folded,
-    member_of,
-    merged,
-    split,
-    stacked,
+    closing,
+    plain,
 )
 from experiments.tasks import data
-from experiments.tasks.images import Images, images_of, normalised
-from l0jax import gating, methods, models, storage
+from experiments.tasks.images import Images, images_of, measured, normalised
+from l0jax import gating, methods, models, storage, train
 from l0jax.methods import relocation
 from l0jax.methods.keeping import keep_top
 from l0jax.methods.relocation import LeastSquares
-from l0jax.methods.task import cross_entropy
 from l0jax.structure import Structure
+from l0jax.train import TrainingState
 
 Heuristic = Callable[[methods.Task, PRNGKeyArray], Mapping[str, Any]]
 
@@ -273,8 +269,9 @@ class Work:
                 f"{config.batch_size}"
             )
         self.images = Images(*jax.tree.map(jnp.asarray, images))
+        self.data = self.images.images, self.images.labels
         self.optimizer = optax.adam(config.learning_rate)
-        self.programs: dict[Any, Program] = {}
+        self.sweeps: dict[Any, train.Sweep] = {}
         self.structure = removable(self.initial(0))
         self.fit = functools.cache(self._fit)
         self.base = functools.cache(self._base)
@@ -300,19 +297,24 @@ class Work:
         folder = self.folder / f"base-{seed}"
         if folder.exists():
             return storage.load(folder)  # pyrefly: ignore[bad-return]
-        model = self.initial(seed)
-        per_epoch = len(self.images.labels) // self.config.batch_size
-        steps = per_epoch * self.config.base_epochs
+        steps = len(self.images.labels) // self.config.batch_size
+        steps *= self.config.base_epochs
         rate = optax.cosine_decay_schedule(self.config.learning_rate, steps)
-        graph, params, statistics = split(model)
-        program = Program(graph, optax.adam(rate), self.structure)
-        member = self.member(seed, "base", steps)
-        member = jax.tree.map(lambda a: a[None], member)
-        state = stacked([program.start(params, statistics)])
-        name = f"base network, seed {seed}"
-        with progress.bar(steps, "step", name=name, show=self.config.progress) as bar:
-            state = self.stepped(program, state, member, 0, steps, steps, bar)
-        trained = merged(graph, member_of(state, 0))
+        run = Run(
+            plain(self.initial(seed), self.images, optax.adam(rate)),
+            gating.key_for(jax.random.key(seed), "base"),
+            self.data,
+            epochs=self.config.base_epochs,
+            batch_size=self.config.batch_size,
+            folder=self.folder / "checkpoints" / f"base-{seed}",
+            loop=True,
+            name=f"base network, seed {seed}",
+            show=self.config.progress,
+        )
+        run.restore()
+        for _ in run:
+            run.say(f"loss {run.means['loss']:.3f}")
+        trained = run.training.finish(run.state)
         storage.save(trained, folder)
         return trained
 
@@ -331,18 +333,19 @@ class Work:
     def _fit(self) -> LeastSquares:
         return LeastSquares(self.task(self.base(self.config.seeds[0])))
 
-    def member(self, seed: int, purpose: str, steps: int) -> Member:
-        """The order of the data of a seed: the same for all heuristics and arms."""
-        key = gating.key_for(jax.random.key(seed), purpose)
+    def key(self, seed: int) -> PRNGKeyArray:
+        """Of all runs of a seed: they see the data in one order."""
+        return gating.key_for(jax.random.key(seed), "data")
+
+    def order(self, seed: int, steps: int) -> np.ndarray:
+        """The examples of so many steps."""
         count, batch = len(self.images.labels), self.config.batch_size
-        per_epoch = count // batch
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        epochs = -(-steps // (count // batch))
         orders = [
-            rng.permutation(count)[: per_epoch * batch].reshape(per_epoch, batch)
-            for _ in range(-(-steps // per_epoch))
+            train.order_of_epoch(self.key(seed), epoch, count, batch)
+            for epoch in range(epochs)
         ]
-        order = jnp.asarray(np.concatenate(orders)[:steps], jnp.int32)
-        return Member(order, key, {}, {}, {})
+        return np.concatenate(orders)[:steps]
 
     # -------------------------------------------------------------------- runs
 
@@ -351,53 +354,37 @@ class Work:
     ) -> list[dict[str, Any]]:
         """The results of some heuristics and seeds."""
         arm, begun = ARMS[case.arm], time.perf_counter()
-        closing_steps = arm.closing.steps(case.budget)
         bar.set_description(f"{case.arm} {case.ratio:g} in {case.budget}")
+        closing_steps = arm.closing.steps(case.budget)
         keeps = [keep_top(self.scores(h, s), case.ratio) for h, s in runs]
-        members = [self.member(seed, "data", case.budget) for _, seed in runs]
         bases = [self.base(seed) for _, seed in runs]
-        graph = split(bases[0])[0]
-        if closing_steps:
-            program = self.program(case.arm, graph, arm)
-            states = [program.start(*split(base)[1:]) for base in bases]
-            full = [
-                m._replace(
-                    keep=jax.tree.map(jnp.asarray, keep),
-                    shift=self.shift(arm, base, keep, m.key),
-                    teacher=split(base)[1] if program._weights() else {},
-                )
-                for m, keep, base in zip(members, keeps, bases, strict=True)
-            ]
-            steps = closing_steps
-            state = self.stepped(
-                program, stacked(states), stacked(full), 0, steps, steps, bar
-            )
-            states = [member_of(state, i) for i in range(len(runs))]
-            shifts = [m.shift for m in full]
-        else:
-            program = self.program("plain", graph)
-            states = [program.start(*split(base)[1:]) for base in bases]
-            shifts = [{} for _ in runs]
-        smaller, prepared = [], []
-        for state, keep, shift, base, m in zip(
-            states, keeps, shifts, bases, members, strict=True
-        ):
-            small, before = self.removed(
-                graph, state, keep, shift, arm, base, m.key, bool(closing_steps)
-            )
-            smaller.append(small)
-            prepared.append(before)
-        left = [m for m, _ in smaller]
-        removal = [self.tested(m, self.dataset.validation) for m in left]
-        small_graph = split(left[0])[0]
-        program = self.program("plain", small_graph)
-        state = stacked([state for _, state in smaller])
-        state = self.stepped(
-            program, state, stacked(members), closing_steps, case.budget, 1, bar
-        )
+        keys = [self.key(seed) for _, seed in runs]
+        orders = np.stack([self.order(seed, case.budget) for _, seed in runs])
+        doomed = [
+            self.doomed(arm, base, keep, key)
+            for base, keep, key in zip(bases, keeps, keys, strict=True)
+        ]
+        # As if all were closed in no time, where units go at once.
+        share = arm.closing.share
+        sweep = self.closing(case, bases[0], doomed)
+        states = sweep.start(keys, bases)
+        if share:
+            states = self.stepped(sweep, states, orders[:, :closing_steps], bar)
+        removed = [
+            self.removed(sweep.of(at), train.member_of(states, at), arm, *of)
+            for at, of in enumerate(zip(doomed, bases, keys, strict=True))
+        ]
+        left = [small for small, _, _ in removed]
+        removal = [self.tested(small, self.dataset.validation) for small in left]
+        sweep = self.plain(left)
+        states = sweep.start(keys, left)
+        moments = train.stack([moments for _, moments, _ in removed])
+        states = states._replace(opt_state={**states.opt_state, "params": moments})
+        states = self.stepped(sweep, states, orders[:, closing_steps:], bar)
         lines = []
-        for i, (heuristic, seed) in enumerate(runs):
-            model = merged(small_graph, member_of(state, i))
+        for at, (heuristic, seed) in enumerate(runs):
+            once = sweep.of(at)
+            model = once.whole_model(train.member_of(states, at))
             validation, loss = self.tested(model, self.dataset.validation)
             test, _ = self.tested(model, self.dataset.test)
             lines.append(
@@ -410,9 +397,9 @@ class Work:
                     "validation": validation,
                     "validation_loss": loss,
                     "test": test,
-                    "prepared_loss": prepared[i],
-                    "removed_accuracy": removal[i][0],
-                    "removed_loss": removal[i][1],
+                    "prepared_loss": removed[at][2],
+                    "removed_accuracy": removal[at][0],
+                    "removed_loss": removal[at][1],
                     "base": self.base_accuracy(seed),
                     "params": parameters(model),
                     "seconds": (time.perf_counter() - begun) / len(runs),
@@ -420,99 +407,96 @@ class Work:
             )
         return lines
 
-    def program(self, name: str, graph, arm: Arm | None = None) -> Program:
-        """Compiled steps are kept, one program for each arm and shape."""
-        key = name, graph
-        if key not in self.programs:
-            self.programs[key] = Program(graph, self.optimizer, self.structure, arm)
-        return self.programs[key]
+    def doomed(self, arm: Arm, base: models.Model, keep: Keep, key) -> Doomed:
+        """What a run has of its own while units close."""
+        params = nnx.split(base, nnx.Param, ...)[1]
+        shift: Mapping[str, Array] = {}
+        if arm.fit == "during":
+            shift = self.fit().shift(keep, key, base=nnx.split(base)[1])
+        taught = arm.distillation or arm.reconstruction
+        teacher = nnx.to_pure_dict(params) if taught else {}
+        return Doomed(jax.tree.map(jnp.asarray, keep), shift, teacher)
 
-    def stepped(self, program, state, member, start, end, steps, bar) -> State:
-        """Steps from `start` to `end`; the host waits for the device now and then."""
-        loss, members = jnp.zeros(()), len(jax.tree.leaves(state)[0])
-        for at in range(start, end):
-            state, loss = program.step(
-                state, member, jnp.int32(at), jnp.float32(steps), self.images
+    def closing(
+        self, case: Case, base: models.Model, doomed: Sequence[Doomed]
+    ) -> train.Sweep:
+        """Runs of an arm, as one program, which is kept."""
+        settings = train.stack(doomed)
+        key = case.arm, case.budget, len(doomed)
+        if key not in self.sweeps:
+            how = self.images, self.optimizer, self.structure, ARMS[case.arm]
+            self.sweeps[key] = train.Sweep(
+                closing(base, *how, case.budget), settings, together=len(doomed)
             )
-            bar.update(members)
-            if (at + 1) % 50 == 0:
-                worst = np.asarray(loss)
-                if not np.isfinite(worst).all():
-                    raise FloatingPointError(
-                        f"the loss of run {int(np.argmax(~np.isfinite(worst)))} is not "
-                        f"finite at step {at + 1}: lower the learning rate"
-                    )
-                bar.set_postfix_str(f"loss {worst.mean():.3f}")
-        return state
+        return self.sweeps[key].at(settings)
 
-    def shift(self, arm: Arm, base, keep: Keep, key) -> dict[str, Array]:
-        if arm.fit != "during":
-            return {}
-        params = nnx.split(base)[1]
-        return self.fit().shift(keep, key, base=params)
-
-    def removed(self, graph, state: State, keep, shift, arm, base, key, closed: bool):
-        """The smaller network and its state, and the loss before units were removed."""
-        params = state.params
-        if shift:
-            open_ = {n: jnp.ones(len(flags)) for n, flags in keep.items()}
-            gates = {n: jnp.float32(flags) for n, flags in keep.items()}
-            groups = self.structure.groups
-            params = relocation.closing(
-                params, gates if closed else open_, groups, shift
+    def plain(self, left: Sequence[models.Model]) -> train.Sweep:
+        """Runs of small networks, likewise."""
+        key = train.networks.network(left[0]).key, len(left)
+        if key not in self.sweeps:
+            once = plain(left[0], self.images, self.optimizer)
+            self.sweeps[key] = train.Sweep(
+                lambda _: once, np.zeros(len(left)), together=len(left)
             )
-        model = merged(graph, state._replace(params=params))
+        return self.sweeps[key]
+
+    def stepped(
+        self, sweep: train.Sweep, states: TrainingState, orders: np.ndarray, bar: tqdm
+    ) -> TrainingState:
+        """All steps of an order; the host waits for the device now and then."""
+        members, steps, _ = orders.shape
+        for at in range(0, steps, 50):
+            rows = orders[:, at : at + 50]
+            states, totals = sweep.epoch(states, self.data, rows, loop=True)
+            bar.update(members * rows.shape[1])
+            bad = np.asarray(totals.first_bad_step)
+            if (bad >= 0).any():
+                raise FloatingPointError(
+                    f"the loss of run {int(np.argmax(bad >= 0))} is not finite at step "
+                    f"{int(bad.max())}: lower the learning rate"
+                )
+            mean = np.mean(totals.sums["loss"] / totals.steps)
+            bar.set_postfix_str(f"loss {mean:.3f}")
+        return states
+
+    def removed(
+        self,
+        training: train.Training,
+        state: TrainingState,
+        arm: Arm,
+        doomed: Doomed,
+        base: models.Model,
+        key: PRNGKeyArray,
+    ) -> tuple[models.Model, Any, float]:
+        """The smaller network, what the optimiser keeps for it, and the loss before
+        units were removed."""
+        keep = {name: np.asarray(flags) for name, flags in doomed.keep.items()}
+        every = {name: jnp.ones(len(flags)) for name, flags in keep.items()}
+        groups = self.structure.groups
+        params = relocation.closing(state.params, every, groups, doomed.shift)
+        network = training.network
+        model = network.whole(network.tree(params, state.rest))
         if arm.fit == "removal":
-            whole = nnx.split(model)[1]
+            graph, whole = nnx.split(model)
             fitted = self.fit()(keep, key, params=whole, base=nnx.split(base)[1])
-            model = nnx.merge(nnx.split(model)[0], fitted)
-        before = base if not closed else folded(model, keep, self.structure)
+            model = nnx.merge(graph, fitted)
+        before = base
+        if arm.closing.share:
+            before = l0jax.nnx.fold(model, jax.tree.map(jnp.float32, keep), groups)
         loss = self.tested(before, self.dataset.validation)[1]
         examples = normalised(jnp.asarray(self.images.images[:64]), self.images)
-        small = relocation.remove(model, self.structure, keep, examples)
-        _, params, statistics = split(small)
-
-        def moment(tree):
-            of = merged(graph, state._replace(params=tree))
-            return split(l0jax.nnx.shrink(of, keep, self.structure))[1]
-
-        adam = state.moments[0]
-        moments = (
-            adam._replace(mu=moment(adam.mu), nu=moment(adam.nu)),
-            *state.moments[1:],
-        )
-        small_state = State(params, statistics, moments, state.weights, state.first)
-        return (small, small_state), loss
+        small = relocation.remove(model, groups, keep, examples)
+        _, cut = training.without(state, keep)
+        moments = cut.opt_state["params"]
+        return small, getattr(moments, "inner", moments), loss
 
     def _base_accuracy(self, seed: int) -> float:
         return self.tested(self.base(seed), self.dataset.test)[0]
 
-    def tested(self, model: models.Model, split_: data.Split) -> tuple[float, float]:
+    def tested(self, model: models.Model, part: data.Split) -> tuple[float, float]:
         """Accuracy in per cent and loss on a split."""
-        graph, state = nnx.split(model)
-        count = len(split_.labels)
-        batch = max(n for n in range(1, min(1000, count) + 1) if count % n == 0)
-        found = [
-            _right(
-                graph,
-                state,
-                (self.images.mean, self.images.deviation),
-                split_.images[at : at + batch],
-                split_.labels[at : at + batch],
-            )
-            for at in range(0, count, batch)
-        ]
-        right, loss = np.sum([np.asarray(each) for each in found], axis=0) / count
-        return 100 * float(right), float(loss)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _right(graph, state, colours, images, labels):
-    """How many of a batch are right, and the sum of their losses."""
-    of = Images(images, labels, *colours)
-    logits = nnx.merge(graph, state)(normalised(images, of))
-    right = (logits.argmax(-1) == labels).sum()
-    return jnp.stack([jnp.float32(right), cross_entropy(logits, labels).sum()])
+        wrong, loss = measured(model, part, self.images, 1000)
+        return 100 - wrong, loss
 
 
 def checked(

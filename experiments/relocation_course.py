@@ -39,18 +39,17 @@ from tqdm import tqdm
 
 from experiments.figures import COLOURS, STYLE
 from experiments.harness import csv_lines, progress, run_folder
-from experiments.relocation import ADVERSARIES, HEURISTICS, OF_RESULTS, Config, Work
-from experiments.relocation_training import (
-    ARMS,
-    Arm,
-    Program,
-    member_of,
-    merged,
-    split,
-    stacked,
+from experiments.relocation import (
+    ADVERSARIES,
+    HEURISTICS,
+    OF_RESULTS,
+    Case,
+    Config,
+    Work,
 )
+from experiments.relocation_training import ARMS
 from experiments.tasks import data
-from l0jax import agnosticism, methods, units
+from l0jax import agnosticism, methods, train, units
 from l0jax.methods import LeastSquares, relocation
 from l0jax.methods.keeping import keep_top
 from l0jax.methods.task import Task
@@ -94,39 +93,33 @@ def measure(
         lines = [
             {"arm": name} | line
             for name in SHOWN
-            for line in of_arm(work, ARMS[name], keeps, seed, bar)
+            for line in of_arm(work, Case(name, ratio, BUDGET), keeps, seed, bar)
         ]
     return lines, scores
 
 
 def of_arm(
-    work: Work, arm: Arm, keeps: dict[str, Any], seed: int, bar: tqdm
+    work: Work, case: Case, keeps: dict[str, Any], seed: int, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """The lines of one arm."""
-    base = work.base(seed)
-    graph, params, statistics = split(base)
-    steps = arm.closing.steps(BUDGET)
-    member = work.member(seed, "data", BUDGET)
-    members = [
-        member._replace(
-            keep=jax.tree.map(jnp.asarray, keep),
-            shift=work.shift(arm, base, keep, member.key),
-        )
-        for keep in keeps.values()
-    ]
-    program = Program(graph, work.optimizer, work.structure, arm)
-    state = stacked([program.start(params, statistics) for _ in keeps])
-    together = stacked(members)
+    arm, base, key = ARMS[case.arm], work.base(seed), work.key(seed)
+    steps, count = arm.closing.steps(case.budget), len(keeps)
+    members = [work.doomed(arm, base, keep, key) for keep in keeps.values()]
+    sweep = work.closing(case, base, members)
+    states = sweep.start([key] * count, [base] * count)
+    orders = np.stack([work.order(seed, case.budget)] * count)
     task, fit, at = work.task(base), work.fit(), 0
+    network, groups = sweep.of(0).network, work.structure.groups
     for share in SHARES:
         until = round(share * steps)
-        state = work.stepped(program, state, together, at, until, steps, bar)
+        states = work.stepped(sweep, states, orders[:, at:until], bar)
         at = until
         for i, (name, of) in enumerate(zip(keeps, members, strict=True)):
-            now = nnx.split(merged(graph, member_of(state, i)))[1]
+            state = train.member_of(states, i)
+            tree = network.tree(state.params, state.rest)
+            now = nnx.split(network.whole(tree))[1]
             gates = arm.closing.gates(of.keep, share)
             over = 1 - relocation.CURVES[arm.closing.curve](share)
-            groups = task.structure.groups
             now = relocation.closing(now, gates, groups, of.shift, over)
             found = bounded(fit, task, now, keeps[name])
             spread = methods.spread(dataclasses.replace(task, params=now), keeps[name])

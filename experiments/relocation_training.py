@@ -1,7 +1,8 @@
-"""Steps of many networks whose doomed units go, each as its arm says."""
+"""How doomed units of a network close, as each arm says, while it trains."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +12,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-import l0jax.nnx
-from experiments.tasks.images import Images, normalised
-from l0jax import models, units
+from experiments.tasks.images import Images, colours_of, normalised
+from l0jax import models, train, units
 from l0jax.dataflow import dataflow
 from l0jax.methods import relocation
 from l0jax.methods.relocation import Closing
 from l0jax.methods.task import cross_entropy
 from l0jax.structure import Structure
+from l0jax.train import TrainingState
 
 Keep = dict[str, np.ndarray]
 
@@ -63,164 +64,182 @@ ARMS: dict[str, Arm] = {
 MAIN_ARMS = tuple(ARMS)[:5]
 
 
-class State(NamedTuple):
-    """What training changes of one run."""
+class Doomed(NamedTuple):
+    """What runs of one arm differ in: settings of the members of a sweep."""
 
-    params: PyTree
-    statistics: PyTree
-    moments: Any
-    # Of the losses, where GradNorm balances them; and their first values.
-    weights: Float[Array, " losses"]
-    first: Float[Array, " losses"]
-
-
-class Member(NamedTuple):
-    """What runs of one program differ in, beside their states."""
-
-    order: Array
-    key: PRNGKeyArray
-    keep: dict[str, Array]
-    shift: dict[str, Array]
+    keep: Mapping[str, Array]
+    shift: Mapping[str, Array]
     teacher: PyTree
 
 
-class Program:
-    """Steps of networks of one kind, compiled once for each shape and arm.
+def plain(
+    model: models.Model, images: Images, optimizer: optax.GradientTransformation
+) -> train.Training:
+    """Training of what is there."""
+    return train.Training(
+        model, functools.partial(_loss, colours_of(images)), optimizer=optimizer
+    )
 
-    Args:
-        graph: of the network in training mode.
-        optimizer: of its parameters.
-        structure: of the full network.
-        arm: how doomed units are closed; None trains what is there.
-    """
 
-    def __init__(
-        self,
-        graph: nnx.GraphDef,
-        optimizer: optax.GradientTransformation,
-        structure: Structure,
-        arm: Arm | None = None,
-    ):
-        self.graph, self.optimizer, self.arm = graph, optimizer, arm
-        self.structure = structure
-        self.step = jax.jit(
-            jax.vmap(self._step, in_axes=(0, 0, None, None, None)), donate_argnums=0
-        )
+def closing(
+    model: models.Model,
+    images: Images,
+    optimizer: optax.GradientTransformation,
+    structure: Structure,
+    arm: Arm,
+    budget: int,
+) -> Callable[[Doomed], train.Training]:
+    """The training of a member: its doomed units close in a part of the budget."""
+    colours, groups = colours_of(images), structure.groups
+    every = {name: np.ones(group.size, bool) for name, group in groups.items()}
+    kind = Balanced if arm.balanced else train.Training
+    once = kind(
+        model,
+        functools.partial(_loss, colours),
+        structure=structure,
+        gate=train.Chosen(every, arm.closing, budget),
+        optimizer=optimizer,
+    )
+    steps = arm.closing.steps(budget)
 
-    def start(self, params: PyTree, statistics: PyTree) -> State:
-        """A run at its beginning; arrays are copied, for steps give theirs away."""
-        losses = jnp.ones(3)
-        state = State(
-            params, statistics, self.optimizer.init(params), losses, jnp.zeros(3)
-        )
-        return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+    def member(of: Doomed) -> train.Training:
+        settings: dict[str, Any] = {
+            "gating": train.Chosen(of.keep, arm.closing, budget, of.shift)
+        }
+        if arm.distillation or arm.reconstruction:
+            settings["loss"] = additional(arm, colours, groups, of)
+        if arm.closing.decay:
+            decays = functools.partial(arm.closing.decayed, of.keep, steps=steps)
+            settings["optimizer"] = decaying(optimizer, decays, groups)
+        return once.replace(**settings)
 
-    def _step(self, state: State, member: Member, at, steps, images: Images):
-        batch = member.order[at]
-        x = normalised(images.images[batch], images)
-        labels = images.labels[batch]
-        gates = None
-        if self.arm is not None:
-            key = jax.random.fold_in(member.key, at)
-            gates = self.arm.closing.gates(member.keep, at / steps, key)
+    return member
 
-        def losses(params):
-            if self.arm is None or gates is None:
-                logits, statistics = self._run(params, state.statistics, x)
-                return (cross_entropy(logits, labels).mean(),), statistics
-            share = 1 - relocation.CURVES[self.arm.closing.curve](at / steps)
-            closed = relocation.closing(
-                params, gates, self.structure.groups, member.shift, share
-            )
-            return self._losses(closed, state, member, x, labels)
 
-        if self.arm is not None and self.arm.balanced:
-            return self._balanced(state, losses)
+def _loss(colours: Images, model, batch):
+    pixels, labels = batch
+    return cross_entropy(model(normalised(pixels, colours)), labels).mean(), {}
 
-        def weighed(params):
-            found, statistics = losses(params)
-            weights = (1.0, *self._weights())[: len(found)]
-            return sum(w * a for w, a in zip(weights, found, strict=True)), statistics
 
-        (loss, statistics), slopes = jax.value_and_grad(weighed, has_aux=True)(
-            state.params
-        )
-        updates, moments = self.optimizer.update(slopes, state.moments, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if self.arm is not None and self.arm.closing.decay:
-            left = self.arm.closing.decayed(member.keep, at, steps)
-            params = units.apply_gates(params, left, self.structure.groups)
-        return state._replace(
-            params=params, statistics=statistics, moments=moments
-        ), loss
+class Decaying(NamedTuple):
+    """What the optimiser keeps, and how many steps it took."""
 
-    def _weights(self) -> tuple[float, ...]:
-        """Of the additional losses that the arm has."""
-        if self.arm is None:
-            return ()
-        given = (self.arm.distillation, self.arm.reconstruction)
-        return tuple(weight for weight in given if weight)
+    inner: Any
+    step: Array
 
-    def _run(self, params, statistics, x):
-        net = nnx.merge(self.graph, params, statistics, copy=True)
-        logits = net(x)
-        return logits, nnx.split(net, nnx.Param, ...)[2]
 
-    def _losses(self, params, state, member, x, labels):
-        """The loss of the task and the additional ones."""
-        if not self._weights():
-            logits, statistics = self._run(params, state.statistics, x)
-            return (cross_entropy(logits, labels).mean(),), statistics
-        assert self.arm is not None
-        kernels = list(
-            dict.fromkeys(
-                slot.path
-                for group in self.structure.groups.values()
-                for slot in group.used_by
-            )
-        )
+def decaying(
+    inner: optax.GradientTransformation,
+    decays: Callable[[Array], Mapping[str, Array]],
+    groups: units.Groups,
+) -> optax.GradientTransformation:
+    """An optimiser after whose step the weights that read units decay."""
+
+    def init(params):
+        return Decaying(inner.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params: Any = None):
+        updates, moments = inner.update(updates, state.inner, params)
+        moved = optax.apply_updates(params, updates)
+        left = units.apply_gates(moved, decays(state.step), groups)
+        updates = jax.tree.map(jnp.subtract, left, params)
+        return updates, Decaying(moments, state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+# ------------------------------------------------------------------ additional losses
+
+
+def additional(arm: Arm, colours: Images, groups: units.Groups, of: Doomed):
+    """The loss of the task and, weighed, those that compare with the base network."""
+    kernels = list(
+        dict.fromkeys(slot.path for g in groups.values() for slot in g.used_by)
+    )
+
+    def loss(model, batch):
+        pixels, labels = batch
+        x = normalised(pixels, colours)
+        graph, params, before = nnx.split(model, nnx.Param, ...)
+
+        def run(params, x):
+            net = nnx.merge(graph, params, before, copy=True)
+            logits = net(x)
+            return logits, nnx.split(net, nnx.Param, ...)[2]
 
         def seen(params):
-            def run(params, x):
-                return self._run(params, state.statistics, x)
-
             flow = dataflow(run, params, x)
             made = [flow.makes(path) for path in kernels]
             values = flow.evaluate(flow.known(params, x), [*flow.outs, *made])
             outs = jax.tree.structure(jax.eval_shape(run, params, x))
-            return jax.tree.unflatten(outs, values[: len(flow.outs)]), values[
-                len(flow.outs) :
-            ]
+            count = len(flow.outs)
+            return jax.tree.unflatten(outs, values[:count]), values[count:]
 
         (logits, statistics), now = seen(params)
-        (taught, _), target = seen(member.teacher)
-        found = [cross_entropy(logits, labels).mean()]
-        if self.arm.distillation:
-            found.append(relocation.distillation(logits, taught).mean())
-        if self.arm.reconstruction:
+        teacher = nnx.state(nnx.merge(graph, of.teacher, before), nnx.Param)
+        (taught, _), target = seen(teacher)
+        nnx.update(model, statistics)
+        losses, weights = [cross_entropy(logits, labels).mean()], [1.0]
+        if arm.distillation:
+            losses.append(relocation.distillation(logits, taught).mean())
+            weights.append(arm.distillation)
+        if arm.reconstruction:
             apart = [
-                relocation.mismatch(a, b, self._kept(path, member.keep, a.shape[-1]))
+                relocation.mismatch(a, b, _kept(groups, path, of.keep, a.shape[-1]))
                 for path, a, b in zip(kernels, now, target, strict=True)
             ]
-            found.append(sum(apart, jnp.zeros(())) / len(apart))
-        return tuple(found), statistics
+            losses.append(sum(apart, jnp.zeros(())) / len(apart))
+            weights.append(arm.reconstruction)
+        each = jnp.stack(losses)
+        return each @ jnp.asarray(weights, each.dtype), {"losses": each}
 
-    def _kept(self, path: str, keep, size: int):
-        """Which outputs of a layer stay."""
-        flags = jnp.ones(size)
-        for name, group in self.structure.groups.items():
-            for slot in group.made_by:
-                if slot.path == path:
-                    at = units.owners(slot, group.size)
-                    flags *= jnp.append(jnp.float32(keep[name]), 1.0)[at]
-        return flags
+    return loss
 
-    def _balanced(self, state: State, losses):
+
+def _kept(groups: units.Groups, path: str, keep: Mapping[str, Array], size: int):
+    """Which outputs of a layer stay."""
+    flags = jnp.ones(size)
+    for name, group in groups.items():
+        for slot in group.made_by:
+            if slot.path == path:
+                at = units.owners(slot, group.size)
+                flags *= jnp.append(jnp.float32(keep[name]), 1.0)[at]
+    return flags
+
+
+class Balance(NamedTuple):
+    """Weights of losses, and their first values."""
+
+    weights: Float[Array, " losses"]
+    first: Float[Array, " losses"]
+
+
+class Balanced(train.Training):
+    """A training with several losses, the metric "losses", whose weights GradNorm
+    moves."""
+
+    def start(self, key: PRNGKeyArray, model: Any = None) -> TrainingState:
+        """With equal weights."""
+        state = super().start(key, model)
+        return state._replace(dual=Balance(jnp.ones(3), jnp.zeros(3)))
+
+    def taken(self, state: TrainingState, batch: PyTree):
+        """A step along the sum of all slopes by their weights."""
+        key = jax.random.fold_in(state.key, state.step)
+
         def listed(params):
-            found, statistics = losses(params)
-            return jnp.stack(found), statistics
+            value, (found, rest) = self.gating.value(
+                params,
+                state.gates,
+                state.step,
+                key,
+                self.gated,
+                lambda p: self.task(p, state.rest, batch, key),
+            )
+            del value
+            return found["losses"], rest
 
-        found, pull, statistics = jax.vjp(listed, state.params, has_aux=True)
+        found, pull, rest = jax.vjp(listed, state.params, has_aux=True)
         (slopes,) = jax.vmap(pull)(jnp.eye(len(found)))
         norms = jnp.sqrt(
             sum(
@@ -228,38 +247,18 @@ class Program:
                 for a in jax.tree.leaves(slopes)
             )
         )
-        first = jnp.where(state.first.sum() == 0, found, state.first)
-        weights = relocation.gradnorm(state.weights, norms, found, first)
-        total = jax.tree.map(lambda a: jnp.tensordot(state.weights, a, 1), slopes)
-        updates, moments = self.optimizer.update(total, state.moments, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, statistics, moments, weights, first), found[0]
-
-
-def split(model):
-    """A network in training mode: its graph, its parameters, its statistics."""
-    training = nnx.clone(model)
-    training.train()
-    return nnx.split(training, nnx.Param, ...)
-
-
-def merged(graph, state: State) -> models.Model:
-    """The network of a run, in evaluation mode."""
-    model = nnx.clone(nnx.merge(graph, state.params, state.statistics))
-    model.eval()
-    return model
-
-
-def folded(model: models.Model, keep: Keep, structure: Structure) -> models.Model:
-    """The network with doomed units closed."""
-    z = {name: jnp.float32(flags) for name, flags in keep.items()}
-    return l0jax.nnx.fold(model, z, structure.groups)
-
-
-def stacked(trees: Sequence[PyTree]) -> PyTree:
-    """Members along a new first axis."""
-    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
-
-
-def member_of(tree: PyTree, at: int) -> PyTree:
-    return jax.tree.map(lambda a: a[at], tree)
+        first = jnp.where(state.dual.first.sum() == 0, found, state.dual.first)
+        weights = relocation.gradnorm(state.dual.weights, norms, found, first)
+        total = jax.tree.map(lambda a: jnp.tensordot(state.dual.weights, a, 1), slopes)
+        updates, moments = self.optimizer.update(
+            total, state.opt_state["params"], state.params
+        )
+        after = state._replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            rest=rest,
+            opt_state={**state.opt_state, "params": moments},
+            dual=Balance(weights, first),
+        )
+        metrics = {"loss": found[0], "penalty": jnp.zeros(()), "losses": found}
+        return after, metrics

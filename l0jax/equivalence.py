@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import units
-from l0jax.narrow import inputs_left, knows, narrow
+from l0jax.narrow import inputs_left, knows, narrow, unread
 from l0jax.structure import Structure
 from l0jax.terms import Terms
 from l0jax.units import Keep, arrays
@@ -144,9 +144,15 @@ def _of_whole_inputs(small: Apply, structure: Structure, keep: Keep) -> Apply:
 def _narrowed(structure: Structure, keep: Keep, params: PyTree) -> Apply:
     """The narrowed program, of arrays in the tree that they have now."""
     narrowed, _ = narrow(structure, params, keep)
+    # Of what nothing reads it wants no elements; code of the user's has some.
+    paths, gone = arrays(params), unread(structure, keep)
 
     def call(params, *inputs):
-        leaves = jax.tree.leaves((params, *inputs))
+        leaves = [
+            leaf[:0] if path in gone else leaf
+            for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+        ]
+        leaves += jax.tree.leaves(inputs)
         return narrowed(*jax.tree.unflatten(structure.traced.in_tree, leaves))
 
     return call

@@ -9,7 +9,8 @@ is all that a training step needs.
 
 Each takes a key, the logits, the loss, and `has_aux`: whether the loss returns a pair
 of its value and a pytree of whatever else is of interest. The mean of that over the
-draws is then returned beside the surrogate, as by `jax.value_and_grad`.
+draws (of what isn't real, counters and keys that a network writes, that of the first)
+is then returned beside the surrogate, as by `jax.value_and_grad`.
 """
 
 import functools
@@ -166,9 +167,14 @@ def _antithetic(key: PRNGKeyArray, logits: Vectors):
 
 
 def _both(loss: Loss, first: Vectors, second: Vectors):
-    """The values at two draws, and the mean of what else there is."""
+    """The values at two draws, and the mean of what else there is that is real."""
     (a, of_a), (b, of_b) = loss(dict(first)), loss(dict(second))
-    return (a, b), jax.tree.map(lambda x, y: (x + y) / 2, of_a, of_b)
+
+    def mean(x, y):
+        real = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return (x + y) / 2 if real else x
+
+    return (a, b), jax.tree.map(mean, of_a, of_b)
 
 
 def _open(which: Array, like: Array) -> Array:

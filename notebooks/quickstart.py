@@ -41,7 +41,7 @@ from flax import nnx
 import l0jax
 from experiments import figures
 from experiments.tasks import data
-from l0jax import gates, gating, models, objectives, storage, train
+from l0jax import gates, models, objectives, storage, train
 
 plt.rcParams.update(figures.STYLE)
 key = jax.random.key(0)
@@ -183,27 +183,25 @@ def arrays(split):
     return jnp.float32(split.images / digits.scale), jnp.asarray(split.labels)
 
 
-training, validation, test = map(arrays, (digits.train, digits.validation, digits.test))
+train_set, validation, test = map(
+    arrays, (digits.train, digits.validation, digits.test)
+)
 EXAMPLES = len(digits.train.labels)
 
 model = models.MLP((64, 300, 100, 10), rngs=nnx.Rngs(0))
-graph, params, rest = nnx.split(model, nnx.Param, ...)
+structure = models.structure(model)
+groups = structure.groups
 
 print(f"{EXAMPLES} training images")
-groups = models.structure(model).groups
 for name, group in groups.items():
     used_by = ", ".join(f"axis {slot.axis} of {slot.path}" for slot in group.used_by)
     print(f"{name}: {group.size} units, used by {used_by}")
 
 # %% [markdown]
-# These are the pieces of training, all of them pure functions:
-#
-# - `apply` is the network as a function of its parameters;
-# - `objectives.penalty` charges $\lambda = 0.1 / N$ for each expected weight, with $N$
-#   training images;
-# - `train.make_step` draws the gates, multiplies them into the parameters, and takes a
-#   gradient step on parameters and logits together;
-# - `train.make_run` compiles many such steps into one program.
+# `train.Training` takes the model, its loss, its units, and how they are gated. The
+# `price` of each expected weight is $\lambda = 0.1 / N$, with $N$ training images. A
+# step draws the gates, multiplies them into the parameters, and takes a gradient step
+# on parameters and logits together; `epoch` compiles many steps into one program.
 #
 # Every ten epochs the loop below leaves the compiled program, sets the gates by the
 # test-time rule, and counts what is left.
@@ -212,18 +210,11 @@ for name, group in groups.items():
 BATCH, EPOCHS, EVERY = 50, 200, 10
 
 
-def apply(params, images):
-    return nnx.merge(graph, params, rest)(images)
-
-
-def loss(outputs, labels):
-    each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-    return each.mean(), {}
-
-
-@jax.jit
-def error(network, images, labels):
-    return 100 * (network(images).argmax(axis=1) != labels).mean()
+def loss(model, batch):
+    images, labels = batch
+    logits = model(images)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return each.mean(), {"error": (logits.argmax(axis=1) != labels).mean()}
 
 
 def order_of(epochs):
@@ -232,38 +223,34 @@ def order_of(epochs):
     return orders.reshape(-1, BATCH)
 
 
-def fit(groups):
-    objective = objectives.penalty(groups, lam=0.1, examples=EXAMPLES)
-    optimizer = train.gates_apart(optax.adam(1e-3), optax.adam(1e-2))
-    step = train.make_step(apply, loss, objective, gate, groups, optimizer)
-    run = train.make_run(step)
-
-    logits = gating.init(gating.key_for(key, "gates"), gate, groups, keep_prob=0.8)
-    state = train.init({"params": params, "gates": logits}, optimizer)
-    batch = jax.tree.map(lambda array: array[:BATCH], training)
-    totals = train.no_totals(step, state, batch, key)
-
-    history = []
+def fit(**gated):
+    training = train.Training(
+        model,
+        loss,
+        structure=structure,
+        optimizer=optax.adam(1e-3),
+        gate_optimizer=optax.adam(1e-2),
+        **gated,
+    )
+    state, history = training.start(key), []
     for epoch in range(EVERY, EPOCHS + 1, EVERY):
         order = order_of(jnp.arange(epoch - EVERY, epoch))
-        state, totals = run(state, totals, training, order, key)
-        z = gating.deterministic(gate, state.theta["gates"], "paper")
-        folded = l0jax.apply_gates(state.theta["params"], z, groups)
-        keep = l0jax.in_use(folded, groups)
-        left = {name: int(flags.sum()) for name, flags in keep.items()}
-        now = error(nnx.merge(graph, folded, rest), *validation)
-        history.append((epoch, float(now), left))
-    assert totals.first_bad_step < 0, "a loss was not finite"
-    return state.theta, history
+        state, totals = training.epoch(state, train_set, order)
+        assert totals.first_bad_step < 0, "a loss was not finite"
+        z = training.decide(state).z
+        left = {name: np.count_nonzero(values) for name, values in z.items()}
+        now = training.evaluate(state, [validation])["error"]
+        history.append((epoch, 100 * now, left))
+    return training, state, history
 
 
 # %% [markdown]
-# We fit twice. With no groups there are no gates and there is no penalty: the same code
-# trains the dense network, to compare with.
+# We fit twice. Without gates there is no penalty either: the same code trains the dense
+# network, to compare with.
 
 # %%
-dense, dense_history = fit({})
-theta, history = fit(groups)
+dense, dense_state, dense_history = fit()
+training, state, history = fit(gate=gate, price=0.1 / EXAMPLES)
 
 # %%
 figure, (above, below) = plt.subplots(
@@ -295,22 +282,17 @@ plt.show()
 # means little.
 #
 # `hidden2` loses few units. A unit is charged for the weights that use it: 300 for a
-# pixel, 100 for a unit of `hidden1`, and only 10 for a unit of `hidden2`. `lam` may
+# pixel, 100 for a unit of `hidden1`, and only 10 for a unit of `hidden2`. `price` may
 # also be one number per group.
 #
 # ## 3. What was removed
 #
-# `fold` multiplies the gates of the test-time rule into the weights. Where a gate is 0,
-# nothing uses its unit any more. `in_use` finds the units that still are used, and
-# `shrink` takes the others out of every array. The result is of the same class, with
-# smaller arrays and without gates.
+# `finish` multiplies the gates of the test-time rule into the weights. Where a gate is
+# 0, nothing uses its unit any more, and the unit is taken out of every array. The
+# result is of the same class, with smaller arrays and without gates.
 
 # %%
-trained = nnx.merge(graph, theta["params"], rest)
-z = gating.deterministic(gate, theta["gates"], "paper")
-folded = l0jax.nnx.fold(trained, z, groups)
-keep = l0jax.in_use(nnx.state(folded), groups)
-small = l0jax.nnx.shrink(folded, keep, groups)
+small = training.finish(state)
 
 
 def widths(network):
@@ -326,12 +308,13 @@ print(f"widths:     {widths(model)} → {widths(small)}")
 print(f"parameters: {parameters(model):,} → {parameters(small):,}")
 
 # %% [markdown]
-# The small network has the same outputs as the gated one, up to rounding:
+# The small network has the same outputs as the gated one, which `whole_model` gives at
+# its full width, up to rounding:
 
 # %%
 # In full float32: by default, a GPU may multiply matrices at a lower precision.
 with jax.default_matmul_precision("highest"):
-    before, after = folded(test[0]), small(test[0])
+    before, after = training.whole_model(state)(test[0]), small(test[0])
 difference = abs(after - before).max() / abs(before).max()
 print(f"largest difference of the logits: {difference:.0e} of the largest logit")
 assert difference <= 1e-5
@@ -341,10 +324,11 @@ assert difference <= 1e-5
 # average. A few do vary, but the pixels that are left tell the network enough.
 
 # %%
-images = np.asarray(training[0])[..., 0]
+images = np.asarray(train_set[0])[..., 0]
 spread = images.std(0)
-active = np.asarray(gate.prob_active(theta["gates"]["input"])).reshape(8, 8)
-read = keep["input"].reshape(8, 8)
+decision = training.decide(state)
+active = decision.prob_active["input"].reshape(8, 8)
+read = decision.z["input"].reshape(8, 8) != 0
 rows, columns = np.nonzero(~read)
 
 figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
@@ -378,22 +362,26 @@ with tempfile.TemporaryDirectory() as folder:
     loaded = storage.load(folder)
 np.testing.assert_array_equal(loaded(test[0]), small(test[0]))
 
+
+@jax.jit
+def error(network, batch):
+    return 100 * loss(network, batch)[1]["error"]
+
+
 print(f"{'':6} {'validation error':>17} {'test error':>11} {'parameters':>11}")
-for name, network in (
-    ("dense", nnx.merge(graph, dense["params"], rest)),
-    ("small", loaded),
-):
+for name, network in (("dense", dense.whole_model(dense_state)), ("small", loaded)):
     print(
-        f"{name:6} {error(network, *validation):15.1f} % {error(network, *test):9.1f} %"
+        f"{name:6} {error(network, validation):15.1f} % {error(network, test):9.1f} %"
         f" {parameters(network):11,}"
     )
 
 # %% [markdown]
 # ## 4. A Flax module of your own
 #
-# `l0jax.nnx.Gated` puts gates around any NNX module. The module itself stays as it is;
-# you state where its units lie. Here they are 200 hidden units, which `first` makes and
-# `second` uses.
+# `Training` takes any NNX module. If you write the loop yourself, `l0jax.nnx.Gated` puts
+# gates around a module, which itself stays as it is. Here the units are 200 hidden
+# ones, which `first` makes and `second` uses; `trace` reads that from the module's
+# program.
 
 
 # %%
@@ -406,14 +394,10 @@ class Classifier(nnx.Module):
         return self.second(nnx.tanh(self.first(images.reshape(-1, 64))))
 
 
-hidden = l0jax.Group(
-    "hidden",
-    200,
-    used_by=(l0jax.Slot("second.kernel", axis=0),),
-    made_by=(l0jax.Slot("first.kernel", axis=1), l0jax.Slot("first.bias", axis=0)),
-)
-groups = {"hidden": hidden}
-net = l0jax.nnx.Gated(Classifier(nnx.Rngs(0)), gate, groups, rngs=nnx.Rngs(gates=1))
+classifier = Classifier(nnx.Rngs(0))
+structure = l0jax.trace(classifier, test[0]).only("first")
+groups = structure.groups
+net = l0jax.nnx.Gated(classifier, gate, groups, rngs=nnx.Rngs(gates=1))
 
 # Give a key to draw the gates, as in training, or a rule to set them, as at test time.
 one, other = (net(test[0], key=jax.random.key(seed)) for seed in (1, 2))
@@ -439,7 +423,7 @@ optimizer = train.gates_apart(optax.adam(1e-2), optax.adam(3e-2))
 def descend(both, opt_state, key):
     def total(both):
         net = nnx.merge(net_graph, both["gates"], both["params"], others)
-        task, _ = loss(net(training[0], key=key), training[1])
+        task, _ = loss(lambda images: net(images, key=key), train_set)
         return task + objective(nnx.state(net.module), net.prob_active())
 
     updates, opt_state = optimizer.update(jax.grad(total)(both), opt_state, both)
@@ -454,10 +438,11 @@ for t in range(400):
 
 net = nnx.merge(net_graph, both["gates"], both["params"], others)
 folded = l0jax.nnx.fold(net.module, net.gates(rule="median"), groups)
-smaller = l0jax.nnx.shrink(folded, l0jax.in_use(nnx.state(folded), groups), groups)
+keep = l0jax.in_use(nnx.state(folded), groups)
+smaller = l0jax.nnx.shrink(folded, keep, structure)
 print(
     f"hidden units: 200 → {smaller.first.bias.size}, "
-    f"validation error {error(smaller, *validation):.1f} %"
+    f"validation error {error(smaller, validation):.1f} %"
 )
 
 # %% [markdown]
@@ -466,7 +451,8 @@ print(
 # The README says what else there is, such as costs in multiply-accumulates and FLOPs
 # (`l0jax.costs`), and the same adapter for Flax Linen (`l0jax.linen`).
 #
-# `experiments/mnist.py` is a whole training script, to be read from top to bottom. It
-# has learning rate schedules, averaging, checkpoints and pictures. Run it on these
-# digits by `python -m experiments.mnist`. With `--dataset mnist --model lenet5` it
-# trains LeNet-5 on MNIST, and removes whole feature maps.
+# `experiments/mnist.py` is a whole run, to be read from top to bottom, and
+# `experiments/mnist_training.py` makes the `Training` from its settings. They have
+# learning rate schedules, averaging, checkpoints and pictures. Run it on these digits
+# by `python -m experiments.mnist`. With `--dataset mnist --model lenet5` it trains
+# LeNet-5 on MNIST, and removes whole feature maps.

@@ -10,7 +10,7 @@ import matplotlib.style
 import numpy as np
 import pytest
 
-from experiments import families, family_report, mnist
+from experiments import families, family_report, mnist, mnist_settings
 from experiments.figures import STYLE
 from experiments.reports import printing
 from l0jax import gates, gating
@@ -57,7 +57,7 @@ def test_every_member_has_a_line_for_each_rule(tiny):
     assert list(lines[0]) == list(families.COLUMNS)
     for name in TINY.families:
         rules = families.rules_of(
-            mnist.gate_of(mnist.Config(**families.VARIANTS[name]))
+            mnist_settings.gate_of(mnist.Config(**families.VARIANTS[name]))
         )
         assert set(gating.RULES) < set(rules)
         found = {
@@ -115,21 +115,16 @@ def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     """A family that is there is not run again; one that was interrupted goes on."""
     one = dataclasses.replace(TINY, out=tmp_path, families=("hard_concrete",))
     sweeps = []
-    whole = families.train.make_sweep
+    whole = families.train.Sweep.epoch
 
-    def stopped(member, **how):
-        sweep = whole(member, **how)
+    def stopped(self, states, *rest):
+        if len(sweeps) == 3:
+            sweeps.append("stopped")
+            raise KeyboardInterrupt
+        sweeps.append(int(states.step[0]))
+        return whole(self, states, *rest)
 
-        def run(*members):
-            if len(sweeps) == 3:
-                sweeps.append("stopped")
-                raise KeyboardInterrupt
-            sweeps.append(int(members[1].step[0]))
-            return sweep(*members)
-
-        return run
-
-    monkeypatch.setattr(families.train, "make_sweep", stopped)
+    monkeypatch.setattr(families.train.Sweep, "epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         families.main(one)
     assert not (tmp_path / "results.csv").exists()

@@ -509,6 +509,19 @@ def test_a_step_is_the_derivative_of_loss_and_penalty():
         )
 
 
+@pytest.mark.parametrize("name", estimators.ESTIMATORS)
+def test_estimators_leave_what_a_network_writes_as_it_is(name):
+    """Statistics are the means of draws; keys and counters are no numbers."""
+    gate = train.Learned(gates.Bernoulli(), estimator=estimators.ESTIMATORS[name])
+    training = training_of(gate=gate)
+    before = training.start(jax.random.key(0))
+    kinds = [(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(before)]
+    mean = np.asarray(before.rest["norm"]["mean"])
+    after, _ = training.step(before, next(models.batches(0)))
+    assert [(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(after)] == kinds
+    assert not np.array_equal(after.rest["norm"]["mean"], mean)
+
+
 def test_a_penalty_of_the_users_is_added():
     plain = {"gate": None, "target": None, "optimizer": optax.sgd(0.1)}
     batch = next(models.batches(0))
@@ -673,6 +686,51 @@ def test_no_layer_goes_that_training_has_left():
     state = state._replace(gates={"logits": logits})
     keep = training.decide(state).z
     assert (keep["second"] != 0).any()
+
+
+def test_by_samples_gates_are_the_mean_of_their_draws():
+    gate = train.Learned(gates.HardConcrete(), draws=4000)
+    training = training_of("perceptron", gate=gate)
+    state = training.start(jax.random.key(0))
+    found = training.decide(state, "samples")
+    for name, z in found.z.items():
+        mean = gates.HardConcrete().mean(state.gates["logits"][name])
+        np.testing.assert_allclose(z, mean, atol=5 * 0.5 / 4000**0.5)
+        assert not np.array_equal(z, mean)
+    again = training.decide(state, "samples")
+    for name, z in found.z.items():
+        np.testing.assert_array_equal(again.z[name], z)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_that_has_lost_a_layer_is_finished(name):
+    training = training_of(name, target=None, polyak=0.0)
+    for dead in [[group] for group in training.structure.groups] + [
+        [*training.structure.groups]
+    ]:
+        state = training.start(jax.random.key(0))
+        logits = {
+            n: jnp.full_like(a, -20.0 if n in dead else 3.0)
+            for n, a in state.gates["logits"].items()
+        }
+        state = state._replace(gates={"logits": logits})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small = training.finish(state)
+        x = models.digits()[0][:5]
+        expected = called(training.whole_model(state), x)
+        np.testing.assert_allclose(called(small, x), expected, atol=1e-5)
+        # It no longer depends on the inputs.
+        np.testing.assert_allclose(expected, expected[:1].repeat(5, 0), atol=1e-5)
+
+
+def called(model, x):
+    if isinstance(model, tuple):
+        apply, variables = model
+        found = apply(variables, x)
+    else:
+        found = model(x)
+    return np.asarray(found)
 
 
 def test_decisions_name_what_is_undecided():

@@ -160,7 +160,7 @@ class Trainer(Generic[Model]):
         self.recipe, self.data = recipe, _on_device(images)
         self.training = train.Training(
             both,
-            functools.partial(_loss, self.heads, recipe.augment, _colours(images)),
+            functools.partial(_loss, self.heads, recipe.augment, colours_of(images)),
             structure=structure if keep else None,
             gate=train.Chosen(keep) if keep else None,
             penalty=penalty,
@@ -205,7 +205,7 @@ def _on_device(images: Images) -> tuple[Array, Array]:
     return jnp.asarray(images.images), jnp.asarray(images.labels)
 
 
-def _colours(images: Images) -> Images:
+def colours_of(images: Images) -> Images:
     """What normalises colours, without the images."""
     return images._replace(images=images.images[:0], labels=images.labels[:0])
 
@@ -239,6 +239,14 @@ def _loss(heads: tuple[str, ...], augment: bool, of: Images, model, batch, key):
 
 def error(model: nnx.Module, split: data.Split, of: Images, batch: int = 500) -> float:
     """The share of images of a split that the network gets wrong, in percent."""
+    return measured(model, split, of, batch)[0]
+
+
+def measured(
+    model: nnx.Module, split: data.Split, of: Images, batch: int = 500
+) -> tuple[float, float]:
+    """The share of images of a split that the network gets wrong, in percent, and the
+    mean loss."""
     graph, state = nnx.split(model)
     colours = of.mean, of.deviation
     count = len(split.labels)
@@ -253,7 +261,8 @@ def error(model: nnx.Module, split: data.Split, of: Images, batch: int = 500) ->
         )
         for at in range(0, count, batch)
     ]
-    return 100 * float(jnp.stack(found).sum()) / count
+    wrong, loss = np.sum(jax.device_get(found), axis=0) / count
+    return 100 * float(wrong), float(loss)
 
 
 def errors(model: nnx.Module, dataset: data.Dataset, of: Images) -> dict[str, float]:
@@ -266,10 +275,11 @@ def errors(model: nnx.Module, dataset: data.Dataset, of: Images) -> dict[str, fl
 
 @functools.partial(jax.jit, static_argnums=0)
 def _wrong(graph, state, colours, images, labels):
-    """How many of a batch the network gets wrong."""
+    """How many of a batch the network gets wrong, and the sum of their losses."""
     of = Images(images, labels, *colours)
     logits = nnx.merge(graph, state)(normalised(images, of))
-    return (logits.argmax(-1) != labels).sum()
+    wrong = (logits.argmax(-1) != labels).sum()
+    return wrong, cross_entropy(logits, labels).sum()
 
 
 def recalibrated(model: Model, of: Images, batch_size: int = 128) -> Model:

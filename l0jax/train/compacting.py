@@ -100,7 +100,7 @@ def _closed(training: "Training", below: float, state: "TrainingState"):
     """Which units are closed now."""
     rule = getattr(training.gating, "rule", "paper")
     params, own = training.averaged(state)
-    z, active = training.gating.decide(own, state.step, rule)
+    z, active = training.gating.decide(own, state.step, rule, state.key)
     groups = training._below(training.structure.groups)
     return compaction.closed(params, z, active, groups, below)
 

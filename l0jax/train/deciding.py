@@ -96,7 +96,7 @@ def _seen(training: "Training", rule: str, state: "TrainingState") -> dict[str, 
     """All that a decision needs from the device."""
     params, own = training.averaged(state)
     gating = training.gating
-    z, active = gating.decide(own, state.step, rule)
+    z, active = gating.decide(own, state.step, rule, state.key)
     seen = {"z": z, "active": active, "expected": {}}
     if isinstance(gating, Learned):
         now = gating.at(own, state.step)

@@ -46,6 +46,17 @@ class Totals(NamedTuple):
             )
         return {n: float(total) / int(totals.steps) for n, total in totals.sums.items()}
 
+    def plus(self, other: "Totals") -> "Totals":
+        """Of these steps and of others that came later."""
+        sums = {name: total + other.sums[name] for name, total in self.sums.items()}
+        bad = jnp.where(
+            self.first_bad_step < 0, other.first_bad_step, self.first_bad_step
+        )
+        return Totals(self.steps + other.steps, sums, bad)
+
+
+_plus = jax.jit(Totals.plus, donate_argnums=0)
+
 
 def none_yet(metrics: Mapping[str, Any]) -> Totals:
     """Totals of no steps, for metrics of such shapes."""
@@ -128,7 +139,11 @@ def many(training: "Training", state, data, order) -> tuple["TrainingState", Tot
         return after, metrics
 
     first = state.step
-    state, metrics = jax.lax.scan(one, state, order)
+    if len(order) == 1:
+        state, metrics = one(state, order[0])
+        metrics = {name: each[None] for name, each in metrics.items()}
+    else:
+        state, metrics = jax.lax.scan(one, state, order)
     bad = ~jnp.isfinite(metrics["loss"] + metrics["penalty"])
     totals = Totals(
         jnp.asarray(len(order), jnp.int32),
@@ -192,9 +207,11 @@ class Sweep:
                 return many(member(settings), state, data, order)
 
             members = (settings, states, orders)
+            if together is None or together >= len(orders):
+                return jax.vmap(one)(members)
             if together == 1:
                 return jax.lax.map(one, members)
-            return jax.lax.map(one, members, batch_size=together or len(orders))
+            return jax.lax.map(one, members, batch_size=together)
 
         sharded = jax.shard_map(
             run, mesh=mesh, in_specs=places, out_specs=each, check_vma=False
@@ -233,10 +250,22 @@ class Sweep:
         self,
         states: "TrainingState",
         data: PyTree,
-        orders: Int[Array, "members steps batch"],
+        orders: Int[Array, "members steps batch"] | Int[np.ndarray, "..."],
+        *,
+        loop: bool = False,
     ) -> tuple["TrainingState", Totals]:
         """Steps of all members over examples that lie on the device; the states are
-        given away."""
+        given away. With `loop` each step is a program, as for `Training.epoch`; then
+        `together` should be the number of members, for one after the other is a loop
+        as well."""
+        if loop:
+            totals = None
+            for rows in np.split(np.asarray(orders), orders.shape[1], axis=1):
+                states, found = self.epoch(states, data, rows)
+                totals = found if totals is None else _plus(totals, found)
+            if totals is None:
+                raise ValueError("there is no step to take: the orders are empty")
+            return states, totals
         # What lies elsewhere has another type, for which it would be compiled again.
         placed = jax.device_put((self.settings, states, data, orders), self._shardings)
         return self._run(*placed)

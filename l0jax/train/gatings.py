@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating, units
 from l0jax.estimators import Estimator
@@ -26,6 +26,8 @@ from l0jax.units import Groups, Keep
 Vectors = dict[str, Float[Array, " units"]]
 Own = dict[str, Any]
 Step = Int[Array, ""]
+
+SAMPLES = "samples"
 
 Temperature = optax.Schedule | tuple[float, float]
 """A schedule over steps, or the lowest and the highest value of one that is trained."""
@@ -68,7 +70,9 @@ class Gating(Protocol):
         """Its arrays after a step, where they may not take any value."""
         ...
 
-    def decide(self, own: Own, step: Step, rule: str) -> tuple[Vectors, Vectors]:
+    def decide(
+        self, own: Own, step: Step, rule: str, key: PRNGKeyArray
+    ) -> tuple[Vectors, Vectors]:
         """Gates at test time, and P(z != 0)."""
         ...
 
@@ -92,7 +96,9 @@ class Learned:
         per_example: draw the gates for each example rather than once for the batch.
         estimator: of the gradient in the logits of Bernoulli gates, one of
             `l0jax.estimators`; None is that of `Bernoulli.sample`, straight-through.
-        rule: by which gates are set at test time, if no other is asked for.
+        rule: by which gates are set at test time, if no other is asked for: one of the
+            family, of `gating.RULES`, or "samples", the mean of many draws.
+        draws: of each gate by the rule "samples".
         only: names of the groups that have gates; None: all.
 
     Raises:
@@ -106,6 +112,7 @@ class Learned:
     per_example: bool = False
     estimator: Estimator | None = None
     rule: str = "paper"
+    draws: int = 100
     only: tuple[str, ...] | None = None
 
     def __post_init__(self):
@@ -118,12 +125,14 @@ class Learned:
             raise ValueError(
                 "an estimator draws the gates once for a batch, not per example"
             )
-        rules = (*self.gate.rules, *gating.RULES)
+        rules = (*self.gate.rules, *gating.RULES, SAMPLES)
         if self.rule not in rules:
             raise ValueError(
                 f"unknown test-time rule {self.rule!r} for {type(self.gate).__name__}; "
                 f"there is {', '.join(rules)}"
             )
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
         if isinstance(self.temperature, tuple):
             low, high = self.temperature
             if not 0 < low < high:
@@ -138,8 +147,8 @@ class Learned:
         keep_prob = self.keep_prob
         if isinstance(keep_prob, Mapping):
             keep_prob = tuple(keep_prob.items())
-        rest = self.temperature, self.per_example, self.estimator, self.rule, self.only
-        return type(self), self.gate, keep_prob, rest
+        drawn = self.temperature, self.per_example, self.estimator
+        return type(self), self.gate, keep_prob, drawn, self.rule, self.draws, self.only
 
     def groups(self, groups: Groups) -> Groups:
         """All, or those that are named."""
@@ -197,11 +206,15 @@ class Learned:
         now = self.at(own, step)
         return {**own, "logits": gating.project(now, own["logits"])}
 
-    def decide(self, own, step, rule):
-        """By a rule of the family or of `gating.RULES`."""
-        now = self.at(own, step)
-        z = gating.deterministic(now, own["logits"], rule)
-        return z, gating.prob_active(now, own["logits"])
+    def decide(self, own, step, rule, key):
+        """By a rule of the family or of `gating.RULES`, or by the mean of draws."""
+        now, logits = self.at(own, step), own["logits"]
+        if rule == SAMPLES:
+            key = gating.key_for(key, "test-time samples")
+            z = gating.sample_average(key, now, logits, self.draws)
+        else:
+            z = gating.deterministic(now, logits, rule)
+        return z, gating.prob_active(now, logits)
 
     def fold(self, params, own, z, groups):
         """Where a unit is read."""
@@ -218,7 +231,8 @@ class Chosen:
     from the start, while the weights go on training (Salzinger 2020).
 
     Args:
-        keep: a boolean vector for each group that loses units.
+        keep: a boolean vector for each group that loses units; in a sweep a member's,
+            as its shift.
         closing: the curve along which doomed units close, and which share of `steps` it
             takes; None: they are closed from the first step on.
         steps: of the training.
@@ -229,7 +243,7 @@ class Chosen:
         ValueError: if there is a closing and no number of steps.
     """
 
-    keep: Keep
+    keep: Mapping[str, Bool[Array | np.ndarray, " units"]]
     closing: relocation.Closing | None = None
     steps: int = 0
     shift: Mapping[str, Array] | None = None
@@ -244,7 +258,13 @@ class Chosen:
     def key(self) -> Any:
         """Flags are arguments of the program: only their sizes count."""
         sizes = tuple((name, len(flags)) for name, flags in self.keep.items())
-        return Chosen, sizes, self.closing, self.steps, self.shift and id(self)
+        return (
+            Chosen,
+            sizes,
+            self.closing,
+            self.steps,
+            id(self) if self.shift else None,
+        )
 
     def groups(self, groups: Groups) -> Groups:
         """Those that lose units."""
@@ -274,7 +294,7 @@ class Chosen:
         """They stay what they are."""
         return own
 
-    def decide(self, own, step, rule):
+    def decide(self, own, step, rule, key):
         """The flags, whatever the rule; while doomed units close they are there."""
         z = {name: jnp.float32(flags) for name, flags in own["keep"].items()}
         over = self.closing is None or step >= self.closing.steps(self.steps)
@@ -322,7 +342,7 @@ class Ungated:
         """Nothing."""
         return own
 
-    def decide(self, own, step, rule):
+    def decide(self, own, step, rule, key):
         """Nothing."""
         return {}, {}
 

@@ -1,6 +1,7 @@
 """Checkpoints of a training: of arrays, and of which units it still has."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,12 @@ class Checkpoints:
     def __init__(self, folder: storage.Folder, keep: int = 2):
         self._files = storage.Checkpoints(folder, keep)
         self.notes: dict[str, Any] = {}
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint's folder, damaged or not; None if there is none."""
+        steps = self._files.steps()
+        return self._files.folder / str(steps[-1]) if steps else None
 
     def save(
         self,

@@ -592,7 +592,7 @@ class Training:
         batches: Iterable[PyTree],
         loss: Loss | None = None,
         *,
-        rule: str | None = None,
+        rule: str | Decision | None = None,
     ) -> dict[str, float]:
         """The means of a loss and its metrics over batches, in evaluation mode and with
         gates as at test time.
@@ -602,12 +602,12 @@ class Training:
             batches: of one size, but for the last: means are weighted by sizes.
             loss: `loss(model, batch) -> (value, metrics)`; that of the training if
                 None.
-            rule: of the gates, as for `decide`.
+            rule: of the gates, as for `decide`, or what that has decided.
 
         Raises:
             ValueError: if there is no batch.
         """
-        params = self.folded(state, self.decide(state, rule))
+        params = self.folded(state, self._decided(state, rule))
         total: dict[str, Any] = {}
         count = 0
         for batch in batches:
@@ -620,6 +620,9 @@ class Training:
             raise ValueError("there is no batch to evaluate")
         return {name: float(value) / count for name, value in total.items()}
 
+    def _decided(self, state: TrainingState, rule: str | Decision | None) -> Decision:
+        return rule if isinstance(rule, Decision) else self.decide(state, rule)
+
     def folded(self, state: TrainingState, decision: Decision) -> PyTree:
         """The parameters that are evaluated, with gates of test time multiplied in."""
         params, own = self.averaged(state)
@@ -631,7 +634,7 @@ class Training:
         state: TrainingState,
         batches: Iterable[PyTree],
         *,
-        rule: str | None = None,
+        rule: str | Decision | None = None,
     ) -> TrainingState:
         """The state with running statistics that are those of batches under the gates
         of test time: other ones than under gates that are drawn.
@@ -643,13 +646,13 @@ class Training:
         Args:
             state: of this training.
             batches: run in training mode.
-            rule: of the gates, as for `decide`.
+            rule: of the gates, as for `evaluate`.
 
         Raises:
             ValueError: if there is no batch, or the network writes a real array that is
                 no running average.
         """
-        params = self.folded(state, self.decide(state, rule))
+        params = self.folded(state, self._decided(state, rule))
         total, count = None, 0
         for batch in batches:
             found = _statistics(self, params, state, self.split(batch))
@@ -667,14 +670,17 @@ class Training:
             moved[path] = sum_of / count
         return self.placed(state._replace(rest=units.replace(state.rest, moved)))
 
-    def whole_model(self, state: TrainingState, rule: str | None = None) -> Any:
+    def whole_model(
+        self, state: TrainingState, rule: str | Decision | None = None
+    ) -> Any:
         """The network at its present width in evaluation mode, with gates folded in: a
         module, or `(apply, variables)`."""
-        params = self.folded(state, self.decide(state, rule))
+        params = self.folded(state, self._decided(state, rule))
         return self.network.whole(self.network.tree(params, state.rest))
 
-    def finish(self, state: TrainingState, rule: str | None = None) -> Any:
+    def finish(self, state: TrainingState, rule: str | Decision | None = None) -> Any:
         """What is left: the network without the units that are closed, gates folded in.
+        Rules are as for `evaluate`.
 
         Returns:
             For an NNX module one of the same class with smaller arrays, in evaluation
@@ -685,7 +691,7 @@ class Training:
             UserWarning: if many gates of a group are undecided: what is decided then
                 differs from what was trained.
         """
-        decision = self.decide(state, rule)
+        decision = self._decided(state, rule)
         deciding.warn_undecided(decision)
         params = self.folded(state, decision)
         tree = self.network.tree(params, state.rest)

@@ -1,0 +1,182 @@
+"""Training in epochs: with a progress bar, from the newest checkpoint on."""
+
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from experiments.harness import progress
+from l0jax import train
+from l0jax.train import Training, TrainingState
+
+
+class Diverged(FloatingPointError):
+    """The loss stopped being finite."""
+
+
+class Run:
+    """A training that goes on epoch by epoch.
+
+        run = Run(training, key, data, epochs=14, batch_size=128, folder=folder)
+        run.restore()
+        for epoch in run:
+            run.notes["shares"] = …             # kept with the checkpoint
+            run.say(f"loss {run.means['loss']:.3f}")
+
+    After the body of the loop a checkpoint is written, of whatever training and state
+    the body has left.
+
+    Args:
+        training: as it begins.
+        key: from which all that is random is derived; epoch n has the same order of
+            the examples in every run with this key.
+        data: arrays of all examples.
+        epochs: passes over them.
+        batch_size: examples of a step.
+        folder: of the checkpoints; None: there are none.
+        every: epochs between checkpoints.
+        until: the last epoch that is run; by default that of the training.
+        loop: a program for each step, as convolutions on a CPU want it.
+        name: of the progress bar.
+        show: whether there is a bar.
+
+    Attributes:
+        training, state: as they are now.
+        epoch: how many epochs are over.
+        means: of each metric, over the epoch that is over.
+        seconds: that it took.
+        notes: JSON values that the run needs to go on.
+        first_step_at: when the first steps of this process were done, by the clock.
+
+    Raises:
+        ValueError: if the examples don't fill a batch.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        key: PRNGKeyArray,
+        data: PyTree,
+        *,
+        epochs: int,
+        batch_size: int,
+        folder: Path | None = None,
+        every: int = 1,
+        until: int | None = None,
+        loop: bool = False,
+        name: str | None = None,
+        show: bool = True,
+    ):
+        self.data = jax.tree.map(jnp.asarray, data)
+        self.examples = len(jax.tree.leaves(self.data)[0])
+        self.batch_size, self.epochs = batch_size, epochs
+        self.steps_per_epoch = self.examples // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size is {batch_size}, more than the {self.examples} training "
+                "examples"
+            )
+        self.training, self.key = training, key
+        self.state: TrainingState = training.start(key)
+        self.folder, self.every, self.loop = folder, every, loop
+        self.until = epochs if until is None else min(until, epochs)
+        self.epoch = 0
+        self.means: dict[str, float] = {}
+        self.seconds = 0.0
+        self.notes: dict[str, Any] = {}
+        self.first_step_at: float | None = None
+        self._said, self._name, self._show = "", name, show
+
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        if self.folder is not None:
+            checkpoints = train.Checkpoints(self.folder)
+            self.training, self.state, self.epoch = checkpoints.restore(
+                self.training, self.key
+            )
+            self.notes = checkpoints.notes
+
+    def say(self, text: str) -> None:
+        """Beside the progress bar."""
+        self._said = text
+
+    @property
+    def examples_to_come(self) -> int:
+        """Examples that will still be trained on."""
+        return (self.epochs - self.epoch) * self.steps_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        bar = progress.bar(
+            self.epochs * self.steps_per_epoch,
+            "step",
+            done=self.epoch * self.steps_per_epoch,
+            name=self._name,
+            show=self._show,
+        )
+        with bar:
+            for epoch in range(self.epoch + 1, self.until + 1):
+                begun = time.perf_counter()
+                order = train.order_of_epoch(
+                    self.key, epoch, self.examples, self.batch_size
+                )
+                found = []
+                for part in parts(order):
+                    self.state, totals = self.training.epoch(
+                        self.state, self.data, part, loop=self.loop
+                    )
+                    found.append(totals)
+                    if self.first_step_at is None:
+                        jax.block_until_ready(self.state.step)
+                        self.first_step_at = time.time()
+                    bar.update(len(part))
+                totals = functools.reduce(train.Totals.plus, found)
+                self._check(totals, epoch)
+                self.means = totals.means
+                self.seconds, self.epoch = time.perf_counter() - begun, epoch
+                yield epoch
+                bar.set_postfix_str(self._said, refresh=False)
+                last = epoch == self.until
+                if self.folder is not None and (last or epoch % self.every == 0):
+                    train.Checkpoints(self.folder).save(
+                        epoch, self.training, self.state, self.notes
+                    )
+
+    def _check(self, totals: train.Totals, epoch: int) -> None:
+        """Raises Diverged if a loss of the epoch wasn't finite, or what it left."""
+        bad = int(totals.first_bad_step)
+        if bad < 0 and not finite((self.state.params, self.state.gates)):
+            # Left by the last step, and met by no loss yet.
+            bad = int(self.state.step)
+        if bad >= 0:
+            good = self.folder and train.Checkpoints(self.folder).newest
+            raise Diverged(
+                f"the loss is not finite at step {bad} (epoch {epoch}); the last good "
+                f"checkpoint is {good or 'none yet'}; a smaller learning_rate may help"
+            )
+
+
+@jax.jit
+def finite(tree: PyTree) -> Array:
+    """Whether all floats are finite."""
+    found = [
+        jnp.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return jnp.stack([jnp.asarray(True), *found]).all()
+
+
+def parts(order: Array | np.ndarray) -> list[np.ndarray]:
+    """An epoch's order in equal pieces, after each of which the progress bar moves.
+
+    Equal, so that one program fits all of them.
+    """
+    steps = len(order)
+    pieces = max(n for n in range(1, 13) if steps % n == 0 and (n == 1 or steps >= 120))
+    return np.split(np.asarray(order), pieces)
