@@ -19,8 +19,8 @@ from flax import nnx
 import l0jax.nnx
 from benchmarks import measure
 from benchmarks.measure import entry
-from experiments.channel_pruning import prunable
 from experiments.channel_rows import SMALL
+from experiments.channel_run import prunable
 from experiments.tasks.images import Images, Trainer, normalised, recalibrated
 from l0jax import methods, models
 from l0jax.methods import discrimination

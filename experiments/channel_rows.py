@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import channel_pruning
-from experiments.channel_pruning import METHODS, Config
+from experiments.channel_methods import METHODS
+from experiments.channel_settings import OF_BASE, UNTOLD, Config
 from experiments.harness import command_line, json_lines, run_folder
 from experiments.tasks.images import Recipe
 
@@ -106,8 +107,7 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
         config = dataclasses.replace(config, method=methods)
     compared = ROWS[COMPARISON]
     if name != COMPARISON and all(
-        getattr(config, field) == getattr(compared, field)
-        for field in channel_pruning.OF_BASE
+        getattr(config, field) == getattr(compared, field) for field in OF_BASE
     ):
         missing = [s for s in seeds if not (RUNS / COMPARISON / f"base-{s}").exists()]
         if missing:
@@ -116,7 +116,7 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
                 f"experiments.channel_rows {COMPARISON} --seeds {missing[0]}` first"
             )
         config = dataclasses.replace(config, base_from=RUNS / COMPARISON)
-    told = run_folder.settings_of(config, (*channel_pruning.UNTOLD, "base_from"))
+    told = run_folder.settings_of(config, (*UNTOLD, "base_from"))
     found = channel_pruning.main(config)["results"]
     record([{"row": name, "config": told, **line} for line in found])
 
@@ -141,7 +141,7 @@ def main(arguments: Arguments) -> None:
         command_line.check_names(arguments.rows, ROWS)
     if arguments.list:
         for name, config in ROWS.items():
-            print(f"{name}: {run_folder.settings_of(config, channel_pruning.UNTOLD)}")
+            print(f"{name}: {run_folder.settings_of(config, UNTOLD)}")
     for name in arguments.rows:
         for seed in arguments.seeds or ROWS[name].seeds:
             run(name, (seed,), arguments.methods)

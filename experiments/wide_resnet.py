@@ -30,14 +30,16 @@ from jaxtyping import PRNGKeyArray
 from matplotlib.figure import Figure
 
 import l0jax.nnx
-from experiments import channel_pruning
+from experiments.channel_run import prunable
 from experiments.figures import COLOURS, STYLE
-from experiments.harness import json_lines, progress, run_folder
+from experiments.harness import json_lines, run_folder
+from experiments.harness.loop import Run
 from experiments.tasks import data
 from experiments.tasks.images import (
     Images,
     Recipe,
     augmented,
+    batches_of,
     errors,
     images_of,
     normalised,
@@ -192,7 +194,7 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
         )
     key = jax.random.key(seed)
     model = network(config, dataset, key)
-    structure = channel_pruning.prunable(model)
+    structure = prunable(model)
     training = training_of(config, images, model, structure)
     training.start(key)
     # Nothing is refused from here on: a refused run leaves no folder.
@@ -326,21 +328,23 @@ def trained(
         expected = costs.macs(structure, gating.prob_active(GATE, logits))
         return expected / costs.macs(structure)
 
-    checkpoints = train.Checkpoints(folder / "checkpoints")
-    training, state, first = checkpoints.restore(training, key)
-    shares = checkpoints.notes.get("shares", [float(left(state.gates["logits"]))])
-    on_device = tuple(map(jnp.asarray, (images.images, images.labels)))
-    bar = progress.bar(recipe.epochs, "epoch", done=first, show=config.progress)
-    for epoch in range(first, recipe.epochs):
-        order = train.order_of_epoch(key, epoch, len(images.labels), recipe.batch_size)
-        state, totals = training.epoch(state, on_device, order, loop=True)
-        mean = totals.means["loss"]
-        shares.append(float(left(state.gates["logits"])))
-        checkpoints.save(epoch + 1, training, state, {"shares": shares})
-        bar.set_postfix_str(f"loss {mean:.3f}, MACs expected {100 * shares[-1]:.1f} %")
-        bar.update()
-    bar.close()
-    return state, shares
+    run = Run(
+        training,
+        key,
+        (images.images, images.labels),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        folder=folder / "checkpoints",
+        loop=True,
+        show=config.progress,
+    )
+    run.restore()
+    shares = run.notes.get("shares", [float(left(run.state.gates["logits"]))])
+    for _ in run:
+        shares.append(float(left(run.state.gates["logits"])))
+        run.notes["shares"] = shares
+        run.say(f"loss {run.means['loss']:.3f}, MACs expected {100 * shares[-1]:.1f} %")
+    return run.state, shares
 
 
 def tested(
@@ -357,7 +361,8 @@ def tested(
     decision = training.decide(state, RULE)
     keep = {name: np.asarray(values) != 0 for name, values in decision.z.items()}
     size = config.recipe.batch_size
-    whole = recalibrated(training.whole_model(state, RULE), images, size)
+    fitted = training.recalibrate(state, batches_of(images, size), rule=decision)
+    whole = training.whole_model(fitted, decision)
     result: dict[str, Any] = {
         "kept": costs.exact(structure, keep) / costs.exact(structure),
         "widths": {name: int(each.sum()) for name, each in keep.items()},

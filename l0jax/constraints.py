@@ -24,6 +24,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from l0jax.costs import Cost
 from l0jax.structure import Structure
 
+Number = float | Float[Array, ""]
+"""It may be traced: a member's in a sweep."""
+
 Scalars = dict[str, Float[Array, ""]]
 
 
@@ -80,15 +83,18 @@ def share(structure: Structure, cost: Cost, whole: float | None = None) -> Amoun
         whole: the cost that is all; by default that of `structure`. A network that was
             made smaller gives the one it had.
     """
-    whole = float(cost(structure, {})) if whole is None else whole
-    closed = {n: jnp.zeros(group.size) for n, group in structure.groups.items()}
+    # A member of a sweep is made while the sweep is traced, and these are numbers.
+    with jax.ensure_compile_time_eval():
+        whole = float(cost(structure, {})) if whole is None else whole
+        closed = {n: jnp.zeros(g.size) for n, g in structure.groups.items()}
+        least = float(cost(structure, closed)) / whole
     name = cost.__name__
 
     def of(params, prob_active):
         del params  # The structure knows their shapes.
         return {name: jnp.asarray(cost(structure, prob_active)) / whole}
 
-    return Amounts(of, {name: float(cost(structure, closed)) / whole})
+    return Amounts(of, {name: least})
 
 
 class Dual(NamedTuple):
@@ -118,7 +124,7 @@ class Constraint(NamedTuple):
 
 def lagrangian(
     amounts: Amounts,
-    target: float | Mapping[str, float],
+    target: Number | Mapping[str, Number],
     *,
     optimizer: optax.GradientTransformation | None = None,
     restart: bool = True,
@@ -165,7 +171,7 @@ def lagrangian(
 
 def quadratic(
     amounts: Amounts,
-    target: float | Mapping[str, float],
+    target: Number | Mapping[str, Number],
     *,
     optimizer: optax.GradientTransformation | None = None,
     initial: float = 5.0,
@@ -218,7 +224,7 @@ def quadratic(
 
 def exponential(
     amounts: Amounts,
-    target: float | Mapping[str, float],
+    target: Number | Mapping[str, Number],
     *,
     optimizer: optax.GradientTransformation | None = None,
     decay: float = 0.99,
@@ -267,7 +273,7 @@ CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
 }
 
 
-def _excess(amounts: Amounts, target: float | Mapping[str, float], warm_up: int):
+def _excess(amounts: Amounts, target: Number | Mapping[str, Number], warm_up: int):
     """The function `Constraint.excess`, and the names of what is constrained."""
     names = tuple(amounts.least)
     if not isinstance(target, Mapping):

@@ -62,12 +62,17 @@ def sizes(
     }
 
 
+def given(coefficient: float | Float[Array, ""]) -> bool:
+    """Whether there is anything to add: a coefficient that is traced may be any."""
+    return not isinstance(coefficient, float | int) or coefficient != 0
+
+
 def penalty(
     groups: Groups,
     lam: float | Float[Array, ""] | Mapping[str, float | Float[Array, ""]],
     examples: int,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | Float[Array, ""] = 0.0,
     charges: Charges | None = None,
     detached: bool = False,
 ) -> Objective:
@@ -116,12 +121,12 @@ def penalty(
             count = charge(jnp.ones_like, params, charges[name], group.size)
             open_ = prob_active[name]
             total = total + (open_ * count).sum() * (lam[name] / examples)
-            if weight_decay:
+            if given(weight_decay):
                 norm = charge(jnp.square, params, charges[name], group.size)
                 if detached:
                     open_ = jax.lax.stop_gradient(open_)
                 total = total + 0.5 * weight_decay * (open_ * norm).sum()
-        if weight_decay:
+        if given(weight_decay):
             for path, leaf in arrays(params).items():
                 slots = [slot for slot in charged if slot.path == path]
                 total = total + 0.5 * weight_decay * free(jnp.square, leaf, slots)

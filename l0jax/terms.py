@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l0jax.derivatives import bind
+from l0jax.liveness import is_nothing
 from l0jax.program import CALLS, CUSTOM, REMATS, constants_and_carries, line_of
 
 COMPARE = ("max", "min", "clamp", "lt", "le", "gt", "ge", "eq", "ne", "rem", "sign")
@@ -158,6 +159,10 @@ class Terms:
             and all(each in self.constants for each in ins)
         ):
             return self._folded(eqn, ins)
+        if self.fold and is_nothing(eqn):
+            # Zero, whatever it reads: a layer that has lost all units.
+            kinds = [out.aval for out in eqn.outvars]
+            return [self._constant(np.zeros(k.shape, k.dtype)) for k in kinds]
         read, key = self._key(eqn, ins)
         numbers = [self._number((key, at)) for at in range(len(eqn.outvars))]
         for number in numbers:

@@ -25,7 +25,7 @@
 # 2. a mixture from a pair of distributions of your own;
 # 3. how the sharpness of a mixture makes its gradient noisy;
 # 4. estimates of the gradient for gates that are only 0 or 1;
-# 5. error against size for two families, from one compiled program;
+# 5. error against size for two families, each from one compiled program;
 # 6. a target for the size in place of a guessed price;
 # 7. what different test-time rules make of one network.
 #
@@ -43,19 +43,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-import l0jax
 from experiments import figures
 from experiments.tasks import data
-from l0jax import (
-    constraints,
-    costs,
-    estimators,
-    gates,
-    gating,
-    models,
-    objectives,
-    train,
-)
+from l0jax import costs, estimators, gates, gating, models, train
 
 plt.rcParams.update(figures.STYLE)
 key = jax.random.key(0)
@@ -388,7 +378,7 @@ for name, each in found.items():
 # twice. What helps most is a difference of two values: a baseline, which here is the
 # mean that training would not know, a second draw, or two draws from the same noise and
 # its mirror image (ARM). DisARM is ARM with the rest of the noise integrated out, so
-# that its variance is never larger. In training, `make_step` takes one of these as
+# that its variance is never larger. In training, `train.Learned` takes one of these as
 # `estimator=`.
 #
 # ## 5. Error against size
@@ -405,30 +395,35 @@ def arrays(split):
     return jnp.float32(split.images / digits.scale), jnp.asarray(split.labels)
 
 
-training, validation = arrays(digits.train), arrays(digits.validation)
+train_set, validation = arrays(digits.train), arrays(digits.validation)
 EXAMPLES, BATCH, WIDTHS = len(digits.train.labels), 64, (64, 100, 50, 10)
 
-model = models.MLP(WIDTHS, rngs=nnx.Rngs(0))
-graph, _, rest = nnx.split(model, nnx.Param, ...)
-structure = models.structure(model)
-groups = structure.groups
-optimizer = train.gates_apart(optax.adam(3e-3), optax.adam(3e-2))
+
+def network(key):
+    return models.MLP(WIDTHS, rngs=nnx.Rngs(key))
 
 
-def apply(params, images):
-    return nnx.merge(graph, params, rest)(images)
+structure = models.structure(network(key))
 
 
-def loss(outputs, labels):
-    each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-    return each.mean(), {}
+def loss(model, batch):
+    images, labels = batch
+    logits = model(images)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return each.mean(), {"error": (logits.argmax(1) != labels).mean()}
 
 
-def start(key, gate, constraint=None):
-    """The state before the first step, with weights and logits drawn from the key."""
-    weights = nnx.state(models.MLP(WIDTHS, rngs=nnx.Rngs(key)), nnx.Param)
-    logits = gating.init(gating.key_for(key, "gates"), gate, groups, keep_prob=0.8)
-    return train.init({"params": weights, "gates": logits}, optimizer, constraint)
+def training_of(gate, **paid):
+    """A network with such gates, at a price or with a target."""
+    return train.Training(
+        network(key),
+        loss,
+        structure=structure,
+        gate=gate,
+        optimizer=optax.adam(3e-3),
+        gate_optimizer=optax.adam(3e-2),
+        **paid,
+    )
 
 
 def order(key, epochs):
@@ -438,82 +433,55 @@ def order(key, epochs):
 
 
 # %% [markdown]
-# `make_sweep` compiles many runs that differ in numbers into one program. Families
-# differ in code, but a number can choose which code runs. So all prices, seeds and
-# families are one program. (On a CPU the members run one after the other, and only the
-# chosen step of each. A GPU that steps them together would compute both.)
+# `Sweep` compiles many trainings that differ in numbers into one program: here all
+# prices and seeds of a family. (On a CPU its members run one after the other.)
 
 # %%
 two = {"hard concrete": gates.HardConcrete(), "mixture (power)": gates.Mixture()}
 prices, seeds = (0.03, 0.1, 0.2, 0.4), (0, 1, 2)
+members = list(itertools.product(prices, seeds))
+keys = [jax.random.key(seed) for _, seed in members]
+orders = jnp.stack([order(key, 30) for key in keys])
 
 
-def member(setting):
-    lam, family = setting
-    price = objectives.penalty(groups, lam, EXAMPLES)
-    steps = [
-        train.make_step(apply, loss, price, gate, groups, optimizer)
-        for gate in two.values()
-    ]
+def swept(gate):
+    """A training of the family, and the states of all members in the end."""
+    once = training_of(gate, price=0.0)
+    sweep = train.Sweep(
+        lambda lam: once.replace(price=lam / EXAMPLES),
+        np.array([lam for lam, _ in members]),
+    )
+    states = sweep.start(keys, [network(key) for key in keys])
+    states, totals = sweep.epoch(states, train_set, orders)
+    assert (totals.first_bad_step < 0).all()
+    return once, states
 
-    def step(state, batch, key):
-        return jax.lax.switch(family, steps, state, batch, key)
 
-    return step
-
-
-runs = list(itertools.product(two, prices, seeds))
-keys = [jax.random.key(seed) for _, _, seed in runs]
-settings = [
-    (jnp.float32(lam), jnp.int32(list(two).index(name))) for name, lam, _ in runs
-]
-states = [start(key, two[name]) for (name, _, _), key in zip(runs, keys, strict=True)]
-orders = [order(key, 30) for key in keys]
-
-batch = jax.tree.map(lambda a: a[:BATCH], training)
-empty = train.no_totals(member(settings[0]), states[0], batch, keys[0])
-totals = train.stack([empty] * len(runs))
-sweep = train.make_sweep(member)
-states, totals = sweep(
-    train.stack(settings),
-    train.stack(states),
-    totals,
-    training,
-    jnp.stack(orders),
-    jnp.stack(keys),
-)
-assert (totals.first_bad_step < 0).all()
-print(f"{len(runs)} runs of {orders[0].shape[0]} steps")
+trained = {name: swept(gate) for name, gate in two.items()}
+print(f"{len(members)} trainings of {orders.shape[1]} steps for each family")
 
 # %% [markdown]
-# A test-time rule turns the logits of each run into one network, of which we take the
-# validation error and the weights that are left after removal.
+# A test-time rule turns the logits of each member into one network, of which we take
+# the validation error and the weights that are left after removal.
 
 # %%
-# (Gates are compared by their fields, so that each is compiled once.)
-decide = jax.jit(gating.deterministic, static_argnums=(0, 2))
 weights_of = jax.jit(functools.partial(costs.weights, structure))
 whole = float(weights_of({}))
 
 
-@jax.jit
-def error(params, images, labels):
-    return 100 * (apply(params, images).argmax(1) != labels).mean()
+def evaluate(training, state, decision):
+    """Validation error in per cent, and weights left, with gates as decided."""
+    found = training.evaluate(state, [validation], rule=decision)
+    left = {name: jnp.float32(z != 0) for name, z in decision.z.items()}
+    return 100 * found["error"], float(weights_of(left))
 
 
-def evaluate(theta, z):
-    """Validation error in per cent, and weights left, with the gates at z."""
-    folded = l0jax.apply_gates(theta["params"], z, groups)
-    keep = l0jax.in_use(folded, groups)
-    flags = {name: jnp.float32(each) for name, each in keep.items()}
-    return float(error(folded, *validation)), float(weights_of(flags))
-
-
-thetas = [train.member_of(states.theta, at) for at in range(len(runs))]
-decided = {
-    run: evaluate(theta, decide(two[run[0]], theta["gates"], "median"))
-    for run, theta in zip(runs, thetas, strict=True)
-}
+decided = {}
+for name, (training, states) in trained.items():
+    for at, (lam, seed) in enumerate(members):
+        state = train.member_of(states, at)
+        decision = training.decide(state, "median")
+        decided[name, lam, seed] = evaluate(training, state, decision)
 
 figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
 for name, colour, marker in zip(two, figures.COLOURS, "os", strict=False):
@@ -555,39 +523,37 @@ plt.show()
 #
 # ## 6. A target instead of a price
 #
-# Nothing says beforehand which price leaves how much. A constraint states the share
-# that may be left, in expectation, and finds its price in training: a multiplier, which
-# ascends while there is too much left. `lagrangian` sets it back to 0 once the
-# constraint holds (`restart`).
+# Nothing says beforehand which price leaves how much. A target states the share that
+# may be left, in expectation, and its price is found in training: a multiplier, which
+# ascends while there is too much left. `"lagrangian"`, one of the constraints that
+# enforce targets, sets it back to 0 once the target is met (`restart`).
 
 # %%
 gate = two["hard concrete"]
-share = constraints.share(structure, costs.weights)
-free = objectives.penalty(groups, 0.0, EXAMPLES)
 
 
-def fit(target, epochs=60, **options):
-    """The states after a quarter and at the end, and the metrics of each step."""
-    ascent = optax.sgd(3e-3)
-    constraint = constraints.lagrangian(share, target, optimizer=ascent, **options)
-    step = train.make_step(
-        apply, loss, free, gate, groups, optimizer, constraint=constraint
-    )
+def fit(share, epochs=60, **options):
+    """A training, its states after a quarter and at the end, and the metrics of each
+    step."""
+    target = train.Target(costs.weights, share, how="lagrangian", rate=3e-3, **options)
+    training = training_of(gate, target=target)
 
+    # (`training.step` gives its state away. Here some are kept.)
     @jax.jit
-    def run(state, order):
-        def one(state, rows):
-            return step(state, jax.tree.map(lambda a: a[rows], training), key)
+    def steps(state, order):
+        def step(state, rows):
+            batch = jax.tree.map(lambda a: a[rows], train_set)
+            return training.taken(state, batch)
 
-        return jax.lax.scan(one, state, order)
+        return jax.lax.scan(step, state, order)
 
-    states, history = [start(key, gate, constraint)], []
+    states, history = [training.start(key)], []
     for quarter in np.split(order(key, epochs), 4):
-        state, metrics = run(states[-1], quarter)
+        state, metrics = steps(states[-1], quarter)
         states.append(state)
         history.append(metrics)
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *history)
-    return states[1], states[-1], joined
+    return training, states[1], states[-1], joined
 
 
 fits = {
@@ -600,7 +566,7 @@ fits = {
 figure, (above, below) = plt.subplots(
     2, 1, figsize=(9, 6), sharex=True, layout="constrained"
 )
-for label, (colour, _, _, seen) in fits.items():
+for label, (colour, *_, seen) in fits.items():
     look = "--" if "no restart" in label else "-"
     above.plot(seen["multiplier of weights"], look, color=colour, label=label)
     below.plot(seen["excess of weights"], look, color=colour)
@@ -612,12 +578,11 @@ below.set(xlabel="step", ylabel="excess")
 above.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 
-for label, (_, _, state, _) in fits.items():
-    active = gating.prob_active(gate, state.theta["gates"])
-    z = decide(gate, state.theta["gates"], "median")
-    wrong, left = evaluate(state.theta, z)
+for label, (_, training, _, state, _) in fits.items():
+    decision = training.decide(state, "median")
+    wrong, left = evaluate(training, state, decision)
     print(
-        f"{label:16} expected {float(weights_of(active)) / whole:.3f},"
+        f"{label:16} expected {decision.expected['weights']:.3f},"
         f" left {left / whole:.3f} of the weights, validation error {wrong:.1f} %"
     )
 
@@ -635,40 +600,42 @@ for label, (_, _, state, _) in fits.items():
 #   temperature, so that only the least likely ones close;
 # - `"median"`: the median of $z$, 0 where $P(z \ne 0) \le 1/2$;
 # - `"threshold"`: $E[z]$, or 0 where $P(z \ne 0) \le 1/2$;
-# - `"expected_count"`: $E[z]$ of as many units as are expected to be open.
+# - `"expected_count"`: $E[z]$ of as many units as are expected to be open;
+# - `"budget"`: $E[z]$ of the units with the largest logits, as many as fit into a
+#   target; the default where there is one.
 #
-# The last two exist for every family. Here they decide the network of the target 0.2,
+# The last three exist for every family. Here they decide the network of the target 0.2,
 # after a quarter of its training and at the end. Beside them are networks with drawn
 # gates, as in training.
 
 # %%
-_, early, late, _ = fits["target 0.2"]
-rules = ("paper", "median", "threshold", "expected_count")
+_, training, early, late, _ = fits["target 0.2"]
+rules = ("paper", "median", "threshold", "expected_count", "budget")
 
 figure, lines = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
 for when, state, (left, middle, right) in zip(
     ("early", "at the end"), (early, late), lines, strict=True
 ):
-    theta = state.theta
-    active = gating.prob_active(gate, theta["gates"])
-    for at, (rule, marker) in enumerate(zip(rules, "os^x", strict=True)):
-        z = decide(gate, theta["gates"], rule)
-        wrong, weights_left = evaluate(theta, z)
+    active = training.decide(state).prob_active
+    for at, (rule, marker) in enumerate(zip(rules, "os^x+", strict=True)):
+        decision = training.decide(state, rule)
+        wrong, weights_left = evaluate(training, state, decision)
         colour = figures.COLOURS[at]
-        for name in groups:
-            left.plot(active[name], z[name], marker, color=colour, alpha=0.5)
+        for name, z in decision.z.items():
+            left.plot(active[name], z, marker, color=colour, alpha=0.5)
         left.plot([], [], marker, color=colour, label=rule)
         middle.barh(at, weights_left, color=colour)
         right.barh(at, wrong, color=colour)
-    drawn = [
-        evaluate(theta, gating.sample(jax.random.key(seed), gate, theta["gates"]))
-        for seed in range(10)
-    ]
+    drawn = []
+    for seed in range(10):
+        z = gating.sample(jax.random.key(seed), gate, state.gates["logits"])
+        draw_of_it = train.Decision("drawn", jax.device_get(z), active, {})
+        drawn.append(evaluate(training, state, draw_of_it))
     for axes, values in zip((right, middle), np.transpose(drawn), strict=True):
-        axes.barh(4, values.mean(), color=figures.REMOVED)
-        axes.plot(values, np.full(10, 4), "|", color="black")
-        names = (*rules, "ten draws") if axes is middle else [""] * 5
-        axes.set_yticks(range(5), names)
+        axes.barh(5, values.mean(), color=figures.REMOVED)
+        axes.plot(values, np.full(10, 5), "|", color="black")
+        names = (*rules, "ten draws") if axes is middle else [""] * 6
+        axes.set_yticks(range(6), names)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
     middle.axvline(float(weights_of(active)), color="black", ls=":")
@@ -681,11 +648,13 @@ plt.show()
 # %% [markdown]
 # While gates are undecided, the rules differ: `"paper"` keeps units that `"median"`
 # closes, and the rules by $E[z]$ give those that they keep the values that they have on
-# average. At the end most gates are decided, and it matters little which rule is asked:
-# one of the 287 validation images is 0.35 %. No P(z ≠ 0) is below 0.047: the logits
-# are kept where a closed gate can still open; all closed gates together are expected to
-# open a few units, which is why `"expected_count"` keeps more than `"threshold"`. The
-# draws show what the rules leave out: how much the error varies with the gates.
+# average. `"budget"` closes what the target has no room for, more than training has
+# closed so far. At the end most gates are decided, and it matters little which rule is
+# asked: one of the 287 validation images is 0.35 %. No P(z ≠ 0) is below 0.047: the
+# logits are kept where a closed gate can still open; all closed gates together are
+# expected to open a few units, which is why `"expected_count"` keeps more than
+# `"threshold"`. The draws show what the rules leave out: how much the error varies with
+# the gates.
 #
 # ## Where next
 #

@@ -378,8 +378,8 @@ for name, network in (("dense", dense.whole_model(dense_state)), ("small", loade
 # %% [markdown]
 # ## 4. A Flax module of your own
 #
-# `Training` takes any NNX module. If you write the loop yourself, `l0jax.nnx.Gated` puts
-# gates around a module, which itself stays as it is. Here the units are 200 hidden
+# `Training` takes any NNX module. If you write the loop yourself, `l0jax.nnx.Gated`
+# puts gates around a module, which itself stays as it is. Here the units are 200 hidden
 # ones, which `first` makes and `second` uses; `trace` reads that from the module's
 # program.
 

@@ -49,10 +49,9 @@ from flax import nnx
 
 from experiments import figures
 from experiments.relocation import ADVERSARIES, HEURISTICS, removable
-from experiments.relocation_training import member_of, stacked
 from experiments.tasks import data
 from experiments.tasks.images import images_of, normalised
-from l0jax import agnosticism, methods, models
+from l0jax import agnosticism, methods, models, train
 from l0jax.methods import relocation
 from l0jax.methods.task import cross_entropy
 
@@ -133,7 +132,7 @@ def order(seed, steps):
     return numbers[: steps * BATCH].reshape(steps, BATCH)
 
 
-def train(params, runs, shares, seeds):
+def trained(params, runs, shares, seeds):
     """The parameters before each step and after the last, and accuracies there."""
     state = params, jax.vmap(optimizer.init)(params)
     orders = np.stack([order(seed, len(shares)) for seed in seeds], axis=1)
@@ -147,9 +146,9 @@ def train(params, runs, shares, seeds):
 
 
 every = {name: np.ones(group.size, bool) for name, group in structure.groups.items()}
-open_ = stacked([Run(every, {}) for _ in SEEDS])
-start = stacked([nnx.split(network, nnx.Param, ...)[1] for network in networks])
-path, tested = train(start, open_, np.zeros(200, np.float32), SEEDS)
+open_ = train.stack([Run(every, {}) for _ in SEEDS])
+start = train.stack([nnx.split(network, nnx.Param, ...)[1] for network in networks])
+path, tested = trained(start, open_, np.zeros(200, np.float32), SEEDS)
 bases = path[-1]
 print(structure)
 print("\naccuracies of the base networks, %:", tested[-1])
@@ -170,7 +169,7 @@ def task_of(params):
 pairs = list(itertools.product(HEURISTICS, SEEDS))
 scores = {
     (name, seed): HEURISTICS[name](
-        task_of(member_of(bases, seed)), jax.random.key(seed)
+        task_of(train.member_of(bases, seed)), jax.random.key(seed)
     )
     for name, seed in pairs
 }
@@ -213,10 +212,10 @@ RATIO, STEPS = 0.8, 60
 keeps = [methods.keep_top(scores[pair], RATIO) for pair in pairs]
 seeds = np.array([seed for _, seed in pairs])
 begin = jax.tree.map(lambda a: a[seeds], bases)
-plain = stacked([Run(keep, {}) for keep in keeps])
+plain = train.stack([Run(keep, {}) for keep in keeps])
 at_once = np.ones(STEPS, np.float32)
 paths, tested = {}, {}
-paths["at once"], tested["at once"] = train(begin, plain, at_once, seeds)
+paths["at once"], tested["at once"] = trained(begin, plain, at_once, seeds)
 
 
 def spread_over_steps(axes, arm):
@@ -241,7 +240,9 @@ plt.show()
 # Now units are only doomed. In the first half of the steps their gates fall from 1 to
 # 0 along a curve, so that the loss itself moves what they know to the units that stay.
 # `Closing.gates` makes the gates of all units from the share of the closing that is
-# over, and `relocation.closing` multiplies what reads the units by them.
+# over, and `relocation.closing` multiplies what reads the units by them. (A
+# `train.Training` whose `gate` is a `train.Chosen` closes units so. Here the step is
+# written out, for its networks are tested while their units close.)
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -261,7 +262,7 @@ plt.show()
 # %%
 softly = np.minimum(np.arange(STEPS) / closing.steps(STEPS), 1).astype(np.float32)
 before = len(traced)
-paths["soft"], tested["soft"] = train(begin, plain, softly, seeds)
+paths["soft"], tested["soft"] = trained(begin, plain, softly, seeds)
 print("compiled for this:", len(traced) - before)
 
 # %% [markdown]
@@ -272,7 +273,7 @@ print("compiled for this:", len(traced) - before)
 # %%
 def network(arm, runs, at):
     """A network after its last step, with its doomed units closed."""
-    params = closed(member_of(paths[arm][-1], at), member_of(runs, at), 1.0)
+    params = closed(train.member_of(paths[arm][-1], at), train.member_of(runs, at), 1.0)
     return nnx.merge(graph, params, rest)
 
 
@@ -290,19 +291,19 @@ print("largest output:", float(jnp.abs(whole(x_test)).max()))
 # little by little while the units close: once more a number of the same step.
 
 # %%
-fit = relocation.LeastSquares(task_of(member_of(bases, 0)))
+fit = relocation.LeastSquares(task_of(train.member_of(bases, 0)))
 
 
 def shift_of(keep, seed):
-    state = nnx.state(nnx.merge(graph, member_of(bases, seed), rest))
+    state = nnx.state(nnx.merge(graph, train.member_of(bases, seed), rest))
     return fit.shift(keep, jax.random.key(seed), base=state)
 
 
-fitted = stacked(
+fitted = train.stack(
     [Run(keep, shift_of(keep, seed)) for keep, seed in zip(keeps, seeds, strict=True)]
 )
 for arm, shares in (("least squares", at_once), ("soft, least squares", softly)):
-    paths[arm], tested[arm] = train(begin, fitted, shares, seeds)
+    paths[arm], tested[arm] = trained(begin, fitted, shares, seeds)
 
 figure, panels = plt.subplots(
     1, 4, figsize=(12, 3.4), sharey=True, layout="constrained"
@@ -368,11 +369,11 @@ figure, panels = plt.subplots(
 )
 for name, colour in zip(("taylor", "inverted_taylor"), figures.COLOURS, strict=False):
     at = pairs.index((name, 0))
-    run = member_of(plain, at)
+    run = train.member_of(plain, at)
     spreads = []
     for moment in every_fifth:
         share = float(softly[min(moment, STEPS - 1)])
-        params = closed(member_of(paths["soft"][moment], at), run, share)
+        params = closed(train.member_of(paths["soft"][moment], at), run, share)
         spreads.append(methods.spread(task_of(params), keeps[at]))
     for axes, group in zip(panels, structure.groups, strict=True):
         kept, doomed = zip(*(s[group] for s in spreads), strict=True)

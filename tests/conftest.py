@@ -16,6 +16,8 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most of the time is spent on compiling what then runs for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples at every run, and no clock: a test fails for its code alone.
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25)

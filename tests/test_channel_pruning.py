@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 from killing import killed_when, saves
 
-from experiments import channel_pruning
+from experiments import channel_pruning, channel_run
 from experiments.channel_pruning import METHODS, Config
+from experiments.harness.loop import Diverged
+from experiments.tasks import data
 from experiments.tasks.images import Recipe
-from l0jax import models, storage
+from l0jax import costs, models, storage
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -28,6 +30,7 @@ CONFIG = Config(
     chosen_by=128,
     base=RECIPE,
     heads=dataclasses.replace(RECIPE, learning_rate=0.01),
+    gate=dataclasses.replace(RECIPE, learning_rate=0.01),
     tune=dataclasses.replace(RECIPE, learning_rate=0.01),
     progress=False,
 )
@@ -55,7 +58,7 @@ def test_every_method_ends_in_a_smaller_network(folder, method):
     (line,) = [r for r in found["results"] if r["method"] == method]
     # The last layer's channels are read by the classifier, and stay.
     assert line["sizes"] == {"convs.0": 4, "convs.1": 6}
-    if method not in ("slimming", "dcp_adapt"):
+    if not method.startswith("l0_") and method not in ("slimming", "dcp_adapt"):
         assert line["kept"] == {"convs.0": 2, "convs.1": 3}
     for what in ("params", "macs"):
         before, after = line[what]
@@ -66,6 +69,106 @@ def test_every_method_ends_in_a_smaller_network(folder, method):
     for when in ("base", "pruned", "trained"):
         assert set(line[when]) == {"validation", "test"}
         assert 0 <= line[when]["test"] <= 100
+
+
+def test_gates_fill_the_budget_that_others_have(folder):
+    """They leave the most that fits into what a uniformly pruned network costs."""
+    names = ("filter_l1", "l0_hard_concrete", "l0_mixture", "l0_bernoulli")
+    lines = {r["method"]: r for r in run(folder, method=names)["results"]}
+    model = channel_run.network(CONFIG, data.load("digits", 0.1), jax.random.key(0))
+    structure = channel_run.prunable(model)
+    for name in names:
+        line = lines[name]
+        assert line["budget"] == lines["filter_l1"]["left"]
+        assert line["left"] <= line["budget"] * (1 + 1e-5)
+        if not name.startswith("l0_"):
+            continue
+        # One channel more of any layer would be too much.
+        for group, kept in line["kept"].items():
+            more = {**line["kept"], group: kept + 1}
+            if kept == line["sizes"][group]:
+                continue
+            flags = {
+                n: np.arange(line["sizes"][n]) < count for n, count in more.items()
+            }
+            share = costs.exact(structure, flags) / costs.exact(structure)
+            assert share > line["budget"]
+
+
+def test_all_methods_train_equally_long(tmp_path):
+    """With `after`, what a method trains to choose counts."""
+    tune = dataclasses.replace(CONFIG.tune, epochs=7)
+    names = ("filter_l1", "dcp", "l0_hard_concrete", "soft_relocation")
+    names += ("width_multiplier",)
+    found = run(tmp_path / "run", method=names, after=3, tune=tune)["results"]
+    epochs = {r["method"]: r["epochs"] for r in found}
+    assert epochs == {
+        "filter_l1": {"choosing": 0, "tuning": 3},
+        # Two stages, each after an epoch of its classifier.
+        "dcp": {"choosing": 2, "tuning": 1},
+        "l0_hard_concrete": {"choosing": 1, "tuning": 2},
+        "soft_relocation": {"choosing": 1, "tuning": 2},
+        # From new weights: as long as the base network and what followed.
+        "width_multiplier": {"choosing": 0, "tuning": 1 + 3},
+    }
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_a_budget_may_be_a_share_of_a_cost(tmp_path, cost):
+    names = ("filter_l1", "slimming", "l0_hard_concrete")
+    how = {"left": 0.6, "cost": cost, "method": names}
+    for line in run(tmp_path / "run", **how)["results"]:
+        assert line["left"] <= 0.6
+        assert line["budget"] <= 0.6
+        # The network as it is counted outside.
+        if cost == "macs":
+            before, after = line["macs"]
+            assert after / before == pytest.approx(line["left"], rel=1e-6)
+
+
+def own_network(shape, classes, rngs):
+    return OwnNetwork(shape, classes, rngs)
+
+
+class OwnNetwork(nnx.Module):
+    def __init__(self, shape, classes, rngs):
+        self.first = nnx.Conv(shape[-1], 6, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.second = nnx.Conv(6, 8, (3, 3), rngs=rngs)
+        self.out = nnx.Linear(8, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        return self.out(nnx.relu(self.second(x)).mean((1, 2)))
+
+
+def own_data(validation):
+    return data.load("digits", validation)
+
+
+def test_a_network_and_a_data_set_of_one_s_own(tmp_path, monkeypatch):
+    """My model, my data, all of these methods: one command."""
+    names = ("random", "taylor", "l0_hard_concrete", "soft_least_squares")
+    names += ("width_multiplier",)
+    how = {
+        "model": f"{__name__}:own_network",
+        "dataset": f"{__name__}:own_data",
+        "method": names,
+    }
+    found = run(tmp_path / "run", **how)["results"]
+    assert [line["method"] for line in found] == list(names)
+    for line in found:
+        assert line["sizes"] == {"first": 6}
+        assert line["macs"][1] < line["macs"][0]
+    with pytest.raises(ValueError, match=r"'os:nothing' is to be a function of a mod"):
+        run(tmp_path / "none", **{**how, "model": "os:nothing"})
+    with pytest.raises(ValueError, match="no preset whose channels could be mult"):
+        run(tmp_path / "none", **how, width=0.5)
+
+
+def test_what_leaves_no_epoch_for_tuning_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="trains 1 epochs to choose, more than the 0"):
+        run(tmp_path / "run", method=("l0_hard_concrete",), after=0)
 
 
 def test_methods_share_their_base_network(folder):
@@ -177,9 +280,7 @@ def test_what_cannot_be_run_is_named(tmp_path, case):
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
     wild = dataclasses.replace(RECIPE, learning_rate=1e30)
-    with pytest.raises(
-        ValueError, match="base, epoch 1: the loss is not finite at step"
-    ):
+    with pytest.raises(Diverged, match="base seed 0: the loss is not finite at step 2"):
         run(tmp_path / "run", base=wild)
 
 
@@ -189,7 +290,7 @@ def test_widths_are_scaled():
     images = np.zeros((2, *shape), np.uint8)
     split = channel_pruning.data.Split(images, np.zeros(2, np.int32))
     of = channel_pruning.data.Dataset("x", split, split, split, 7, 255.0)
-    found = channel_pruning.network(config, of, jax.random.key(0)).architecture
+    found = channel_run.network(config, of, jax.random.key(0)).architecture
     assert found["stem"] == 4
     assert list(found["stages"]) == [4, 8, 16]
     assert found["classes"] == 7
@@ -240,10 +341,10 @@ def test_another_network_in_the_place_of_a_base_network_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"base-0 .* stages = \[\[8\], \[6\]\].* \[\[4\], \[6\]\]"
     ):
-        channel_pruning.stored(tmp_path / "base-0", narrow)
+        channel_run.stored(tmp_path / "base-0", narrow)
     other = of("pre_activation_resnet", {})
     with pytest.raises(ValueError, match="holds a VGG, not a pre_activation_resnet"):
-        channel_pruning.stored(tmp_path / "base-0", other)
+        channel_run.stored(tmp_path / "base-0", other)
 
 
 def test_a_base_network_of_other_classes_is_refused(folder, tmp_path, monkeypatch):

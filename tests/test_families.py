@@ -111,6 +111,45 @@ def test_members_are_runs_of_the_mnist_experiment(tiny, tmp_path):
     assert float(row["test_error"]) == pytest.approx(alone["test_error"], abs=0.6)
 
 
+def test_families_are_compared_at_equal_budgets(tmp_path):
+    """Beside equal λ: every family ends at the same multiply-accumulates."""
+    how = dataclasses.replace(
+        TINY,
+        out=tmp_path,
+        lam=(),
+        targets=(0.2, 0.5),
+        families=("hard_concrete", "mixture-beta"),
+        seeds=1,
+    )
+    families.main(how)
+    lines = rows(tmp_path)
+    kept = [r for r in lines if r["rule"] == "budget"]
+    assert [(r["family"], r["target"], r["lam"]) for r in kept] == [
+        (family, target, "") for family in how.families for target in ("0.2", "0.5")
+    ]
+    for row in kept:
+        left = float(row["macs"]) / float(row["dense_macs"])
+        # The most that fits: less than one unit of the largest layer is missing.
+        assert float(row["target"]) - 400 / 50_200 < left <= float(row["target"])
+    others = [r for r in lines if r["rule"] == "paper"]
+    assert len(others) == len(kept)
+    table = (tmp_path / "table.md").read_text()
+    assert "| 20 % left |" in table
+    assert "| 50 % left |" in table
+    # What is there is not run again.
+    before = (tmp_path / "results.csv").read_text()
+    families.main(how)
+    assert (tmp_path / "results.csv").read_text() == before
+
+
+def test_a_refused_comparison_leaves_no_folder(tmp_path):
+    """Refused as late as by the network, for which the images are too small."""
+    small = dataclasses.replace(TINY, model="lenet5", out=tmp_path / "run")
+    with pytest.raises(ValueError, match="16 by 16"):
+        families.main(small)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     """A family that is there is not run again; one that was interrupted goes on."""
     one = dataclasses.replace(TINY, out=tmp_path, families=("hard_concrete",))
@@ -235,7 +274,8 @@ def test_intervals_are_those_of_student():
     [
         ({"families": ("soft",)}, "unknown family 'soft'; there is hard_concrete"),
         ({"families": ()}, "at least one family"),
-        ({"lam": ()}, "at least one family and one λ"),
+        ({"lam": ()}, "at least one family and one λ or target"),
+        ({"targets": (1.5,)}, r"targets must lie in \(0, 1\], got 1.5"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lam": (-1.0,)}, "lam must be >= 0, got -1.0"),

@@ -26,14 +26,6 @@ METHODS = {"thinet": thinet, "channel_pruning": channel_pruning}
 both = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs are compiled here, and run twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def array(seed, *shape):
     return np.float32(np.random.default_rng(seed).normal(size=shape))
 

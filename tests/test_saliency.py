@@ -62,14 +62,6 @@ SMALLEST = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Every program here is small and runs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(net, architecture):
     return filled(lambda: models.make(net, architecture, rngs=nnx.Rngs(0)))
 

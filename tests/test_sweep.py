@@ -1,8 +1,6 @@
 """Many runs in one program: each is the run that it would have been alone."""
 
-import subprocess
-import sys
-import textwrap
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from l0jax import gates, gating, objectives, train
-from l0jax.units import Group, Slot
+import l0jax
+from l0jax import gates, train
+from l0jax.train import Sweep
 
 EXAMPLES, BATCH = 24, 4
-GROUPS = {
-    "input": Group("input", 4, used_by=(Slot("dense1", 0),)),
-    "hidden": Group("hidden", 6, used_by=(Slot("dense2", 0),)),
+SETTINGS = {
+    "lam": np.float32([0.1, 2.0, 0.5]),
+    "beta": np.float32([0.5, 0.5, 1.0]),
+    "rate": np.float32([0.01, 0.03, 0.01]),
 }
-SETTINGS = [
-    {"lam": lam, "beta": beta, "rate": rate}
-    for lam, beta, rate in ((0.1, 0.5, 0.01), (2.0, 0.5, 0.03), (0.5, 1.0, 0.01))
-]
 SEEDS = (5, 6, 7)
+EXAMPLE = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 traces = []
 
 
@@ -31,155 +28,208 @@ def apply(params, x):
     return jnp.tanh(x @ params["dense1"]) @ params["dense2"]
 
 
-def squared(outputs, targets):
-    return ((outputs - targets) ** 2).mean(), {"sum": outputs.sum()}
+def squared(model, batch):
+    outputs = model(batch[0])
+    return ((outputs - batch[1]) ** 2).mean(), {"sum": outputs.sum()}
 
 
-def optimizer(rate):
-    adam = optax.adam(rate)
-    with jax.numpy_dtype_promotion("standard"):
-        state = adam.init
+def adam(rate):
+    found = optax.adam(rate)
 
     def update(grads, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
-            return adam.update(grads, state, params)
+            return found.update(grads, state, params)
 
-    return optax.GradientTransformation(state, update)
+    return optax.GradientTransformation(found.init, update)
 
 
-def member(settings):
-    return train.make_step(
-        apply,
+def learned(beta):
+    return train.Learned(gates.HardConcrete().at_temperature(beta), keep_prob=0.5)
+
+
+def network(seed):
+    rng = np.random.default_rng(seed)
+    sizes = {"dense1": (4, 6), "dense2": (6, 2)}
+    params = {name: jnp.float32(rng.normal(size=size)) for name, size in sizes.items()}
+    return train.function(apply, params)
+
+
+@functools.cache
+def once():
+    """Of which all members are variants; the inputs are gated too."""
+    return train.Training(
+        network(0),
         squared,
-        objectives.penalty(GROUPS, settings["lam"], EXAMPLES),
-        gates.HardConcrete().at_temperature(settings["beta"]),
-        GROUPS,
-        optimizer(settings["rate"]),
+        structure=l0jax.trace(apply, network(0).params, EXAMPLE),
+        gate=learned(0.5),
+        price=1.0,
+        optimizer=adam(0.01),
+        gate_optimizer=adam(0.01),
         polyak=0.9,
     )
 
 
+def member(settings):
+    return once().replace(
+        price=settings["lam"] / EXAMPLES,
+        gating=learned(settings["beta"]),
+        optimizer=adam(settings["rate"]),
+        gate_optimizer=adam(settings["rate"]),
+    )
+
+
+@functools.cache
 def data():
     rng = np.random.default_rng(1)
     inputs = jnp.float32(rng.normal(size=(EXAMPLES, 4)))
     return inputs, jnp.float32(rng.normal(size=(EXAMPLES, 2)))
 
 
-def start(settings, seed):
-    """What a run begins with: its state, totals, order and key."""
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    theta = {
-        "params": {
-            "dense1": jnp.float32(rng.normal(size=(4, 6))),
-            "dense2": jnp.float32(rng.normal(size=(6, 2))),
-        },
-        "gates": gating.init(key, gates.HardConcrete(), GROUPS, 0.5),
-    }
-    state = train.init(theta, optimizer(0.01))
-    batch = jax.tree.map(lambda a: a[:BATCH], data())
-    totals = train.no_totals(member(settings), state, batch, key)
-    return state, totals, train.order_of_epoch(key, 1, EXAMPLES, BATCH), key
+def keys(seeds=SEEDS):
+    return [jax.random.key(seed) for seed in seeds]
 
 
-def settings_of(members):
-    return train.stack([jax.tree.map(jnp.float32, each) for each in members])
-
-
-def swept(run, members, seeds=SEEDS):
-    begun = [start(s, seed) for s, seed in zip(members, seeds, strict=True)]
-    states, totals, orders, keys = (
-        train.stack(each) for each in zip(*begun, strict=True)
+def orders(seeds=SEEDS):
+    return train.stack(
+        [train.order_of_epoch(key, 1, EXAMPLES, BATCH) for key in keys(seeds)]
     )
-    return run(settings_of(members), states, totals, data(), orders, keys)
 
 
-def alone(settings, seed):
-    state, totals, order, key = start(settings, seed)
-    return train.make_run(member(settings))(state, totals, data(), order, key)
+def begun(sweep, seeds=SEEDS):
+    return sweep.start(keys(seeds), [network(seed) for seed in seeds])
+
+
+@functools.cache
+def sweep_of(together):
+    return Sweep(member, SETTINGS, together=together)
+
+
+@functools.cache
+def swept(together):
+    sweep = sweep_of(together)
+    return sweep.epoch(begun(sweep), data(), orders())
+
+
+@functools.cache
+def alone(at):
+    """The run that the member would have been."""
+    settings = {name: float(values[at]) for name, values in SETTINGS.items()}
+    training = member(settings)
+    state = training.start(keys()[at], network(SEEDS[at]))
+    return training.epoch(state, data(), orders()[at])
+
+
+def compared(compare, found, expected):
+    """Of keys what is stored."""
+
+    def stored(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    found, expected = (jax.tree.map(stored, tree) for tree in (found, expected))
+    jax.tree.map(compare, found, expected)
+
+
+equal = functools.partial(compared, np.testing.assert_array_equal)
+close = functools.partial(
+    compared, functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+)
 
 
 @pytest.mark.parametrize("together", [None, 1, 2, 3])
 def test_members_are_the_single_runs(together):
-    run = train.make_sweep(member, together=together)
-    found = swept(run, SETTINGS)
-    for at, (settings, seed) in enumerate(zip(SETTINGS, SEEDS, strict=True)):
-        expected = alone(settings, seed)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            train.member_of(found, at),
-            expected,
-        )
+    found = swept(together)
+    for at in range(3):
+        close(train.member_of(found, at), alone(at))
     # They differ, or there would be nothing to tell.
-    first, last = (train.member_of(found[0], at).theta["gates"] for at in (0, 2))
+    first, last = (train.member_of(found[0], at).gates["logits"] for at in (0, 2))
     assert np.abs(first["input"] - last["input"]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_is_that_of_its_member(name):
+    """Members that are the same but for one number are other runs."""
+    same = {key: np.full(3, values[0]) for key, values in SETTINGS.items()}
+    other = {
+        **same,
+        name: np.float32([same[name][0], 3 * same[name][0], same[name][0]]),
+    }
+    sweep = sweep_of(None).at(other)
+    seeds = (SEEDS[0],) * 3
+    states, _ = sweep.epoch(begun(sweep, seeds), data(), orders(seeds))
+    one, changed, third = (train.member_of(states, at) for at in range(3))
+    equal(one, third)
+    close(one, alone(0)[0])
+    apart = np.abs(one.gates["logits"]["input"] - changed.gates["logits"]["input"])
+    assert apart.max() > 1e-3
+    assert float(sweep.of(1).price) == pytest.approx(other["lam"][1] / EXAMPLES)
 
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_member_that_diverges_disturbs_no_other(together):
-    run = train.make_sweep(member, together=together)
-    well = swept(run, SETTINGS)
-    ill = swept(run, [SETTINGS[0], {**SETTINGS[1], "rate": np.nan}, SETTINGS[2]])
-    assert not np.isfinite(train.member_of(ill[0], 1).theta["gates"]["input"]).any()
+    well, sweep = swept(together), sweep_of(together)
+    rates = np.float32([0.01, np.nan, 0.01])
+    sweep = sweep.at({**SETTINGS, "rate": rates})
+    ill = sweep.epoch(begun(sweep), data(), orders())
+    gone = train.member_of(ill[0], 1)
+    assert not np.isfinite(gone.gates["logits"]["input"]).any()
+    assert not np.isfinite(gone.params["dense1"]).any()
     assert np.asarray(ill[1].first_bad_step)[1] == 1
     for at in (0, 2):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            train.member_of(ill, at),
-            train.member_of(well, at),
-        )
+        equal(train.member_of(ill, at), train.member_of(well, at))
         assert np.asarray(ill[1].first_bad_step)[at] == -1
 
 
 def test_a_sweep_compiles_once():
-    run = train.make_sweep(member)
-    swept(run, SETTINGS)
+    swept(None)
+    sweep = sweep_of(None).at({**SETTINGS, "lam": np.float32([7.0, 7.0, 7.0])})
+    states, seen = begun(sweep, (9, 9, 9)), orders((9, 9, 9))
     before = len(traces)
-    begun = [start(s, 9) for s in SETTINGS]
-    states, totals, orders, keys = (
-        train.stack(each) for each in zip(*begun, strict=True)
-    )
-    before = len(traces)
-    others = settings_of([{**s, "lam": 7.0} for s in SETTINGS])
-    run(others, states, totals, data(), orders, keys)
-    assert len(traces) == before, "other numbers are no other program"
+    sweep.epoch(states, data(), seen)
+    assert len(traces) == before > 0, "other numbers are no other program"
 
 
-def test_members_on_several_devices_are_those_of_one():
+def test_members_that_cant_be_split_evenly_are_refused():
+    two = jax.devices()[:1] * 2
+    with pytest.raises(ValueError, match="3 members can't be split evenly over 2 dev"):
+        Sweep(member, SETTINGS, devices=two)
+
+
+ON_FOUR = """
+import jax
+import numpy as np
+from l0jax import train
+from tests import test_sweep as t
+
+def of(members, devices=None):
+    settings = {name: np.resize(values, members) for name, values in t.SETTINGS.items()}
+    sweep = train.Sweep(t.member, settings, devices=devices)
+    seeds = range(members)
+    return sweep, sweep.epoch(t.begun(sweep, seeds), t.data(), t.orders(seeds))
+
+def where(states):
+    return {s.device for s in states.gates["logits"]["input"].addressable_shards}
+
+assert len(jax.devices()) == 4
+# (A loop over a single member would be compiled as none, with other roundings.)
+sweep, found = of(6)
+_, expected = of(6, jax.devices()[:1])
+t.equal(found, expected)
+# Not on more devices than share the members evenly.
+assert (len(where(found[0])), len(where(expected[0]))) == (3, 1)
+# And on with what was found, which lies on all devices: the same program.
+before = len(t.traces)
+orders = t.orders(range(6))
+states, _ = sweep.epoch(found[0], t.data(), orders)
+assert len(t.traces) == before
+text = jax.jit(sweep.epoch).lower(states, t.data(), orders).compile().as_text()
+assert "num_partitions=3" in text
+for word in ("all-reduce", "all-gather", "collective", "all-to-all"):
+    assert word not in text, word
+print("same")
+"""
+
+
+def test_members_on_several_devices_are_those_of_one(run_python):
     """In a process of its own, since the number of devices is fixed once."""
-    code = """
-        import jax
-        jax.config.update("jax_num_cpu_devices", 3)
-        jax.config.update("jax_numpy_dtype_promotion", "standard")
-        import numpy as np
-        import test_sweep as t
-        from l0jax import train
-        assert len(jax.devices()) == 3
-        found = t.swept(train.make_sweep(t.member), t.SETTINGS)
-        one = train.make_sweep(t.member, devices=jax.devices()[:1])
-        expected = t.swept(one, t.SETTINGS)
-        found_here, expected = map(jax.device_get, (found, expected))
-        jax.tree.map(np.testing.assert_array_equal, found_here, expected)
-        where = {s.device for s in found[0].theta["gates"]["input"].addressable_shards}
-        assert len(where) == 3
-        # And on with what was found, which lies on all devices: the same program.
-        again = train.make_sweep(t.member)
-        here = t.swept(again, t.SETTINGS)
-        begun = [t.start(s, 9) for s in t.SETTINGS]
-        parts = [train.stack(each) for each in zip(*begun)]
-        before = len(t.traces)
-        again(t.settings_of(t.SETTINGS), *here, t.data(), *parts[2:])
-        assert len(t.traces) == before
-        args = (t.settings_of(t.SETTINGS), *parts[:2], t.data(), *parts[2:])
-        text = jax.jit(train.make_sweep(t.member)).lower(*args).compile().as_text()
-        for word in ("all-reduce", "all-gather", "collective", "all-to-all"):
-            assert word not in text, word
-        print("same")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd="tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+    assert run_python(ON_FOUR, devices=4).strip() == "same"

@@ -612,6 +612,63 @@ def test_lower_precision_is_that_of_the_network_alone():
     assert totals.means["loss"] == pytest.approx(wide.means["loss"], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda t, v: t.replace(gating=train.Learned(gates.HardConcrete(beta=v))),
+        lambda t, v: t.replace(gating=train.Learned(gates.HardConcrete(), v)),
+        lambda t, v: t.replace(weight_decay=v),
+        lambda t, v: t.replace(target=train.Target(costs.macs, v)),
+        lambda t, v: t.replace(target=train.Target(costs.macs, 0.5, rate=v)),
+    ],
+    ids=["beta", "keep_prob", "weight_decay", "target", "rate"],
+)
+def test_members_of_a_sweep_differ_in_any_number(setting):
+    """Each is the training that has it from the start."""
+    training = training_of("perceptron", polyak=0.0)
+    values = np.float32([0.3, 0.6])
+    sweep = train.Sweep(lambda value: setting(training, value), values)
+    images, labels = map(jnp.asarray, models.digits())
+    orders = np.arange(2 * 3 * 50).reshape(2, 3, 50)
+    states = sweep.start([jax.random.key(3)] * 2)
+    states, _ = sweep.epoch(states, (images, labels), orders)
+    for at, value in enumerate(values):
+        alone = setting(training, float(value))
+        state, _ = alone.epoch(
+            alone.start(jax.random.key(3)), (images, labels), orders[at]
+        )
+        one, other = map(bits, (train.member_of(states, at), state))
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_sweep_can_differ_in_is_named():
+    training = training_of("perceptron")
+    sweep = train.Sweep(lambda v: training.replace(polyak=v), np.float32([0.1, 0.2]))
+    states, data = sweep.start([jax.random.key(0)] * 2), (jnp.zeros((4, 1)),)
+    with pytest.raises(ValueError, match="polyak is a constant of the program"):
+        sweep.epoch(states, data, np.zeros((2, 1, 2), int))
+    with pytest.raises(ValueError, match=r"members along their first axis.*\(\)"):
+        train.Sweep(lambda v: training, [0.1, 0.2])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_loss_of_any_float_is_trained_under_strict_promotion(dtype):
+    def loss(model, batch):
+        value, _ = models.loss(model, batch)
+        images, labels = batch
+        return value.astype(dtype), {"right": (model(images).argmax(-1) == labels)[:3]}
+
+    training = training_of("perceptron", weight_decay=1e-3)
+    training = training.replace(loss=loss, optimizer=optax.sgd(0.1))
+    training = training.replace(gate_optimizer=optax.sgd(0.1))
+    with jax.numpy_dtype_promotion("strict"):
+        _, metrics = training.step(
+            training.start(jax.random.key(0)), next(models.batches(0))
+        )
+    assert metrics["loss"].dtype == metrics["right"].dtype == jnp.float32
+
+
 def test_members_of_a_sweep_are_runs_of_their_own():
     once = training_of("perceptron", target=None, price=1e-4, polyak=0.0)
     prices = np.asarray([1e-5, 3e-4], np.float32)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from killing import killed_when, saves
 
-from experiments import channel_pruning, wide_resnet
+from experiments import channel_run, wide_resnet
 from experiments.harness import json_lines
 from experiments.tasks.images import Recipe
 from experiments.wide_resnet import Config, made_by
@@ -117,7 +117,7 @@ def test_closed_maps_are_not_read_by_the_masked_network():
         shape=(6, 6, 2),
         rngs=nnx.Rngs(0),
     )
-    reads = channel_pruning.prunable(model).groups
+    reads = channel_run.prunable(model).groups
     groups = made_by(reads)
     z = {name: jnp.ones(group.size).at[1].set(0.0) for name, group in groups.items()}
     graph, params, rest = nnx.split(model, nnx.Param, ...)

@@ -155,9 +155,11 @@ class Run:
             bad = int(self.state.step)
         if bad >= 0:
             good = self.folder and train.Checkpoints(self.folder).newest
+            whose = f"{self._name}: " if self._name else ""
             raise Diverged(
-                f"the loss is not finite at step {bad} (epoch {epoch}); the last good "
-                f"checkpoint is {good or 'none yet'}; a smaller learning_rate may help"
+                f"{whose}the loss is not finite at step {bad} (epoch {epoch}); the "
+                f"last good checkpoint is {good or 'none yet'}; a smaller "
+                "learning_rate may help"
             )
 
 

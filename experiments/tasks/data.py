@@ -6,6 +6,7 @@ it names none. Reading needs no TensorFlow; preparing a data set that isn't ther
 TensorFlow and a network, once.
 """
 
+import importlib
 import importlib.util
 import io
 import os
@@ -46,7 +47,8 @@ def load(name: str, validation: float) -> Dataset:
     smaller fraction is part of that of a larger one.
 
     Args:
-        name: one of `DATASETS` or `VIDEOS`.
+        name: one of `DATASETS` or `VIDEOS`, or `module:function`, a function from the
+            fraction to a data set.
         validation: fraction of the training examples that is held out, in (0, 1); of
             `ucf101`, of the groups of training videos.
 
@@ -56,6 +58,8 @@ def load(name: str, validation: float) -> Dataset:
         DataError: if the data set is not there and can't be prepared here, or if its
             folder can't be read.
     """
+    if ":" in name:
+        return named(name)(validation)
     if name not in DATASETS + VIDEOS:
         there_are = ", ".join(DATASETS + VIDEOS)
         raise ValueError(f"no data set {name!r}; there are {there_are}")
@@ -88,6 +92,22 @@ def load(name: str, validation: float) -> Dataset:
         classes=classes,
         scale=scale,
     )
+
+
+def named(place: str) -> Any:
+    """What a user names as `module:function`.
+
+    Raises:
+        ValueError: if there is no such module, or nothing of that name in it.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{place!r} is to be a function of a module that can be imported here: "
+            f"{error}"
+        ) from error
 
 
 def _digits() -> tuple[Split, Split, int, float]:

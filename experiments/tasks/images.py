@@ -8,7 +8,7 @@ several times slower on a CPU, jax issue 12868.)
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
 from experiments.tasks import data
 from l0jax import train
@@ -122,7 +122,7 @@ class Trainer(Generic[Model]):
         heads: additional classifiers, by the kernel after which they are attached.
         structure: of the network, if units stay closed.
         keep: which units don't stay closed, `{group: flags}`.
-        penalty: added to the loss, a function of the parameters.
+        **how: other arguments of `train.Training`: gates, a target, a penalty.
 
     Attributes:
         training, state: what is trained, and how far.
@@ -138,7 +138,7 @@ class Trainer(Generic[Model]):
         heads: Mapping[str, Head] | None = None,
         structure: Structure | None = None,
         keep: Mapping[str, np.ndarray] | None = None,
-        penalty: Callable[[PyTree], Array] | None = None,
+        **how: Any,
     ):
         if len(images.images) < recipe.batch_size:
             raise ValueError(
@@ -151,6 +151,10 @@ class Trainer(Generic[Model]):
         both: Any = nnx.clone(model)
         if heads:
             both.heads = nnx.List([nnx.clone(head) for head in heads.values()])
+        if keep:
+            how["gate"] = train.Chosen(keep)
+        if "gate" in how:
+            how["structure"] = structure
         # The additional losses move the weights before the network's own does
         # (algorithm S1 of Zhuang et al.), each by a step of its own. Of SGD with
         # momentum these are a step by the sum, but that the weights decay in both.
@@ -161,10 +165,8 @@ class Trainer(Generic[Model]):
         self.training = train.Training(
             both,
             functools.partial(_loss, self.heads, recipe.augment, colours_of(images)),
-            structure=structure if keep else None,
-            gate=train.Chosen(keep) if keep else None,
-            penalty=penalty,
             optimizer=optimizer_of(decayed, steps),
+            **how,
         )
         self.key, self.state = key, self.training.start(key)
 
@@ -283,38 +285,28 @@ def _wrong(graph, state, colours, images, labels):
 
 
 def recalibrated(model: Model, of: Images, batch_size: int = 128) -> Model:
-    """The network in evaluation mode with the statistics of the training images: the
-    means over batches of the mean and of the variance within each. With the gates of
-    test time they are other ones than with drawn ones.
+    """The network in evaluation mode with the statistics of the training images. With
+    the gates of test time they are other ones than with drawn ones.
 
     Raises:
         ValueError: if the images don't fill a batch.
     """
-    count = len(of.labels) // batch_size
-    if not count:
+    if len(of.labels) < batch_size:
         raise ValueError(f"{len(of.labels)} images don't fill a batch of {batch_size}")
-    fitting = nnx.clone(model)
-    fitting.train()
-    for _, module in nnx.iter_modules(fitting):
-        if isinstance(module, nnx.BatchNorm):
-            # So that what is written is the statistics of the batch alone.
-            module.momentum = 0.0
-    graph, params, before = nnx.split(fitting, nnx.Param, ...)
-    colours = of.mean, of.deviation
-    total = jax.tree.map(jnp.zeros_like, before)
-    for images in np.split(np.asarray(of.images[: count * batch_size]), count):
-        found = _statistics(graph, params, before, colours, images)
-        total = jax.tree.map(lambda a, b: a + b / count, total, found)
-    evaluated = nnx.clone(model)
-    evaluated.eval()
-    graph, params, _ = nnx.split(evaluated, nnx.Param, ...)
-    return nnx.merge(graph, params, total, copy=True)
+    colours = colours_of(of)
+    training = train.Training(
+        model,
+        functools.partial(_loss, (), False, colours),
+        optimizer=optax.identity(),
+    )
+    state = training.start(jax.random.key(0))
+    state = training.recalibrate(state, batches_of(of, batch_size))
+    return training.whole_model(state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _statistics(graph, params, before, colours, images):
-    """The statistics that a batch leaves."""
-    of = Images(images, jnp.zeros(len(images), jnp.int32), *colours)
-    model = nnx.merge(graph, params, before, copy=True)
-    model(normalised(images, of))
-    return nnx.split(model, nnx.Param, ...)[2]
+def batches_of(
+    of: Images, size: int
+) -> Iterator[tuple[Array | np.ndarray, Array | np.ndarray]]:
+    """Whole batches of the training images, as they are stored."""
+    for at in range(0, len(of.labels) // size * size, size):
+        yield of.images[at : at + size], of.labels[at : at + size]

@@ -187,7 +187,14 @@ class Sweep:
     ):
         self.member = member
         self.settings = jax.tree.map(jnp.asarray, settings)
-        self.members = len(jax.tree.leaves(self.settings)[0])
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.settings)}
+        if len(sizes) != 1 or sizes == {()}:
+            raise ValueError(
+                "settings are arrays with the members along their first axis, all of "
+                f"one length; got the shapes "
+                f"{[jnp.shape(a) for a in jax.tree.leaves(self.settings)]}"
+            )
+        (self.members,) = sizes.pop()
         if devices is None:
             devices = _dividing(self.members)
         if self.members % len(devices):

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating, units
+from l0jax.constraints import Number
 from l0jax.estimators import Estimator
 from l0jax.gates.bernoulli import Bernoulli
 from l0jax.gates.gate import Gate
@@ -28,6 +29,7 @@ Own = dict[str, Any]
 Step = Int[Array, ""]
 
 SAMPLES = "samples"
+
 
 Temperature = optax.Schedule | tuple[float, float]
 """A schedule over steps, or the lowest and the highest value of one that is trained."""
@@ -107,7 +109,7 @@ class Learned:
     """
 
     gate: Gate
-    keep_prob: float | Mapping[str, float] = 0.8
+    keep_prob: Number | Mapping[str, Number] = 0.8
     temperature: Temperature | None = None
     per_example: bool = False
     estimator: Estimator | None = None
@@ -163,7 +165,7 @@ class Learned:
 
     def init(self, key: PRNGKeyArray, groups: Groups) -> Own:
         """Logits, and the logarithm of a temperature that is trained."""
-        keep_prob = self.keep_prob
+        keep_prob: Any = self.keep_prob
         own: Own = {
             "logits": gating.init(
                 gating.key_for(key, "gates"), self.gate, groups, keep_prob

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 
 from l0jax import constraints, costs, objectives
-from l0jax.constraints import Amounts, Constraint
+from l0jax.constraints import Amounts, Constraint, Number
 from l0jax.costs import Cost
 from l0jax.structure import Structure
 from l0jax.units import Certain, Groups, Keep
 
 Density = Literal["density"]
+
 Sizes = Mapping[str, np.ndarray]
 """|g| of each unit, the number of weights that it pays for."""
 
@@ -39,10 +40,10 @@ class Target:
     """
 
     cost: Cost | Density
-    share: float | Mapping[str, float]
+    share: Number | Mapping[str, Number]
     warm_up: int = 0
     how: str = "quadratic"
-    rate: float = 5e-3
+    rate: Number = 5e-3
     restart: bool = True
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class Target:
                 )
         if self.warm_up < 0:
             raise ValueError(f"warm_up must be at least 0 steps, got {self.warm_up}")
-        if not self.rate > 0:
+        if isinstance(self.rate, float | int) and not self.rate > 0:
             raise ValueError(f"rate must be > 0, got {self.rate}")
         if isinstance(self.share, Mapping) and self.cost != "density":
             raise ValueError(

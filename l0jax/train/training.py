@@ -220,7 +220,7 @@ class Training:
 
     def replace(self, **changes: Any) -> "Training":
         """The same with other settings, such as `price` or `optimizer`. Numbers may be
-        traced: so a sweep differs in them."""
+        traced, but for `polyak`: so a sweep differs in them."""
         unknown = changes.keys() - _REPLACEABLE
         if unknown:
             raise ValueError(
@@ -252,6 +252,10 @@ class Training:
         }
 
     def _check(self) -> None:
+        if isinstance(self.polyak, jax.core.Tracer):
+            raise ValueError(
+                "polyak is a constant of the program, which members of a sweep share"
+            )
         if not 0 <= self.polyak < 1:
             raise ValueError(f"polyak must lie in [0, 1), got {self.polyak}")
         if self.price is not None and self.target is not None:
@@ -294,7 +298,7 @@ class Training:
                 charges=self.charges(self._gated),
                 detached=self.detached,
             )
-        elif self.weight_decay:
+        elif objectives.given(self.weight_decay):
             self._objective = objectives.penalty(
                 {}, {}, 1, weight_decay=self.weight_decay, charges={}
             )
@@ -306,11 +310,10 @@ class Training:
             self._amounts = self._budget.amounts(self.structure)
             self._constraint = self._budget.constraint(self._amounts)
         # Of traced settings, a member's in a sweep, there is no hash.
-        self._hash = id(self) if self._is_traced() else hash(self.key)
-
-    def _is_traced(self) -> bool:
-        settings = (self.price, self.target and self.target.share, self.weight_decay)
-        return any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(settings))
+        try:
+            self._hash = hash(self.key)
+        except TypeError:
+            self._hash = id(self)
 
     # ------------------------------------------------------------------ the state
 
@@ -473,16 +476,17 @@ class Training:
         key = fold_in(state.key, state.step)
         value, (found, rest) = self._task(state, batch, params, own, key)
         terms = self.gating.terms(own, state.step)
-        cost = jnp.zeros(())
+        cost = jnp.zeros((), value.dtype)
         if self._objective is not None:
-            cost = cost + self._objective(params, terms)
+            cost = cost + self._objective(params, terms).astype(value.dtype)
         if self.penalty is not None:
-            cost = cost + self.penalty(params)
+            cost = cost + jnp.asarray(self.penalty(params)).astype(value.dtype)
         metrics = {"loss": value, "penalty": cost, **found}
         excess: dict[str, Array] = {}
         if self._constraint is not None:
             excess = self._constraint.excess(params, terms, state.step)
-            cost = cost + self._constraint.term(state.dual, excess)
+            term = self._constraint.term(state.dual, excess)
+            cost = cost + term.astype(value.dtype)
             for name, strength in self._constraint.strength(state.dual).items():
                 metrics[f"multiplier of {name}"] = strength
                 metrics[f"excess of {name}"] = excess[name]
@@ -843,7 +847,9 @@ def _checked(loss: Loss, found: Any) -> tuple[Float[Array, ""], Metrics]:
 
 def _wide(value: Any) -> Array:
     value = jnp.asarray(value)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    real = jnp.issubdtype(value.dtype, jnp.floating)
+    wide = real and jnp.finfo(value.dtype).bits > 32
+    return value if wide else value.astype(jnp.float32)
 
 
 def _check_rest(before: PyTree, after: PyTree) -> None:
