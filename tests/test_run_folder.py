@@ -82,7 +82,7 @@ def test_a_new_folder_is_made_with_its_configuration(tmp_path, resume):
         stored = json.loads((folder / "config.json").read_text())
         assert stored.items() > CONFIG.items()
         # What decides the random draws, as far as it is not a setting.
-        assert stored["jax"] == jax.__version__
+        assert stored["versions"]["jax"] == jax.__version__
         partitionable = jax.config.values["jax_threefry_partitionable"]
         assert stored["threefry_partitionable"] is partitionable
 
@@ -265,3 +265,8 @@ def test_a_damaged_table_of_seconds_is_named(text, tmp_path):
         run_folder.RunFolderError, match=r"latency.json is damaged.*rem"
     ):
         run_folder.latency(tmp_path)
+
+
+def test_reading_a_folder_changes_nothing(tmp_path):
+    assert run_folder.Log(tmp_path).rows() == []
+    assert list(tmp_path.iterdir()) == []

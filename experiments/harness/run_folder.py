@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import subprocess
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,23 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     # What changes the random draws is part of the record.
-    record = config | {
-        "jax": jax.__version__,
-        "threefry_partitionable": jax.config.values["jax_threefry_partitionable"],
-    }
+    draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
+    record = config | made_by() | draws
     file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def made_by() -> dict[str, Any]:
+    """What made a result beside its settings: the commit of this checkout, if it is
+    one, the device, and the versions."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or None
+    except OSError:
+        commit = None
+    versions = {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")}
+    device = jax.devices()[0].device_kind
+    return {"commit": commit, "device": device, "versions": versions}
 
 
 def latency(folder: Path) -> costs.Table | None:
@@ -113,13 +127,13 @@ def keep_latency(folder: Path, table: costs.Table) -> None:
 
 
 class Log:
-    """The run folder's record: JSON lines, TensorBoard events, arrays of gates."""
+    """The run folder's record: JSON lines, TensorBoard events, arrays of gates. To read
+    it changes nothing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file = folder / "metrics.jsonl"
         self.events = None
-        (folder / "activity").mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict]:
         if not self.file.exists():
@@ -139,6 +153,7 @@ class Log:
         self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def row(self, row: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.events is None:
@@ -158,7 +173,9 @@ class Log:
         small: dict[str, Any] = {
             n: np.asarray(p, np.float16) for n, p in active.items()
         }
-        np.savez(self.folder / "activity" / f"{epoch:05d}.npz", **small)
+        file = self.folder / "activity" / f"{epoch:05d}.npz"
+        file.parent.mkdir(exist_ok=True)
+        np.savez(file, **small)
 
     def gates(self, active: dict, z: dict) -> None:
         values: dict[str, Any] = {}

@@ -29,3 +29,30 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def latex(header: list[str], lines: list[list[str]]) -> str:
+    """A LaTeX table for the package booktabs."""
+    rows = [" & ".join(map(_escaped, cells)) + r" \\" for cells in (header, *lines)]
+    return "\n".join(
+        [
+            r"\begin{tabular}{" + "l" * len(header) + "}",
+            r"\toprule",
+            rows[0],
+            r"\midrule",
+            *rows[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    """Without what LaTeX takes for its own."""
+    for sign in "&%#_$":
+        text = text.replace(sign, "\\" + sign)
+    names = {"±": r"$\pm$", "×": r"$\times$", "λ": r"$\lambda$", "ε": r"$\epsilon$"}
+    for sign, command in names.items():
+        text = text.replace(sign, command)
+    return text
