@@ -13,7 +13,21 @@ import pytest
 import tyro
 from flax import nnx
 
-from experiments import mnist, mnist_rows, relocation, relocation_report, tables
+from experiments import (
+    mnist,
+    mnist_rows,
+    mnist_training,
+    relocation,
+    relocation_report,
+    tables,
+)
+from experiments.reports import (
+    benchmark_tables,
+    mnist_tables,
+    places,
+    printing,
+    study_tables,
+)
 from l0jax import models
 
 COMMITTED = mnist_rows.results()
@@ -72,13 +86,13 @@ def place(tmp_path, monkeypatch):
     """A repository with a README and nothing else, whose rows are `ROWS`."""
     monkeypatch.setattr(mnist_rows, "ROWS", ROWS)
     monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "mnist.jsonl")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "NOTES", tmp_path / "results" / "notes.md")
-    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path / "benchmarks")
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setattr(places, "NOTES", tmp_path / "results" / "notes.md")
+    monkeypatch.setattr(places, "BENCHMARKS", tmp_path / "benchmarks")
     for module, name in (
-        (tables.bisection, "bisection"),
-        (tables.channel_rows, "channel_pruning"),
-        (tables.wide_resnet, "wide_resnet"),
+        (mnist_tables.bisection, "bisection"),
+        (study_tables.channel_rows, "channel_pruning"),
+        (study_tables.wide_resnet, "wide_resnet"),
     ):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
     (tmp_path / "README.md").write_text(README)
@@ -103,17 +117,19 @@ def test_every_row_can_be_run(name):
     row = mnist_rows.ROWS[name]
     mnist.check(row.config)
     kind = row.config.model
-    widths = mnist.architecture(kind, (28, 28, 1), 10)
+    widths = mnist_training.architecture(kind, (28, 28, 1), 10)
     # Without its weights, whose first values take seconds.
     model = nnx.eval_shape(lambda: models.make(kind, widths, rngs=nnx.Rngs(0)))
     model.reads.set_value(np.ones(model.reads.shape, bool))
     groups = models.structure(model).groups
     if row.config.gates == "weight":
-        groups = mnist.weight_groups(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        groups = mnist_training.weight_groups(
+            nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        )
     for field in ("lam", "keep_prob"):
         values = getattr(row.config, field)
         if values is not None:
-            assert set(mnist.per_layer(field, values, groups)) == set(groups)
+            assert set(mnist_training.per_layer(field, values, groups)) == set(groups)
     assert len(row.seeds) == len(set(row.seeds)) > 0
     # The table compares with both or with neither.
     assert (row.weights_limit is None) == (row.error_limit is None)
@@ -251,14 +267,14 @@ def test_rows_are_run_with_their_seeds_or_those_asked_for(ran):
     ],
 )
 def test_interval_is_that_of_student(values, expected):
-    assert tables.interval(values) == expected
-    assert tables.interval(value for value in values) == expected
+    assert printing.interval(values) == expected
+    assert printing.interval(value for value in values) == expected
 
 
 def test_interval_of_one_value_and_of_large_ones():
-    assert tables.interval([1.234]) == "1.23"
-    assert tables.interval([69_266.4], 0) == "69,266"
-    assert tables.interval([1e4, 1.2e4], 0) == "11,000 ± 12,706"
+    assert printing.interval([1.234]) == "1.23"
+    assert printing.interval([69_266.4], 0) == "69,266"
+    assert printing.interval([1e4, 1.2e4], 0) == "11,000 ± 12,706"
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.5, 1.0, 1.2, 1.4, 1.6, 1.8])
@@ -267,8 +283,8 @@ def test_a_limit_is_kept_if_the_printed_number_keeps_it(limit):
     for below, above in itertools.product(range(8), range(-2, 9)):
         errors = [round(limit - below / 100, 2), round(limit + above / 100, 2)]
         results = [made("units", s, error=e) for s, e in enumerate(errors)]
-        printed = float(tables.interval(errors).split(" ± ")[0])
-        kept = tables.verdict(row, results).startswith("within")
+        printed = float(printing.interval(errors).split(" ± ")[0])
+        kept = mnist_tables.verdict(row, results).startswith("within")
         assert kept == (printed <= limit), errors
 
 
@@ -289,9 +305,9 @@ def test_limits_are_of_the_means_of_the_last_epoch(errors, weights, kept):
         made("units", seed, error, count)
         for seed, (error, count) in enumerate(zip(errors, weights, strict=True))
     ]
-    said = tables.verdict(ROWS["units"], results)
+    said = mnist_tables.verdict(ROWS["units"], results)
     assert said == ("within" if kept else "NOT within") + " 1.6 %, 1,000 weights"
-    assert tables.verdict(ROWS["other"], results) == ""
+    assert mnist_tables.verdict(ROWS["other"], results) == ""
 
 
 # ------------------------------------------------------------------------ the text
@@ -304,7 +320,7 @@ def fill(*results):
 
 def test_the_structured_table_says_what_was_measured(place):
     fill(made("units", 0, 1.5, 1_500), made("units", 1, 1.9, 2_500), made("curve", 0))
-    (line,) = parsed(tables.structured())
+    (line,) = parsed(mnist_tables.structured())
     assert line["row"] == "`units`"
     assert line["published (best epoch on the test set)"] == ROWS["units"].published
     assert line["test error, last epoch"] == "1.70 ± 2.54 %"
@@ -318,7 +334,7 @@ def test_the_structured_table_says_what_was_measured(place):
 
 def test_the_curve_has_the_rows_of_single_weights(place):
     fill(made("units", 0), made("curve", 0, 2.0, 300), made("curve", 1, 3.0, 300))
-    (line,) = parsed(tables.weightwise())
+    (line,) = parsed(mnist_tables.weightwise())
     assert line == {
         "row": "`curve`",
         "network": "mlp",
@@ -337,7 +353,7 @@ def test_the_curve_has_the_rows_of_single_weights(place):
 
 def test_settings_are_those_that_are_not_defaults(place):
     fill(made("units", 0), made("units", 1), made("curve", 0), made("other", 5))
-    units, curve, other = parsed(tables.settings())
+    units, curve, other = parsed(mnist_tables.settings())
     changed = "settings that are not defaults"
     assert units["command"] == f"`{mnist_rows.command('units')}`"
     assert units[changed] == "lam [0.5, 1.5, 2.5]"
@@ -350,7 +366,11 @@ def test_every_row_stands_in_one_of_the_two_tables(place):
     fill(made("units", 0), made("curve", 0), made("curve", 1))
     text = tables.document()
     assert Counter(re.findall(r"\n\| (`[a-z]+`)", text)) == {"`units`": 1, "`curve`": 1}
-    for table in (tables.structured(), tables.weightwise(), tables.settings()):
+    for table in (
+        mnist_tables.structured(),
+        mnist_tables.weightwise(),
+        mnist_tables.settings(),
+    ):
         assert f"\n\n{table}\n\n" in text
 
 
@@ -360,7 +380,7 @@ def pruned(method, seed, **changes):
     config = {"model": "tiny", "dataset": "digits", "examples": None, "width": 0.5}
     config |= {"ratio": 0.5, "base": recipe, "tune": recipe, "epsilon": 0.001}
     return {
-        "row": tables.channel_rows.COMPARISON,
+        "row": study_tables.channel_rows.COMPARISON,
         "config": config,
         "method": method,
         "seed": seed,
@@ -377,10 +397,10 @@ def pruned(method, seed, **changes):
 
 
 def test_channel_pruning_is_printed(place):
-    assert tables.channels() == ""
-    rows = tables.channel_rows
+    assert study_tables.channels() == ""
+    rows = study_tables.channel_rows
     rows.record([pruned("dcp", seed) for seed in (0, 1)])
-    text = tables.channels()
+    text = study_tables.channels()
     assert text in tables.document()
     assert "all training images" in text
     assert "| dcp | 12.00 ± 0.00 | +2.00" in text
@@ -389,7 +409,7 @@ def test_channel_pruning_is_printed(place):
     told = pruned("dcp", 0)["config"]
     weighed = {"row": "discrimination-1", "config": told | {"discrimination": 1.0}}
     rows.record([pruned("dcp_adapt", 0, kept={"a": 1}), pruned("dcp", 0, **weighed)])
-    text = tables.channels()
+    text = study_tables.channels()
     assert "widths.png" in text
     assert "### The weight of the additional loss: DCP, 50% of the channels" in text
     assert "| 1 | 30.00 | 1 |" in text
@@ -397,7 +417,7 @@ def test_channel_pruning_is_printed(place):
 
 
 def test_gates_on_a_wide_network_are_printed(place):
-    assert tables.wide() == ""
+    assert study_tables.wide() == ""
     config = {"target": 0.5, "depth": 10, "factor": 1, "examples": 5120}
     config |= {"dataset": "digits", "recipe": {"epochs": 9}}
     result = {
@@ -411,9 +431,11 @@ def test_gates_on_a_wide_network_are_printed(place):
     }
     closed = {k: v for k, v in result.items() if k != "shrunk"}
     for seed in (0, 1):
-        tables.wide_resnet.record(result | {"seed": seed})
-    tables.wide_resnet.record(closed | {"seed": 0, "variant": "λ, the weights' rate"})
-    text = tables.wide()
+        study_tables.wide_resnet.record(result | {"seed": seed})
+    study_tables.wide_resnet.record(
+        closed | {"seed": 0, "variant": "λ, the weights' rate"}
+    )
+    text = study_tables.wide()
     assert text in tables.document()
     assert "--variant all --seeds 0 1 --record" in text
     assert "5,120 images of digits, 9 epochs" in text
@@ -433,21 +455,23 @@ def test_benchmarks_and_notes_are_printed(place):
         (place / "benchmarks" / name).write_text(json.dumps(one) + "\n")
     (place / "results").mkdir()
     (place / "results" / "notes.md").write_text("\n## Notes\n\nA remark.\n\n")
-    _, first, second = re.split("### .*`python -m .*`\n\n", tables.benchmarks())
+    _, first, second = re.split(
+        "### .*`python -m .*`\n\n", benchmark_tables.benchmarks()
+    )
     found = parsed(first.strip()) + parsed(second.strip())
     assert [line[""] for line in found] == ["NOT within", "within"]
     assert found[0].items() >= {"measured": "1.31", "limit": "1.2"}.items()
     assert found[0].items() >= {"what": "a / b", "detail": "of 9 runs"}.items()
     text = tables.document()
-    assert tables.benchmarks() in text
+    assert benchmark_tables.benchmarks() in text
     assert "`python -m benchmarks.steps`" in text
     assert text.endswith("\n\n## Notes\n\nA remark.\n")
 
 
 def test_every_benchmark_is_printed():
-    modules = {file.stem for file in tables.BENCHMARKS.parent.glob("*.py")}
+    modules = {file.stem for file in places.BENCHMARKS.parent.glob("*.py")}
     shared = {"__init__", "measure", "networks", "vision"}
-    assert {*tables.BENCHMARKED, "zoo"} == modules - shared
+    assert {*benchmark_tables.BENCHMARKED, "zoo"} == modules - shared
 
 
 def zoo_row(model, **more):
@@ -483,7 +507,7 @@ def test_models_of_the_zoo_are_printed_with_their_exceptions(place):
     del rows[0]["checks"]["groups gone"]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, failed])
     (place / "benchmarks" / "zoo.jsonl").write_text(text)
-    zoo = tables.zoo()
+    zoo = benchmark_tables.zoo()
     _, table = re.findall(r"(?:\|.*\|\n)+", zoo)
     small, published, ours = parsed(table)
     assert small["model"] == "`b` (small)"
@@ -515,7 +539,7 @@ def test_the_zoo_is_held_against_its_limits(place):
 
     def limits(rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return parsed(re.findall(r"(?:\|.*\|\n)+", tables.zoo())[0])
+        return parsed(re.findall(r"(?:\|.*\|\n)+", benchmark_tables.zoo())[0])
 
     covered, outputs, gradients, inputs, reading = limits(rows)
     assert covered["measured"] == "40 of 42"
@@ -526,7 +550,7 @@ def test_the_zoo_is_held_against_its_limits(place):
     assert inputs[""] == "within"
     assert reading["measured"] == "120"
     assert reading["the worst"] == "`m0`; 40 beyond the limit"
-    assert "without gradients: `b`." in tables.zoo()
+    assert "without gradients: `b`." in benchmark_tables.zoo()
     near = {"in float64": {"one left": dict.fromkeys(far, 1e-9)}}
     _, outputs, gradients, *_ = limits([*rows[:-1], rows[-1] | near])
     assert (outputs["measured"], outputs[""]) == ("5e-07", "within")
@@ -620,7 +644,7 @@ def test_a_readme_without_its_markers_is_an_error_that_names_them(place, kind):
 
 def test_each_comparison_of_families_is_printed(place):
     """Of each family the λ that validation prefers among those that prune enough."""
-    assert tables.compared() == ""
+    assert study_tables.compared() == ""
     folder = place / "experiments" / "results" / "families-mnist-mlp"
     folder.mkdir(parents=True)
     whole = (RESULTS / folder.name / "results.csv").read_text()
@@ -628,7 +652,7 @@ def test_each_comparison_of_families_is_printed(place):
     names = ("hard_concrete", "smooth_step", "information_bottleneck")
     chosen = [line for line in lines if line.split(",")[2] in names]
     (folder / "results.csv").write_text("\n".join([header, *chosen]) + "\n")
-    text = tables.compared()
+    text = study_tables.compared()
     assert "experiments/results/families-mnist-mlp/figures/frontier-weights.png" in text
     named = "--families hard_concrete information_bottleneck smooth_step --out experi"
     assert f"`python -m experiments.families {named}" in text
@@ -647,11 +671,11 @@ def test_each_comparison_of_families_is_printed(place):
 # ----------------------------------------------------------- soft knowledge relocation
 
 
-@pytest.mark.parametrize("name", tables.RELOCATIONS)
+@pytest.mark.parametrize("name", study_tables.RELOCATIONS)
 def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
     folder = RESULTS / f"relocation-{name}"
     rows = relocation_report.read(folder)
-    arguments = tables.RELOCATIONS[name].split()
+    arguments = study_tables.RELOCATIONS[name].split()
     arguments += ["--seeds", *sorted({row["seed"] for row in rows})]
     config = relocation.resolved(
         tyro.cli(Annotated[relocation.Config, tyro.conf.arg(name="")], args=arguments)
@@ -674,12 +698,12 @@ def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
 
 
 def test_relocations_are_told():
-    text = tables.relocations()
-    for name in tables.RELOCATIONS:
+    text = study_tables.relocations()
+    for name in study_tables.RELOCATIONS:
         table = (RESULTS / f"relocation-{name}" / "table.md").read_text()
         assert table.strip() in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (tables.ROOT / link).exists(), link
+        assert (places.ROOT / link).exists(), link
 
 
 @pytest.mark.parametrize("flag", ["--help", "--chekc", "RESULTS.md"])

@@ -1,0 +1,238 @@
+"""Tables of the rows of `experiments.mnist_rows`, and of bisection."""
+
+from collections import defaultdict
+
+import numpy as np
+
+from experiments import bisection, mnist_rows
+from experiments.reports.printing import interval, markdown
+
+
+def by_row() -> dict[str, list[dict]]:
+    """Results of each row, by seed."""
+    grouped = defaultdict(list)
+    for result in mnist_rows.results():
+        grouped[result["row"]].append(result)
+    return grouped
+
+
+def architectures(results: list[dict], which: str = "last") -> str:
+    """The surviving units of every seed, `219-214-100, …`."""
+    return ", ".join(
+        "-".join(str(n) for n in result[which]["architecture"].values())
+        for result in results
+    )
+
+
+def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
+    """Whether the means are within the row's limits."""
+    if row.weights_limit is None or row.error_limit is None:
+        return ""
+    error = np.mean([r["last"]["test_error"] for r in results])
+    weights = np.mean([r["last"]["weights"] for r in results])
+    # Compared as printed, so that no reader finds a limit kept that is not.
+    error, weights = float(f"{error:.2f}"), float(f"{weights:.0f}")
+    kept = error <= row.error_limit and weights <= row.weights_limit
+    return (
+        f"{'within' if kept else 'NOT within'} {row.error_limit} %, "
+        f"{row.weights_limit:,} weights"
+    )
+
+
+def published_units(name: str) -> bool:
+    """Whether a row has gates on units and a published network to be compared with."""
+    row = mnist_rows.ROWS[name]
+    return row.weights_limit is not None and row.config.gates != "weight"
+
+
+def structured() -> str:
+    """The table of the paper's four rows."""
+    lines = []
+    for name, results in by_row().items():
+        row = mnist_rows.ROWS[name]
+        if not published_units(name):
+            continue
+        lines.append(
+            [
+                f"`{name}`",
+                row.published,
+                f"{interval(r['last']['test_error'] for r in results)} %",
+                interval((r["last"]["weights"] for r in results), 0),
+                architectures(results),
+                f"{interval(r['best_on_validation']['test_error'] for r in results)} %",
+                interval((r["best_on_validation"]["weights"] for r in results), 0),
+                str(len(results)),
+                str(results[0]["config"]["epochs"]),
+                verdict(row, results),
+            ]
+        )
+    header = [
+        "row",
+        "published (best epoch on the test set)",
+        "test error, last epoch",
+        "weights",
+        "architectures by seed",
+        "test error, best epoch on validation",
+        "its weights",
+        "seeds",
+        "epochs",
+        "limits of last epoch",
+    ]
+    return markdown(header, lines)
+
+
+def weightwise() -> str:
+    """The curve of error against single weights left."""
+    lines = []
+    for name, results in by_row().items():
+        config = results[0]["config"]
+        if config["gates"] != "weight":
+            continue
+        row = mnist_rows.ROWS[name]
+        lines.append(
+            [
+                f"`{name}`",
+                config["model"],
+                config["gate"],
+                ", ".join(f"{c:g}" for c in config["lam"]),
+                f"{interval(r['last']['test_error'] for r in results)} %",
+                interval((r["last"]["weights"] for r in results), 0),
+                architectures(results),
+                interval((r["shrunk"]["parameters"] for r in results), 0),
+                str(len(results)),
+                str(config["epochs"]),
+                row.published,
+                verdict(row, results),
+            ]
+        )
+    header = [
+        "row",
+        "network",
+        "gates",
+        "c in λ = c/N",
+        "test error, last epoch",
+        "weights left",
+        "units that still reach anything",
+        "parameters of the network of these units",
+        "seeds",
+        "epochs",
+        "published network of units",
+        "limits of last epoch",
+    ]
+    return markdown(header, lines)
+
+
+def constrained() -> str:
+    """The rows with a target in place of λ."""
+    lines = []
+    for name, results in by_row().items():
+        if "excess" not in results[0]:
+            continue
+        config = results[0]["config"]
+        dense = DENSE_PARAMETERS[config["model"]]
+        left = [100 * r["shrunk"]["parameters"] / dense for r in results]
+        misses = [100 * e for r in results for e in r["excess"].values()]
+        met = sum(abs(miss) <= 1 for miss in misses)
+        lines.append(
+            [
+                f"`{name}`",
+                target_of(config),
+                mnist_rows.ROWS[name].published,
+                f"{interval(left)} %",
+                f"{interval(r['last']['test_error'] for r in results)} %",
+                architectures(results),
+                f"{max(map(abs, misses)):.2f} %, {met} of {len(misses)}",
+                str(len(results)),
+                str(config["epochs"]),
+            ]
+        )
+    header = [
+        "row",
+        "target: share of",
+        "published (Gallego-Posada et al. 2022)",
+        "parameters left after removal",
+        "test error, last epoch",
+        "architectures by seed",
+        "expected share off its target at most, and how often within 1 %",
+        "seeds",
+        "epochs",
+    ]
+    return markdown(header, lines)
+
+
+def bisected() -> str:
+    """What it took to meet a target by bisection over λ."""
+    lines = []
+    for result in bisection.results():
+        config, runs = result["config"], result["runs"]
+        met = f"{result['lam']:.3g}" if result["lam"] else "not met"
+        lines.append(
+            [
+                f"{config['model']} on {config['dataset']}, {result['target']:g} of "
+                "the gated weights",
+                met,
+                str(len(runs)),
+                str(len(runs) * config["epochs"]),
+                f"{100 * (runs[-1]['density'] / result['target'] - 1):+.2f} %",
+                f"{runs[-1]['test_error']:.2f} %",
+                str(config["seed"]),
+            ]
+        )
+    header = ["target", "c in λ = c/N", "runs", "epochs in all"]
+    header += ["share off the target", "test error", "seed"]
+    if not lines:
+        return ""
+    return (
+        "Bisection over λ, the baseline, takes several runs of as many epochs each\n"
+        "(`python -m experiments.bisection`):\n\n" + markdown(header, lines)
+    )
+
+
+def target_of(config: dict) -> str:
+    """A configuration's target in words."""
+    what = {
+        "target_density": "the gated weights",
+        "target_params": "the parameters",
+        "target_macs": "the multiply-accumulates",
+        "target_bytes": "the bytes",
+        "target_latency": "the seconds of a call",
+    }
+    for field, words in what.items():
+        target = config.get(field)
+        if target is not None:
+            numbers = target if isinstance(target, list) else [target]
+            return f"{words}: " + ", ".join(f"{number:g}" for number in numbers)
+    raise ValueError("no target is given")
+
+
+# With biases, of the networks as they are built.
+DENSE_PARAMETERS = {"mlp": 266_610, "lenet5": 431_080}
+
+
+def settings() -> str:
+    """What each row's settings are, where they are not the defaults."""
+    defaults = mnist_rows.mnist.scientific(mnist_rows.mnist.Config())
+    lines = []
+    for name, results in by_row().items():
+        config = results[0]["config"]
+        changed = ", ".join(
+            f"{field} {value}"
+            for field, value in config.items()
+            if value != defaults.get(field)
+            and field not in ("dataset", "model", "seed", "epochs")
+        )
+        lines.append(
+            [
+                f"`{mnist_rows.command(name)}`",
+                changed or "defaults",
+                results[0]["test_rule"],
+                results[0]["jax"],
+            ]
+        )
+    header = [
+        "command",
+        "settings that are not defaults",
+        "test-time rule",
+        "JAX",
+    ]
+    return markdown(header, lines)
