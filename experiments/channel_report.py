@@ -6,6 +6,7 @@ writes into `experiments/results/channel-pruning/`, in a few seconds:
 
 - `methods.png`: how far each method's error is from the base network's, before and
   after the pruned network is trained;
+- `equal.png`: the same where all methods train equally long, gates among them;
 - `widths.png`: channels that each method keeps of each layer;
 - `ablations.png`: the weight of the additional loss, and where a layer is full.
 
@@ -23,8 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import channel_rows
-from experiments.figures import BLUE, ORANGE, STYLE
 from experiments.reports.printing import interval, markdown, mean_and_half_width
+from experiments.reports.style import BLUE, ORANGE, STYLE
 from l0jax.methods.keeping import count_left
 
 FOLDER = Path(__file__).parent / "results" / "channel-pruning"
@@ -73,6 +74,17 @@ def times_less(lines: Sequence[Line], what: str) -> list[float]:
     return [line[what][0] / line[what][1] for line in lines]
 
 
+def off_budget(lines: Iterable[Line]) -> dict[str, float]:
+    """The share of the multiply-accumulates that methods leave which leave more than
+    the budget: it is that of most, 5 % allowed for single channels."""
+    shares = {
+        method: float(np.mean([line["macs"][1] / line["macs"][0] for line in found]))
+        for method, found in of_methods(lines).items()
+    }
+    most = 1.05 * float(np.median(list(shares.values())))
+    return {method: share for method, share in shares.items() if share > most}
+
+
 def signed(values: Iterable[float]) -> str:
     """An interval with the sign of its mean."""
     text = interval(values)
@@ -92,15 +104,16 @@ def seconds(values: Iterable[float | None]) -> str:
     return f"{np.mean(known):,.0f}" if known else "-"
 
 
-def table(lines: Iterable[Line]) -> str:
-    """Every method: mean ± 95 % over seeds."""
+def table(lines: Sequence[Line]) -> str:
+    """Every method: mean ± 95 % over seeds. What leaves more than the others is marked:
+    its error can't be compared."""
     rows = []
     methods = of_methods(lines)
-    dcp = methods.get("dcp", [])
+    dcp, off = methods.get("dcp", []), off_budget(lines)
     for method, found in methods.items():
         rows.append(
             [
-                method,
+                f"{method} (off the budget)" if method in off else method,
                 interval(line["trained"]["test"] for line in found),
                 signed(gaps(found, "trained")),
                 signed(gaps(found, "pruned")),
@@ -178,8 +191,11 @@ def methods(lines: Sequence[Line]) -> Figure:
     order = sorted(found, key=lambda name: -np.mean(gaps(found[name], "trained")))
     seeds = {name: len(found[name]) for name in order}
     most = max(seeds.values())
+    off = off_budget(lines)
     names = [
-        name if seeds[name] == most else f"{name} ({seeds[name]} of {most} seeds)"
+        name
+        + (f" ({seeds[name]} of {most} seeds)" if seeds[name] != most else "")
+        + (f" [{off[name]:.0%} of the MACs]" if name in off else "")
         for name in order
     ]
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(order)), layout="constrained")
@@ -192,7 +208,10 @@ def methods(lines: Sequence[Line]) -> Figure:
         mean, half = np.array(pairs).T
         # A single seed has no interval.
         half[[len(found[name]) < 2 for name in order]] = np.nan
-        axes.barh(names, mean, xerr=half, color=colour, height=0.6, capsize=2)
+        bars = axes.barh(names, mean, xerr=half, color=colour, height=0.6, capsize=2)
+        for bar, name in zip(bars, order, strict=True):
+            if name in off:
+                bar.set(hatch="///", alpha=0.5)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(title)
         axes.set_xlabel("test error above the base network's, points")
@@ -200,6 +219,7 @@ def methods(lines: Sequence[Line]) -> Figure:
     figure.suptitle(
         f"{config['model']}, width {config['width']:g}, {config['ratio']:.0%} of the "
         f"channels removed: {most} seed{'s' if most > 1 else ''}"
+        + ("; hatched: more is left than by the others" if off else "")
     )
     return figure
 
@@ -290,6 +310,9 @@ def write(folder: Path = FOLDER) -> list[Path]:
             uneven = unlike(compared)
             if uneven:
                 figures |= {"widths": widths(uneven)}
+        equal = channel_rows.results(channel_rows.EQUAL)
+        if equal:
+            figures |= {"equal": methods(equal)}
         if of_weights() and of_epsilons():
             figures |= {"ablations": ablations()}
         for name, figure in figures.items():

@@ -23,6 +23,8 @@ from experiments import channel_pruning
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import OF_BASE, UNTOLD, Config
 from experiments.harness import command_line, json_lines, run_folder
+from experiments.harness.loop import Diverged
+from experiments.tasks.dataset import DataError
 from experiments.tasks.images import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "channel_pruning.jsonl"
@@ -149,7 +151,10 @@ def main(arguments: Arguments) -> None:
             print(f"{name}: {run_folder.settings_of(config, UNTOLD)}")
     for name in arguments.rows:
         for seed in arguments.seeds or ROWS[name].seeds:
-            run(name, (seed,), arguments.methods)
+            try:
+                run(name, (seed,), arguments.methods)
+            except (ValueError, Diverged, DataError, OSError) as error:
+                raise SystemExit(f"experiments.channel_rows: {error}") from None
 
 
 if __name__ == "__main__":

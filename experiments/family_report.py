@@ -24,12 +24,12 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments import families, mnist_settings
-from experiments.figures import BLUE, COLOURS, REMOVED, STYLE
 from experiments.harness import csv_lines
 from experiments.reports.printing import interval, markdown, mean_and_half_width
+from experiments.reports.style import BLUE, COLOURS, REMOVED, STYLE
 from l0jax import gates
 
 Row = dict[str, str]
@@ -70,12 +70,35 @@ PUBLISHED = {
 }
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-PANELS = {
-    "mixtures": ("mixture-", "relaxed_mixture"),
-    "Bernoulli gates, by estimator": ("bernoulli-",),
-    "other stochastic gates": ("stochastic", "hard_kumaraswamy"),
-    "without noise, and controls": ("",),
-}
+MOST_CURVES = 6
+"""In one panel."""
+
+
+def kind_of(family: str) -> str:
+    """What a family is compared with, by its own properties."""
+    settings = mnist_settings.Config(**families.VARIANTS[family])
+    gate = mnist_settings.gate_of(settings)
+    if isinstance(gate, gates.Mixture | gates.RelaxedMixture):
+        return "mixtures"
+    if isinstance(gate, gates.Bernoulli):
+        return "Bernoulli gates, by estimator"
+    if gate.random and gate.bounded:
+        return "other stochastic gates"
+    return "without noise, and controls"
+
+
+def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Families by kind, no more of them together than can be told apart."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    panels = {}
+    for kind, here in kinds.items():
+        parts = -(-len(here) // MOST_CURVES)
+        for at in range(parts):
+            title = kind if parts == 1 else f"{kind}, {at + 1} of {parts}"
+            panels[title] = here[at::parts]
+    return panels
 
 
 def write(folder: Path) -> list[Path]:
@@ -214,12 +237,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
     of_family = by(rows, "family")
     reference = of_family.pop(("hard_concrete",), [])
     model = rows[0]["model"]
-    left, kinds = list(of_family), {}
-    for title, starts in PANELS.items():
-        here = [name for name in left if name[0].startswith(starts)]
-        left = [name for name in left if name not in here]
-        if here:
-            kinds[title] = here
+    kinds = panels_of(name for (name,) in of_family)
     kinds = kinds or {"hard concrete": []}
     height, width = (len(kinds) + 1) // 2, min(len(kinds), 2)
     figure = Figure(figsize=(11, 1 + 3.5 * height), layout="constrained")
@@ -234,10 +252,8 @@ def frontier(rows: list[Row], column: str) -> Figure:
         if reference:
             curve(axes, reference, column, "hard_concrete", "black")
         for at, name in enumerate(here):
-            label = name[0].removeprefix("mixture-").removeprefix("bernoulli-")
-            style = "-" if at < len(COLOURS) else "--"
-            colour = COLOURS[at % len(COLOURS)]
-            curve(axes, of_family[name], column, label, colour, style)
+            label = name.removeprefix("mixture-").removeprefix("bernoulli-")
+            curve(axes, of_family[name,], column, label, COLOURS[at])
         axes.legend(fontsize="small", ncols=2 if len(here) > 5 else 1)
     error = numbers(rows, "test_error")
     lowest, highest = np.nanmin(error), min(np.nanmax(error), 4 * np.nanmin(error))
@@ -254,7 +270,11 @@ def frontier(rows: list[Row], column: str) -> Figure:
         # (What has collapsed lies outside.)
         axes.set_xlim(0.6 * fewest, 1.2 * whole)
         axes.set_ylim(0.9 * lowest, 1.1 * highest)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        # (Three labels at least, however narrow the range.)
+        wide = highest / lowest > 4
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 1.5, 2, 3, 5)) if wide else MaxNLocator(5)
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     what = {"weights": "weights left", "macs": "multiply-accumulates left"}[column]
@@ -285,7 +305,6 @@ def curve(
     column: str,
     label: str,
     colour: str,
-    style: str = "-",
 ) -> None:
     """One family: a point with both intervals for each λ."""
     points = []
@@ -302,7 +321,6 @@ def curve(
         np.minimum(x_half, 0.9 * x),
         color=colour,
         label=label,
-        linestyle=style,
         linewidth=1,
         elinewidth=0.6,
         marker="o",
@@ -342,6 +360,8 @@ def cost(model: str, widths: Sequence[int], column: str) -> int:
 # ----------------------------------------------------------------------- the densities
 
 SETTINGS = (-2.0, 0.0, 2.0)
+BELOW_LEGEND = 0.85
+"""Share of a panel's height."""
 
 
 def densities(names: Sequence[str], draws: int = 200_000) -> Figure:
@@ -359,6 +379,8 @@ def densities(names: Sequence[str], draws: int = 200_000) -> Figure:
         density(axes, gate, draws)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
+    figure.supxlabel("z", fontsize="medium")
+    figure.supylabel("density", fontsize="medium")
     figure.suptitle(
         "Density of a gate at the logits -2, 0 and 2; in the legends P(z = 0), P(z = 1)"
     )
@@ -376,7 +398,7 @@ def density(axes: Axes, gate: gates.Gate, draws: int) -> None:
         between = z[(z != 0) & (z != 1)]
         if len(np.unique(between)) <= 1:
             for value in np.unique(z):
-                axes.axvline(value, color=colour, linewidth=1.5)
+                axes.axvline(value, ymax=BELOW_LEGEND, color=colour, linewidth=1.5)
             label = "always " + ", ".join(f"{value:.2f}" for value in np.unique(z))
             if gate.random:
                 label = f"{(z == 0).mean():.2f}, {(z == 1).mean():.2f}"
@@ -388,9 +410,18 @@ def density(axes: Axes, gate: gates.Gate, draws: int) -> None:
     axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.tick_params(labelsize=6)
     axes.axhline(0, color=REMOVED, linewidth=0.5)
-    if gate.random and gate.bounded:
-        axes.set_ylim(0, 4)
-    axes.legend(fontsize=6, loc="best")
+    if gate.random:
+        axes.set_ylim(0, (3.2 if gate.bounded else 1.2) / BELOW_LEGEND)
+    if not gate.random:
+        axes.set_yticks([])
+    axes.legend(
+        fontsize=6,
+        loc="upper center",
+        ncols=len(SETTINGS),
+        handlelength=1,
+        columnspacing=1,
+        borderpad=0.2,
+    )
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ import tyro
 
 from experiments import mnist
 from experiments.harness import command_line, json_lines
+from experiments.harness.loop import Diverged
+from experiments.tasks.dataset import DataError
 
 RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
 RUNS = Path("runs") / "rows"
@@ -218,7 +220,10 @@ def main(arguments: Arguments) -> None:
     for name in arguments.rows:
         for seed in arguments.seeds or ROWS[name].seeds:
             print(f"== {name}, seed {seed}", file=sys.stderr)
-            run(name, seed)
+            try:
+                run(name, seed)
+            except (ValueError, Diverged, DataError, OSError) as error:
+                raise SystemExit(f"experiments.mnist_rows: {error}") from None
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.figures import COLOURS, STYLE
 from experiments.harness import csv_lines, progress, run_folder
 from experiments.relocation import (
     ADVERSARIES,
@@ -48,6 +47,7 @@ from experiments.relocation import (
     Work,
 )
 from experiments.relocation_training import ARMS
+from experiments.reports.style import COLOURS, STYLE
 from experiments.tasks import data
 from l0jax import agnosticism, methods, train, units
 from l0jax.methods import LeastSquares, relocation

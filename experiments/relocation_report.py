@@ -22,11 +22,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import COLOURS, REMOVED, STYLE
 from experiments.harness import csv_lines
 from experiments.relocation import ADVERSARIES
 from experiments.relocation_training import ARMS
 from experiments.reports.printing import markdown
+from experiments.reports.style import COLOURS, REMOVED, STYLE
 from l0jax import agnosticism
 from l0jax.agnosticism import Interval
 

@@ -31,9 +31,9 @@ from matplotlib.figure import Figure
 
 import l0jax.nnx
 from experiments.channel_run import prunable
-from experiments.figures import COLOURS, STYLE
 from experiments.harness import json_lines, run_folder
 from experiments.harness.loop import Run
+from experiments.reports.style import COLOURS, STYLE
 from experiments.tasks import data
 from experiments.tasks.images import (
     Images,

@@ -37,14 +37,14 @@ import numpy as np
 from flax import nnx
 
 import l0jax
-from experiments import figures
+from experiments.reports import style
 from experiments.tasks import data
 from experiments.tasks.images import Recipe, Trainer, error, images_of, normalised
 from l0jax import methods, models
 from l0jax.methods import discrimination
 from l0jax.report import report
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 key = jax.random.key(0)
 digits = data.load("digits", 0.1)
 images = images_of(digits)
@@ -185,7 +185,7 @@ figure, panels = plt.subplots(
 )
 for axes, layer in zip(panels, losses["dcp"], strict=True):
     for (name, of), colour in zip(
-        losses.items(), (figures.BLUE, figures.ORANGE), strict=True
+        losses.items(), (style.BLUE, style.ORANGE), strict=True
     ):
         axes.plot(of[layer], label=name, color=colour)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -218,13 +218,13 @@ after["from scratch"] = test_error(train(like, 11, 0.1).trained())
 
 figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
 order = sorted(before, key=lambda name: -before[name])
-axes.barh(order, [before[n] for n in order], color=figures.ORANGE, label="pruned")
+axes.barh(order, [before[n] for n in order], color=style.ORANGE, label="pruned")
 trained_on = [n for n in order if n in after]
 axes.plot(
     [after[n] for n in trained_on],
     trained_on,
     "o",
-    color=figures.BLUE,
+    color=style.BLUE,
     ms=7,
     label="and trained",
 )

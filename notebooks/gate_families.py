@@ -43,11 +43,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import figures
+from experiments.reports import style
 from experiments.tasks import data
 from l0jax import costs, estimators, gates, gating, models, train
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 key = jax.random.key(0)
 
 # %% [markdown]
@@ -77,7 +77,7 @@ families = {
     "Bernoulli": gates.Bernoulli(),
 }
 three = jnp.array([-2.0, 0.0, 2.0])
-colours = (figures.ORANGE, figures.BLUE, figures.GREEN)
+colours = (style.ORANGE, style.BLUE, style.GREEN)
 DRAWS = 10_000
 points = np.linspace(0.005, 0.995, 50)
 
@@ -109,11 +109,11 @@ for (name, gate), (above, below) in zip(families.items(), panels.T, strict=True)
     ):
         x = np.arange(3) + 0.28 * (at - 1)
         below.bar(x, p, 0.26, color=colour, edgecolor="#333333", label=label)
-        below.plot(x, drawn.mean(1), "_", color=figures.ORANGE, ms=10, mew=2)
+        below.plot(x, drawn.mean(1), "_", color=style.ORANGE, ms=10, mew=2)
     above.set_title(name)
     above.set_xlabel("gate z")
     below.set_xlabel("logit")
-below.plot([], [], "_", color=figures.ORANGE, ms=10, mew=2, label="of the draws")
+below.plot([], [], "_", color=style.ORANGE, ms=10, mew=2, label="of the draws")
 panels[0, 0].set(ylim=(0, 2), ylabel="density on (0, 1)", xticks=(0, 0.5, 1))
 panels[1, 0].set(ylim=(0, 1), ylabel="probability")
 panels[1, 0].set_xticks(range(3), [f"{logit:g}" for logit in three])
@@ -193,21 +193,21 @@ figure, (left, middle, right) = plt.subplots(
 )
 s, pi = np.linspace(-0.3, 1.3, 400), 0.3
 off, on = mixture.pair.density(s), mixture.pair.density(1 - s)
-left.plot(s, (1 - pi) * off, color=figures.ORANGE, label=r"$(1 - \pi)\, r_0(s)$")
-left.plot(s, pi * on, color=figures.GREEN, label=r"$\pi\, r_0(1 - s)$")
+left.plot(s, (1 - pi) * off, color=style.ORANGE, label=r"$(1 - \pi)\, r_0(s)$")
+left.plot(s, pi * on, color=style.GREEN, label=r"$\pi\, r_0(1 - s)$")
 left.plot(s, (1 - pi) * off + pi * on, "k:", label="their sum")
 width = mixture.zeta - mixture.gamma
 edges = [-mixture.gamma / width, (1 - mixture.gamma) / width]
-left.axvspan(-0.3, edges[0], color=figures.REMOVED, alpha=0.6, lw=0, label="z is 0")
-left.axvspan(edges[1], 1.3, color=figures.SKY, alpha=0.25, lw=0, label="z is 1")
+left.axvspan(-0.3, edges[0], color=style.REMOVED, alpha=0.6, lw=0, label="z is 0")
+left.axvspan(edges[1], 1.3, color=style.SKY, alpha=0.25, lw=0, label="z is 1")
 left.set_title(r"Before the stretch, at $\pi = 0.3$")
 left.set(xlabel="s", ylabel="density", xlim=(-0.3, 1.3), yscale="log", ylim=(1e-3, 1e2))
 left.legend(ncols=2)
 
 for label, curve, drawn, colour in (
-    ("P(z ≠ 0)", mixture.prob_active(line), draws != 0, figures.BLUE),
-    ("E[z]", mixture.mean(line), draws, figures.PINK),
-    ("P(z = 1)", mixture.prob_one(line), draws == 1, figures.GREEN),
+    ("P(z ≠ 0)", mixture.prob_active(line), draws != 0, style.BLUE),
+    ("E[z]", mixture.mean(line), draws, style.PINK),
+    ("P(z = 1)", mixture.prob_one(line), draws == 1, style.GREEN),
 ):
     middle.plot(line, curve, color=colour, label=label)
     middle.plot(some, drawn.mean(1), "o", color=colour)
@@ -217,13 +217,13 @@ middle.legend()
 
 slope_of_mean = jax.jit(jax.vmap(jax.grad(mixture.mean)))
 standard_error = slopes.std(1) / np.sqrt(DRAWS)
-right.plot(line, slope_of_mean(line), color=figures.PINK, label="d E[z] / d logit")
+right.plot(line, slope_of_mean(line), color=style.PINK, label="d E[z] / d logit")
 right.errorbar(
     some,
     slopes.mean(1),
     2 * standard_error,
     fmt="o",
-    color=figures.BLUE,
+    color=style.BLUE,
     capsize=3,
     label="draws, ± 2 standard errors",
 )
@@ -263,12 +263,12 @@ def facts(gate, scales):
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-looks = itertools.product(("-", "--"), figures.COLOURS)
-for (name, pair), (style, colour) in zip(pairs.items(), looks, strict=False):
+looks = itertools.product(("-", "--"), style.COLOURS)
+for (name, pair), (line, colour) in zip(pairs.items(), looks, strict=False):
     scales = jnp.append(jnp.geomspace(0.003, 3, 81), pair.scale)
     leak, first, second = map(np.asarray, facts(gates.Mixture(pair), scales))
     for axes, values in ((left, second), (right, second / first**2 - 1)):
-        axes.plot(leak[:-1], values[:-1], style, color=colour, label=name)
+        axes.plot(leak[:-1], values[:-1], line, color=colour, label=name)
         axes.plot(leak[-1], values[-1], "o", color=colour)
 right.plot([], [], "o", color="grey", label="dot: the default scale")
 for axes, low, high in ((left, 1e-2, 1e5), (right, 0.1, 1e6)):
@@ -349,7 +349,7 @@ found = dict(sorted(found.items(), key=lambda item: -item[1].var(0).mean()))
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
-seven = (*figures.COLOURS, "#555555")
+seven = (*style.COLOURS, "#555555")
 for at, (each, colour) in enumerate(zip(found.values(), seven, strict=True)):
     places = np.arange(1, 9) + 0.11 * (at - 3)
     two_errors = 2 * each.std(0) / np.sqrt(len(each))
@@ -484,7 +484,7 @@ for name, (training, states) in trained.items():
         decided[name, lam, seed] = evaluate(training, state, decision)
 
 figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-for name, colour, marker in zip(two, figures.COLOURS, "os", strict=False):
+for name, colour, marker in zip(two, style.COLOURS, "os", strict=False):
     of_seed = np.array([[decided[name, lam, seed] for seed in seeds] for lam in prices])
     errors, left = of_seed.mean(1).T
     axes.plot(
@@ -557,9 +557,9 @@ def fit(share, epochs=60, **options):
 
 
 fits = {
-    "target 0.5": (figures.GREEN, *fit(0.5)),
-    "target 0.2": (figures.BLUE, *fit(0.2)),
-    "0.2, no restart": (figures.ORANGE, *fit(0.2, restart=False)),
+    "target 0.5": (style.GREEN, *fit(0.5)),
+    "target 0.2": (style.BLUE, *fit(0.2)),
+    "0.2, no restart": (style.ORANGE, *fit(0.2, restart=False)),
 }
 
 # %%
@@ -620,7 +620,7 @@ for when, state, (left, middle, right) in zip(
     for at, (rule, marker) in enumerate(zip(rules, "os^x+", strict=True)):
         decision = training.decide(state, rule)
         wrong, weights_left = evaluate(training, state, decision)
-        colour = figures.COLOURS[at]
+        colour = style.COLOURS[at]
         for name, z in decision.z.items():
             left.plot(active[name], z, marker, color=colour, alpha=0.5)
         left.plot([], [], marker, color=colour, label=rule)
@@ -632,7 +632,7 @@ for when, state, (left, middle, right) in zip(
         draw_of_it = train.Decision("drawn", jax.device_get(z), active, {})
         drawn.append(evaluate(training, state, draw_of_it))
     for axes, values in zip((right, middle), np.transpose(drawn), strict=True):
-        axes.barh(5, values.mean(), color=figures.REMOVED)
+        axes.barh(5, values.mean(), color=style.REMOVED)
         axes.plot(values, np.full(10, 5), "|", color="black")
         names = (*rules, "ten draws") if axes is middle else [""] * 6
         axes.set_yticks(range(6), names)

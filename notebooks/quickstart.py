@@ -39,11 +39,11 @@ import optax
 from flax import nnx
 
 import l0jax
-from experiments import figures
+from experiments.reports import style
 from experiments.tasks import data
 from l0jax import gates, models, objectives, storage, train
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 key = jax.random.key(0)
 
 # %% [markdown]
@@ -94,18 +94,18 @@ for axes, log_alpha, z, p0, p1 in zip(
     panels.flat, four, draws, is_zero, is_one, strict=True
 ):
     counts, edges = np.histogram(z[(z > 0) & (z < 1)], bins=BINS, range=(0, 1))
-    axes.stairs(counts / DRAWS * BINS, edges, fill=True, color=figures.SKY)
-    axes.plot(inside, density(inside, float(log_alpha)), color=figures.BLUE)
+    axes.stairs(counts / DRAWS * BINS, edges, fill=True, color=style.SKY)
+    axes.plot(inside, density(inside, float(log_alpha)), color=style.BLUE)
     axes.set_yticks(np.linspace(0, 2, 6))
-    axes.set_ylabel("density on (0, 1)", color=figures.BLUE)
+    axes.set_ylabel("density on (0, 1)", color=style.BLUE)
     # At 0 and 1 there are probabilities, no densities: they have their own axis.
     masses = axes.twinx()
     # Beside the histogram, which would else be hidden.
     beside, drawn = [-0.02, 1.02], [(z == 0).mean(), (z == 1).mean()]
-    masses.bar(beside, drawn, width=0.04, color=figures.AMBER)
-    masses.plot(beside, [p0, p1], "_", color=figures.ORANGE, ms=20, mew=2)
+    masses.bar(beside, drawn, width=0.04, color=style.AMBER)
+    masses.plot(beside, [p0, p1], "_", color=style.ORANGE, ms=20, mew=2)
     masses.set_yticks(np.linspace(0, 1, 6))
-    masses.set_ylabel("probability of 0 and 1", color=figures.ORANGE)
+    masses.set_ylabel("probability of 0 and 1", color=style.ORANGE)
     masses.spines.right.set_visible(True)
     masses.grid(False)
     axes.set_title(
@@ -144,16 +144,16 @@ draws = draw(points)
 
 figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
 for label, values, drawn, look, colour in (
-    ("P(z ≠ 0)", gate.prob_active(line), (draws != 0).mean(1), "-", figures.BLUE),
-    ("E[z]", gate.mean(line), draws.mean(1), "-", figures.GREEN),
+    ("P(z ≠ 0)", gate.prob_active(line), (draws != 0).mean(1), "-", style.BLUE),
+    ("E[z]", gate.mean(line), draws.mean(1), "-", style.GREEN),
     (
         "rule 'median'",
         gate.deterministic(line, "median"),
         np.median(draws, 1),
         "-",
-        figures.PINK,
+        style.PINK,
     ),
-    ("rule 'paper'", gate.deterministic(line, "paper"), None, "--", figures.ORANGE),
+    ("rule 'paper'", gate.deterministic(line, "paper"), None, "--", style.ORANGE),
 ):
     axes.plot(line, values, look, color=colour, label=label)
     if drawn is not None:
@@ -258,11 +258,11 @@ figure, (above, below) = plt.subplots(
 )
 for label, past, colour in (
     ("dense", dense_history, "grey"),
-    ("gated", history, figures.BLUE),
+    ("gated", history, style.BLUE),
 ):
     epochs, errors, _ = zip(*past, strict=True)
     above.plot(epochs, errors, color=colour, label=f"{label}, last: {errors[-1]:.1f} %")
-for (name, group), colour in zip(groups.items(), figures.COLOURS[1:], strict=False):
+for (name, group), colour in zip(groups.items(), style.COLOURS[1:], strict=False):
     left = np.array([left[name] for _, _, left in history])
     label = f"{name}: {group.size} → {left[-1]}"
     below.plot(epochs, 100 * left / group.size, color=colour, label=label)
@@ -341,7 +341,7 @@ for axes, title, image, colours, most in zip(
     strict=True,
 ):
     shown = axes.imshow(image, cmap=colours, vmin=0, vmax=most)
-    axes.plot(columns, rows, "x", color=figures.ORANGE, ms=8, mew=2)
+    axes.plot(columns, rows, "x", color=style.ORANGE, ms=8, mew=2)
     figure.colorbar(shown, cax=axes.inset_axes((1.03, 0, 0.05, 1)))
     axes.set_title(title)
     axes.set_xlabel("column (pixels)")

@@ -47,15 +47,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import figures
 from experiments.relocation import ADVERSARIES, HEURISTICS, removable
+from experiments.reports import style
 from experiments.tasks import data
 from experiments.tasks.images import images_of, normalised
 from l0jax import agnosticism, methods, models, train
 from l0jax.methods import relocation
 from l0jax.methods.task import cross_entropy
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 key = jax.random.key(0)
 digits = data.load("digits", 0.1)
 images = images_of(digits)
@@ -222,7 +222,7 @@ def spread_over_steps(axes, arm):
     """The accuracy of each heuristic, in the mean over seeds."""
     of = tested[arm].reshape(STEPS + 1, len(HEURISTICS), len(SEEDS)).mean(-1)
     for name, line in zip(HEURISTICS, of.T, strict=True):
-        colour = figures.REMOVED if name in ADVERSARIES else figures.BLUE
+        colour = style.REMOVED if name in ADVERSARIES else style.BLUE
         axes.plot(line, color=colour, lw=1, zorder=1 if name in ADVERSARIES else 2)
     axes.set_title(arm)
     axes.set_xlabel("steps")
@@ -248,7 +248,7 @@ plt.show()
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
 over = np.linspace(0, 1, 101)
 for (name, curve), colour in zip(
-    relocation.CURVES.items(), figures.COLOURS, strict=False
+    relocation.CURVES.items(), style.COLOURS, strict=False
 ):
     axes.plot(over, curve(over), label=name, color=colour)
 axes.set_xlabel("share of the closing that is over")
@@ -332,7 +332,7 @@ rng = np.random.default_rng(0)
 figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
 for at, table in enumerate(results.values()):
     for h, (name, of) in enumerate(zip(names, table, strict=True)):
-        colour = figures.REMOVED if name in ADVERSARIES else figures.COLOURS[at]
+        colour = style.REMOVED if name in ADVERSARIES else style.COLOURS[at]
         place = at + (h - len(names) / 2) * 0.06
         axes.plot([place] * len(of), of, "o", color=colour)
         axes.plot(place, of.mean(), "_", color="black", ms=9)
@@ -367,7 +367,7 @@ every_fifth = range(0, STEPS + 1, 6)
 figure, panels = plt.subplots(
     1, 2, figsize=(10, 3.6), sharey=True, layout="constrained"
 )
-for name, colour in zip(("taylor", "inverted_taylor"), figures.COLOURS, strict=False):
+for name, colour in zip(("taylor", "inverted_taylor"), style.COLOURS, strict=False):
     at = pairs.index((name, 0))
     run = train.member_of(plain, at)
     spreads = []

@@ -36,11 +36,11 @@ import optax
 from flax import nnx
 
 import l0jax
-from experiments import figures
+from experiments.reports import style
 from experiments.tasks import data
 from l0jax import costs, gates, train
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 key = jax.random.key(0)
 digits = data.load("digits", validation=1 / 12)
 

@@ -43,10 +43,10 @@ import optax
 from flax import nnx
 
 import l0jax
-from experiments import figures
+from experiments.reports import style
 from l0jax import costs, storage
 
-plt.rcParams.update(figures.STYLE)
+plt.rcParams.update(style.STYLE)
 
 # %% [markdown]
 # ## 1. A decoder

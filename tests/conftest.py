@@ -43,6 +43,28 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # of the 65,530 that Linux gives a process
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Lets compiled programs go before they are more than a process may hold.
+
+    Each takes some ten maps of memory, and thousands of tests run in one process: with
+    no map left, XLA crashes.
+    """
+    del item
+    tests_run.append(nextitem is None)
+    if len(tests_run) % 25 == 0 and MAPS.exists():
+        with MAPS.open() as maps:
+            many = sum(1 for _ in maps) > MOST_MAPS
+        if many:
+            jax.clear_caches()
+
+
+tests_run = []
+
+
 @pytest.fixture(autouse=True, scope="module")
 def promotion_of_experiments(request):
     """Experiments run under JAX's default promotion of dtypes.

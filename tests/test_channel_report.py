@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_channel_pruning import CONFIG, tiny  # noqa: F401
 
-from experiments import channel_report, channel_rows
+from experiments import channel_pruning, channel_report, channel_rows, mnist_rows
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
+from experiments.tasks.dataset import DataError
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -234,3 +235,22 @@ def test_methods_with_fewer_seeds_are_marked():
     figure = channel_report.methods([*(line("dcp", s) for s in (0, 1)), line("thinet")])
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert sorted(names) == ["dcp", "thinet (1 of 2 seeds)"]
+
+
+def test_data_that_are_not_there_are_told_in_a_line(monkeypatch):
+    def no_data(name, validation):
+        raise DataError(f"{name} is not prepared")
+
+    monkeypatch.setattr(channel_pruning.data, "load", no_data)
+    for module, row in ((channel_rows, "comparison"), (mnist_rows, "mlp-uniform")):
+        with pytest.raises(SystemExit, match=r"^experiments\.\w+: .* is not prepared$"):
+            module.main(module.Arguments(rows=(row,)))
+
+
+def test_what_is_off_the_budget_is_marked():
+    lines = [
+        {"method": method, "macs": [100, left], "seed": seed}
+        for method, left in (("a", 50), ("b", 51), ("c", 94))
+        for seed in (0, 1)
+    ]
+    assert channel_report.off_budget(lines) == {"c": pytest.approx(0.94)}

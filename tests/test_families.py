@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import families, family_report, mnist, mnist_settings
-from experiments.figures import STYLE
 from experiments.reports import printing
+from experiments.reports.style import STYLE
 from l0jax import gates, gating
 
 TINY = families.Config(

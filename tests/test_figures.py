@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from experiments import figures
+from experiments.reports import curves, finished_run, unit_maps
 
 MODELS = {
     "mlp": {"input": 64, "hidden1": 30, "hidden2": 10},
@@ -149,7 +150,7 @@ def test_draws_every_picture_and_nothing_else(tmp_path, model):
 
 @pytest.mark.parametrize(("model", "gates", "epochs"), EVERY_RUN)
 def test_every_kind_of_run_has_figures(tmp_path, model, gates, epochs):
-    run = figures.read(make_run(tmp_path / "run", model, gates, epochs))
+    run = finished_run.read(make_run(tmp_path / "run", model, gates, epochs))
     expected = PICTURES[model] if epochs else PICTURES[model][2:]
     expected = [n for n in expected if n.endswith("png")]
     if gates == "none":
@@ -162,10 +163,12 @@ def test_without_gates_everything_is_read_and_nothing_is_charged(tmp_path, model
     folder = make_run(tmp_path / "run", model, "none")
     drawn = [file.name for file in figures.draw(folder)]
     assert drawn == [name for name in PICTURES[model] if name != "gates.png"]
-    run = figures.read(folder)
+    run = finished_run.read(folder)
     for group, size in MODELS[model].items():
-        np.testing.assert_array_equal(figures.readers_left(run, group), np.ones(size))
-    shown = texts(figures.training(run))
+        np.testing.assert_array_equal(
+            finished_run.readers_left(run, group), np.ones(size)
+        )
+    shown = texts(curves.training(run))
     assert any(text.endswith("on digits, no gates") for text in shown)
 
 
@@ -177,7 +180,7 @@ def test_a_dead_network_can_be_drawn(tmp_path, model):
 
 @pytest.mark.parametrize(("model", "epochs"), [("mlp", 1), ("lenet5", 4)])
 def test_legends_cover_no_data_and_nothing_is_cut_off(tmp_path, model, epochs):
-    run = figures.read(make_run(tmp_path / "run", model, epochs=epochs))
+    run = finished_run.read(make_run(tmp_path / "run", model, epochs=epochs))
     for figure in every_figure(run).values():
         figure.draw_without_rendering()
         used, whole = figure.get_tightbbox(), figure.bbox_inches
@@ -191,8 +194,8 @@ def test_legends_cover_no_data_and_nothing_is_cut_off(tmp_path, model, epochs):
 
 
 def test_training_states_sizes_and_both_test_errors(tmp_path):
-    run = figures.read(make_run(tmp_path / "run"))
-    shown = texts(figures.training(run))
+    run = finished_run.read(make_run(tmp_path / "run"))
+    shown = texts(curves.training(run))
     left = run.epochs[-1]["architecture"]
     for group, size in MODELS["mlp"].items():
         assert f"{group}: {size} → {left[group]}" in shown
@@ -204,10 +207,10 @@ def test_training_states_sizes_and_both_test_errors(tmp_path):
 
 
 def test_errors_that_matter_stay_on_the_axis_and_zero_is_harmless(tmp_path):
-    run = figures.read(make_run(tmp_path / "run"))
+    run = finished_run.read(make_run(tmp_path / "run"))
     run.epochs[0]["validation_error"] = None
     run.epochs[3]["train_error"] = 1e-4
-    axes = figures.training(run).axes[0]
+    axes = curves.training(run).axes[0]
     low, high = axes.get_ylim()
     evaluated = [record["validation_error"] for record in run.epochs[1:]]
     assert 0.05 < low < min(evaluated)
@@ -216,10 +219,10 @@ def test_errors_that_matter_stay_on_the_axis_and_zero_is_harmless(tmp_path):
 
 
 def test_costs_name_their_conventions_and_absolute_numbers(tmp_path):
-    run = figures.read(make_run(tmp_path / "run"))
-    shown = "\n".join(texts(figures.costs(run)))
+    run = finished_run.read(make_run(tmp_path / "run"))
+    shown = "\n".join(texts(curves.costs(run)))
     last = run.epochs[-1]
-    for key, name in figures.COSTS.items():
+    for key, name in curves.COSTS.items():
         assert f"{name}\ndense: {last['dense'][key]:,.0f}" in shown
         assert f"rule 'paper': {last['decided'][key]:,.0f}" in shown
         assert f"draws of the gates: {last['expected'][key]:,.0f}" in shown
@@ -227,8 +230,8 @@ def test_costs_name_their_conventions_and_absolute_numbers(tmp_path):
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_costs_of_all_panels_are_on_the_axis(tmp_path, dead):
-    run = figures.read(make_run(tmp_path / "run", dead=dead))
-    panels = figures.costs(run).axes
+    run = finished_run.read(make_run(tmp_path / "run", dead=dead))
+    panels = curves.costs(run).axes
     lines = [line for axes in panels for line in axes.get_lines()]
     shares = np.concatenate([line.get_ydata() for line in lines])
     assert len(lines) == 8
@@ -241,38 +244,38 @@ def test_gates_state_exact_shares(tmp_path):
     folder = make_run(tmp_path / "run")
     value = np.array([0, 0, 0, 0.5, 1], np.float32)
     np.savez(folder / "gates.npz", **{"g/value": value, "g/prob_active": value})
-    shown = texts(figures.gates(figures.read(folder)))
+    shown = texts(curves.gates(finished_run.read(folder)))
     assert "exactly 0: 3 (60.0 %), exactly 1: 1 (20.0 %)" in shown
     assert "g: 5 gates, 20.0 % undecided" in shown
 
 
 def test_pixel_map_is_row_by_row(tmp_path):
-    run = figures.read(make_run(tmp_path / "run"))
+    run = finished_run.read(make_run(tmp_path / "run"))
     run.summary["shape"] = [2, 4, 3]
-    image = figures.pixel_map(run, np.eye(24, dtype=np.float32)[3 * 6 + 1])
+    image = unit_maps.pixel_map(run, np.eye(24, dtype=np.float32)[3 * 6 + 1])
     assert image.shape == (2, 4)
     assert np.argwhere(image).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_readers_left_counts_the_weights_that_read_a_unit(tmp_path, model):
-    run = figures.read(make_run(tmp_path / "run", model, "weight"))
+    run = finished_run.read(make_run(tmp_path / "run", model, "weight"))
     axes = {"input": 0, "conv1": 2, "conv2": 2, "features": 0}
     shapes = dict(KERNELS[model])
     for group in axes.keys() & MODELS[model].keys():
-        path, _ = figures.READERS[group]
+        path, _ = finished_run.READERS[group]
         # The maps of the second convolution lie inside the features.
         shape = (4, 1, 15, 40) if group == "conv2" else shapes[path]
         open_gates = run.gates[f"{path}/value"].reshape(shape) != 0
-        for j, found in enumerate(figures.readers_left(run, group)):
+        for j, found in enumerate(finished_run.readers_left(run, group)):
             assert found == np.take(open_gates, j, axis=axes[group]).sum()
 
 
 def test_features_are_read_if_their_map_is_left_too(tmp_path):
-    run = figures.read(make_run(tmp_path / "run", "lenet5"))
+    run = finished_run.read(make_run(tmp_path / "run", "lenet5"))
     left = run.epochs[-1]["architecture"]
     assert 0 < left["features"] < MODELS["lenet5"]["features"]
-    probability, readers = figures.feature_maps(run)
+    probability, readers = unit_maps.feature_maps(run)
     assert readers.sum() == left["features"]
     # The feature in row 1 and column 0 of map 7; there are 2 by 2 features in 15 maps.
     features, maps = run.gates["features/value"], run.gates["conv2/value"]
@@ -283,7 +286,7 @@ def test_features_are_read_if_their_map_is_left_too(tmp_path):
 
 def test_tiles_hold_every_map_once():
     maps = np.arange(2 * 3 * 7, dtype=float).reshape(2, 3, 7)
-    image = figures.tiles(maps, columns=4)
+    image = unit_maps.tiles(maps, columns=4)
     assert image.shape == (2 * 3 + 1, 4 * 4 + 1)
     assert sorted(image[~np.isnan(image)]) == sorted(maps.ravel())
     np.testing.assert_array_equal(image[4:6, 5:8], maps[:, :, 5])
@@ -293,7 +296,7 @@ def test_tiles_hold_every_map_once():
 
 @given(st.integers(1, 500), st.integers(2, 80))
 def test_frames_keep_the_first_and_the_last(epochs, most):
-    kept = figures.frames(range(epochs), most)
+    kept = unit_maps.frames(range(epochs), most)
     assert len(kept) == min(epochs, most)
     assert kept == sorted(set(kept))
     assert (kept[0], kept[-1]) == (0, epochs - 1)
@@ -301,13 +304,13 @@ def test_frames_keep_the_first_and_the_last(epochs, most):
 
 @pytest.mark.parametrize("epochs", [0, 1, 70])
 def test_animation_is_short_and_rests_on_its_last_frame(tmp_path, epochs):
-    run = figures.read(make_run(tmp_path / "run", epochs=epochs))
-    figures.animate(run, tmp_path / "pixels.gif")
+    run = finished_run.read(make_run(tmp_path / "run", epochs=epochs))
+    unit_maps.animate(run, tmp_path / "pixels.gif")
     with Image.open(tmp_path / "pixels.gif") as image:
-        assert image.n_frames == min(epochs + 1, figures.MOST_FRAMES)
+        assert image.n_frames == min(epochs + 1, unit_maps.MOST_FRAMES)
         image.seek(image.n_frames - 1)
         if epochs:
-            assert image.info["duration"] == figures.LAST_FRAME_MILLISECONDS
+            assert image.info["duration"] == unit_maps.LAST_FRAME_MILLISECONDS
 
 
 def test_an_epoch_that_was_run_again_counts_once(tmp_path):
@@ -316,7 +319,7 @@ def test_an_epoch_that_was_run_again_counts_once(tmp_path):
     again["train_error"] = 77.0
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(again) + "\n")
-    errors = [record["train_error"] for record in figures.read(folder).epochs]
+    errors = [record["train_error"] for record in finished_run.read(folder).epochs]
     assert len(errors) == 2
     assert errors[0] == 77.0
 

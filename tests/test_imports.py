@@ -61,7 +61,7 @@ ONLY_IN = {
     "agnosticism": {"scipy"},
     # To see whether a loss asks for a key, and to say what one should know.
     "train.training": {"inspect"},
-    "train.resuming": {"warnings"},
+    "train.resuming": {"pathlib", "warnings"},
     "train.deciding": {"warnings"},
     "train.compacting": {"warnings"},
     # The LASSO.

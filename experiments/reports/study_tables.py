@@ -1,5 +1,7 @@
 """Tables of the comparisons: gate families, channel pruning, relocation, WRN."""
 
+from pathlib import Path
+
 import numpy as np
 
 from experiments import (
@@ -64,6 +66,7 @@ def channels() -> str:
     parts += [f"![error of each method]({folder}/methods.png)"]
     if channel_report.unlike(lines):
         parts += [f"![channels kept of each layer]({folder}/widths.png)"]
+    parts += within_one_budget(folder)
     weights, epsilons = channel_report.of_weights(), channel_report.of_epsilons()
     if weights:
         ratio = next(iter(weights.values()))[0]["config"]["ratio"]
@@ -78,6 +81,27 @@ def channels() -> str:
     if weights and epsilons:
         parts += [f"![both ablations]({folder}/ablations.png)"]
     return "\n\n".join(parts)
+
+
+def within_one_budget(folder: Path) -> list[str]:
+    """All methods with the same multiply-accumulates and epochs, gates among them."""
+    lines = channel_rows.results(channel_rows.EQUAL)
+    if not lines:
+        return []
+    config = lines[0]["config"]
+    return [
+        "### Gates, channel pruning and relocation within one budget",
+        f"`python -m experiments.channel_rows {channel_rows.EQUAL}`: the networks and "
+        "images of above, and all methods train for "
+        f"{config['after']} epochs after the base network, what they train to choose "
+        f"included: gates and doomed units close in {config['gate']['epochs']} of "
+        "them, DCP trains its classifiers in as many, and what starts anew trains as "
+        f"long as the base network and {config['after']} epochs more. Gates (`l0_…`) "
+        "have the multiply-accumulates of a uniformly pruned network as their target, "
+        'and the rule `"budget"` fills it.',
+        channel_report.table(lines),
+        f"![error of each method within one budget]({folder}/equal.png)",
+    ]
 
 
 RELOCATIONS = {
