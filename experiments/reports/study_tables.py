@@ -222,6 +222,9 @@ def wide() -> str:
     )
 
 
+MOST_NAMED = 12
+
+
 def families_command(rows: list[dict[str, str]]) -> str:
     """The command that makes these lines of a comparison, but for its folder."""
     defaults = families.Config()
@@ -234,7 +237,8 @@ def families_command(rows: list[dict[str, str]]) -> str:
         ("seeds", {len({row["seed"] for row in rows})}, {defaults.seeds}),
         ("families", {row["family"] for row in rows}, set(defaults.families)),
     ):
-        if its != default:
+        # (Of many families, those that there were: more may have come since.)
+        if its != default and len(its) <= MOST_NAMED:
             words += [f"--{option}", *(str(value) for value in sorted(its))]
     return " ".join(words)
 
