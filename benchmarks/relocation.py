@@ -18,8 +18,9 @@ from flax import nnx
 
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
-from experiments.relocation import NETWORKS, parameters, removable
+from experiments.relocation_settings import NETWORKS
 from experiments.relocation_training import ARMS, Doomed, closing, plain
+from experiments.relocation_work import parameters, removable
 from experiments.tasks.images import Images
 from l0jax import models, train, units
 from l0jax.methods.relocation import remove

@@ -15,7 +15,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments import families, mnist_settings
+from experiments import family_settings, mnist_settings
 from experiments.harness import csv_lines
 from experiments.reports.printing import interval, markdown, mean_and_half_width
+from experiments.reports.published_networks import PUBLISHED, cost
 from experiments.reports.style import BLUE, COLOURS, REMOVED, STYLE
 from l0jax import gates
 
@@ -36,48 +36,21 @@ Row = dict[str, str]
 RULE = "paper"
 
 
-class Point(NamedTuple):
-    """A published network: its architecture, test error in per cent, and the source."""
-
-    name: str
-    architecture: str
-    error: float
-    source: str
-
-    @property
-    def widths(self) -> list[int]:
-        """What is left of each layer."""
-        return [int(width) for width in self.architecture.split("-")]
-
-
-PUBLISHED = {
-    "mlp": (
-        Point("L0-HC, λ = 0.1/N", "219-214-100", 1.4, "Louizos et al. 2018"),
-        Point("L0-HC, λ per layer", "266-88-33", 1.8, "Louizos et al. 2018"),
-        Point("L0-ARM, λ = 0.1/N", "143-153-78", 1.7, "Li and Ji 2019"),
-        Point("L0-AR, λ = 0.1/N", "453-150-68", 1.7, "Li and Ji 2019"),
-        Point("BC-GNJ", "278-98-13", 1.8, "Louizos et al. 2017"),
-        Point("VIB", "97-71-33", 1.6, "Dai et al. 2018"),
-    ),
-    "lenet5": (
-        Point("L0-HC, λ = 0.1/N", "20-25-45-462", 0.9, "Louizos et al. 2018"),
-        Point("L0-HC, λ per layer", "9-18-65-25", 1.0, "Louizos et al. 2018"),
-        Point("L0-ARM, λ = 0.1/N", "20-16-32-257", 0.9, "Li and Ji 2019"),
-        Point("L0-ARM, λ per layer", "6-10-39-11", 1.3, "Li and Ji 2019"),
-        Point("BC-GNJ", "8-13-88-13", 1.0, "Louizos et al. 2017"),
-        Point("BC-GHS", "5-10-76-16", 1.0, "Louizos et al. 2017"),
-    ),
-}
-
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 MOST_CURVES = 6
 """In one panel."""
 
 
+def gate_named(family: str) -> gates.Gate:
+    """A family of the comparison, with its settings."""
+    return mnist_settings.gate_of(
+        mnist_settings.Config(**family_settings.VARIANTS[family])
+    )
+
+
 def kind_of(family: str) -> str:
     """What a family is compared with, by its own properties."""
-    settings = mnist_settings.Config(**families.VARIANTS[family])
-    gate = mnist_settings.gate_of(settings)
+    gate = gate_named(family)
     if isinstance(gate, gates.Mixture | gates.RelaxedMixture):
         return "mixtures"
     if isinstance(gate, gates.Bernoulli):
@@ -344,19 +317,6 @@ def published(axes: Axes, model: str, column: str) -> None:
         )
 
 
-def cost(model: str, widths: Sequence[int], column: str) -> int:
-    """Weights or multiply-accumulates of a published architecture on MNIST."""
-    if model == "mlp":
-        a, b, c = widths
-        return a * b + b * c + 10 * c
-    a, b, c, d = widths
-    dense = c * d + 10 * d
-    maps = (25 * a, 25 * a * b)
-    if column == "weights":
-        return sum(maps) + dense
-    return maps[0] * 24**2 + maps[1] * 8**2 + dense
-
-
 # ----------------------------------------------------------------------- the densities
 
 SETTINGS = (-2.0, 0.0, 2.0)
@@ -368,7 +328,9 @@ def densities(names: Sequence[str], draws: int = 200_000) -> Figure:
     """What each family draws at three logits; the masses at 0 and at 1 in words."""
     kinds = {}
     for name in names:
-        gate = mnist_settings.gate_of(mnist_settings.Config(**families.VARIANTS[name]))
+        gate = mnist_settings.gate_of(
+            mnist_settings.Config(**family_settings.VARIANTS[name])
+        )
         kinds.setdefault(gate, name.split("-")[0] if "bernoulli" in name else name)
     columns = 4
     lines = -(-len(kinds) // columns)

@@ -38,15 +38,15 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments.harness import csv_lines, progress, run_folder
-from experiments.relocation import (
+from experiments.relocation_settings import (
     ADVERSARIES,
     HEURISTICS,
     OF_RESULTS,
     Case,
     Config,
-    Work,
 )
 from experiments.relocation_training import ARMS
+from experiments.relocation_work import Work
 from experiments.reports.style import COLOURS, STYLE
 from experiments.tasks import data
 from l0jax import agnosticism, methods, train, units

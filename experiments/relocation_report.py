@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness import csv_lines
-from experiments.relocation import ADVERSARIES
+from experiments.relocation_settings import ADVERSARIES
 from experiments.relocation_training import ARMS
 from experiments.reports.printing import markdown
 from experiments.reports.style import COLOURS, REMOVED, STYLE

@@ -21,19 +21,16 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.style
 import numpy as np
 import tyro
 from flax import nnx
 from jaxtyping import PRNGKeyArray
-from matplotlib.figure import Figure
 
 import l0jax.nnx
 from experiments.channel_run import prunable
 from experiments.harness import json_lines, run_folder
 from experiments.harness.loop import Run
-from experiments.reports.style import COLOURS, STYLE
+from experiments.reports.gate_shares import draw
 from experiments.tasks import data
 from experiments.tasks.images import (
     Images,
@@ -46,16 +43,7 @@ from experiments.tasks.images import (
     optimizer_of,
     recalibrated,
 )
-from l0jax import (
-    costs,
-    gates,
-    gating,
-    models,
-    objectives,
-    storage,
-    train,
-    units,
-)
+from l0jax import costs, gates, gating, models, objectives, storage, train, units
 from l0jax.methods.task import cross_entropy
 from l0jax.models import pre_activation
 from l0jax.structure import Structure
@@ -389,30 +377,6 @@ def masked(params: Any, groups: Groups, reads: Groups) -> Any:
     return units.apply_gates(params, on, reads)
 
 
-def picture(results: list[dict[str, Any]]) -> Figure:
-    """The expected share of the multiply-accumulates over the epochs."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(result["variant"] for result in results))
-    for at, name in enumerate(names):
-        its = [result["shares"] for result in results if result["variant"] == name]
-        axes.plot(
-            100 * np.array(its).T,
-            color=COLOURS[at % len(COLOURS)],
-            linestyle="-" if at < len(COLOURS) else "--",
-            label=[name] + [None] * (len(its) - 1),
-        )
-    for target in {result["config"]["target"] for result in results} - {None}:
-        axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("multiply-accumulates expected, %")
-    axes.set_ylim(0, 105)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    config = results[0]["config"]
-    figure.suptitle(f"WRN-{config['depth']}-{config['factor']}, {config['dataset']}")
-    return figure
-
-
 def cli() -> None:
     config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
     try:
@@ -426,8 +390,7 @@ def cli() -> None:
         wrong = f"{result['gated']['test']:.2f} %, shrunk {shrunk:.2f} %"
         print(f"{name}: MACs expected {left}; test error {wrong}")
     if config.record:
-        with matplotlib.style.context(["default", STYLE]):
-            picture(json_lines.read(RESULTS)).savefig(PICTURE)
+        draw(json_lines.read(RESULTS), PICTURE)
         print(f"picture {PICTURE}")
 
 

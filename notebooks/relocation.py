@@ -47,7 +47,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.relocation import ADVERSARIES, HEURISTICS, removable
+from experiments.relocation_settings import ADVERSARIES, HEURISTICS
+from experiments.relocation_work import removable
 from experiments.reports import style
 from experiments.tasks import data
 from experiments.tasks.images import images_of, normalised

@@ -10,8 +10,15 @@ import matplotlib.style
 import numpy as np
 import pytest
 
-from experiments import families, family_report, mnist, mnist_settings
-from experiments.reports import printing
+from experiments import (
+    families,
+    family_report,
+    family_settings,
+    family_sweep,
+    mnist,
+    mnist_settings,
+)
+from experiments.reports import printing, published_networks
 from experiments.reports.style import STYLE
 from l0jax import gates, gating
 
@@ -41,7 +48,7 @@ def rows(folder):
 
 
 def test_every_gate_family_and_pair_and_estimator_is_compared():
-    variants = families.VARIANTS
+    variants = family_settings.VARIANTS
     assert {its.get("gate", "hard_concrete") for its in variants.values()} == set(
         gates.GATES
     )
@@ -56,8 +63,8 @@ def test_every_member_has_a_line_for_each_rule(tiny):
     lines = rows(tiny)
     assert list(lines[0]) == list(families.COLUMNS)
     for name in TINY.families:
-        rules = families.rules_of(
-            mnist_settings.gate_of(mnist.Config(**families.VARIANTS[name]))
+        rules = family_sweep.rules_of(
+            mnist_settings.gate_of(mnist.Config(**family_settings.VARIANTS[name]))
         )
         assert set(gating.RULES) < set(rules)
         found = {
@@ -154,7 +161,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     """A family that is there is not run again; one that was interrupted goes on."""
     one = dataclasses.replace(TINY, out=tmp_path, families=("hard_concrete",))
     sweeps = []
-    whole = families.train.Sweep.epoch
+    whole = family_sweep.train.Sweep.epoch
 
     def stopped(self, states, *rest):
         if len(sweeps) == 3:
@@ -163,7 +170,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
         sweeps.append(int(states.step[0]))
         return whole(self, states, *rest)
 
-    monkeypatch.setattr(families.train.Sweep, "epoch", stopped)
+    monkeypatch.setattr(family_sweep.train.Sweep, "epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         families.main(one)
     assert not (tmp_path / "results.csv").exists()
@@ -231,7 +238,7 @@ LINE = {
     ],
 )
 def test_verdicts_say_what_went_wrong(changed, said):
-    assert re.search(said, families.verdict({**LINE, **changed}))
+    assert re.search(said, family_sweep.verdict({**LINE, **changed}))
 
 
 @pytest.mark.parametrize(
@@ -252,8 +259,8 @@ def test_verdicts_that_differ_in_numbers_are_one(each, together):
 def test_published_networks_cost_what_is_published(model):
     """Weights that the papers, or those who quote them, print."""
     weights = {
-        p.architecture: family_report.cost(model, p.widths, "weights")
-        for p in family_report.PUBLISHED[model]
+        p.architecture: published_networks.cost(model, p.widths, "weights")
+        for p in published_networks.PUBLISHED[model]
     }
     printed = {
         "mlp": {"219-214-100": 69_266, "266-88-33": 26_642, "278-98-13": 28_648},

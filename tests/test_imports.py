@@ -1,9 +1,11 @@
 """Law 9: imports flow downward, and only one file touches the disk."""
 
 import ast
+import graphlib
 import pathlib
 import pydoc
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +198,37 @@ def test_the_wheel_holds_the_library_alone():
     assert wheel["packages"] == ["l0jax"]
     for file in (*project["project"]["license-files"], "CITATION.cff", "CHANGELOG.md"):
         assert (PACKAGE.parent / file).stat().st_size > 500
+
+
+# --------------------------------------------------------------------- the experiments
+
+STUDIES = Path(__file__).parent.parent / "experiments"
+
+
+def needs(file):
+    """Files of the experiments that one imports when it is imported."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("experiments"):
+            for alias in node.names:
+                parts = f"{node.module}.{alias.name}".split(".")[1:]
+                for end in (len(parts), len(parts) - 1):
+                    there = STUDIES.joinpath(*parts[:end]).with_suffix(".py")
+                    if end and there.exists():
+                        yield there
+
+
+def test_no_study_needs_itself():
+    graph = {file: set(needs(file)) for file in STUDIES.rglob("*.py")}
+    assert sum(map(len, graph.values())) > 50
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_shared_parts_need_no_study():
+    for folder in ("harness", "tasks"):
+        for file in (STUDIES / folder).glob("*.py"):
+            assert all(there.parent != STUDIES for there in needs(file)), file
+
+
+def test_files_of_experiments_are_short():
+    for file in STUDIES.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 400, file

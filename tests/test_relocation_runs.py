@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import relocation, relocation_course, relocation_report
-from experiments.relocation import HEURISTICS, NETWORKS, Config
+from experiments import (
+    relocation,
+    relocation_course,
+    relocation_report,
+    relocation_work,
+)
+from experiments.relocation_settings import HEURISTICS, NETWORKS, Config, Network
 from experiments.relocation_training import ARMS
 from l0jax import agnosticism, methods, models
 
@@ -34,7 +39,7 @@ TINY = Config(
 @pytest.fixture(autouse=True, scope="module")
 def small_network():
     with pytest.MonkeyPatch.context() as patch:
-        tiny = relocation.Network("mlp", {"features": (64, 24, 12, 10)}, "digits")
+        tiny = Network("mlp", {"features": (64, 24, 12, 10)}, "digits")
         patch.setitem(NETWORKS, "mlp", tiny)
         yield
 
@@ -89,14 +94,14 @@ def test_arms_share_base_networks_and_the_order_of_the_data(folder):
 
 def test_what_is_there_is_not_run_again(folder, monkeypatch):
     before = (folder / "results.csv").read_text()
-    monkeypatch.setattr(relocation.Work, "run", None)
+    monkeypatch.setattr(relocation_work.Work, "run", None)
     assert run(folder, arms=("soft", "one_shot"))["results"]
     assert (folder / "results.csv").read_text() == before
 
 
 def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
     """Members of the program that was killed are run again, to the same results."""
-    done, real = [], relocation.Work.run
+    done, real = [], relocation_work.Work.run
 
     def dies(self, case, runs, bar):
         if done:
@@ -106,7 +111,7 @@ def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
 
     arms = ("one_shot", "soft")
     with monkeypatch.context() as patch:
-        patch.setattr(relocation.Work, "run", dies)
+        patch.setattr(relocation_work.Work, "run", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, arms=arms, together=4)
     assert len(relocation.Results(tmp_path / "results.csv").lines()) == 4
@@ -183,7 +188,7 @@ def test_only_units_that_one_layer_makes_are_removed():
     def groups(name, **sizes):
         kind, architecture, _ = NETWORKS[name]
         model = models.make(kind, {**architecture, **sizes}, rngs=nnx.Rngs(0))
-        return set(relocation.removable(model).groups)
+        return set(relocation_work.removable(model).groups)
 
     assert groups("resnet8") == {f"blocks.{i}.conv1" for i in range(3)}
     assert groups("mlp") == {"hidden1", "hidden2"}

@@ -12,9 +12,9 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.linear_model import RidgeClassifier
 from tensorflow_datasets.core.shuffle import Shuffler
 
-from experiments.tasks import data, video
+from experiments.tasks import data, motion, video
 
-STEPS = np.array(list(video.DIRECTIONS.values()))
+STEPS = np.array(list(motion.DIRECTIONS.values()))
 CLASSES = len(STEPS)
 
 
@@ -59,8 +59,8 @@ def places(clips: np.ndarray) -> np.ndarray:
 def split() -> tuple[data.Split, data.Split]:
     """Training and test clips, small ones, of different digits."""
     images = digits()
-    train = video.motion(images[:1000], 1000, 0, size=16)
-    return train, video.motion(images[1000:], 797, 1, size=16)
+    train = motion.motion(images[:1000], 1000, 0, size=16)
+    return train, motion.motion(images[1000:], 797, 1, size=16)
 
 
 def accuracy(classifier, train, test) -> float:
@@ -101,7 +101,7 @@ def test_backwards_is_the_opposite_direction(split):
 
 def test_place_is_uniform_in_every_frame_whatever_the_class():
     size, count = 16, 20_000
-    clips = video.motion(dots(count), count, 0, frames=5, size=size)
+    clips = motion.motion(dots(count), count, 0, frames=5, size=size)
     for label in range(CLASSES):
         of = places(clips.images[clips.labels == label])
         for axis in (0, 1):
@@ -115,22 +115,22 @@ def test_place_is_uniform_in_every_frame_whatever_the_class():
 
 def test_speed_is_drawn_whatever_the_class():
     count = 4000
-    clips = video.motion(dots(count), count, 0, frames=3)
+    clips = motion.motion(dots(count), count, 0, frames=3)
     moved = displacements(clips.images)
     np.testing.assert_array_equal(moved[:, 0], moved[:, 1])
     np.testing.assert_array_equal(np.sign(moved[:, 0]), STEPS[clips.labels])
     speed = abs(moved[:, 0]).max(-1)
     for label in range(CLASSES):
         of = speed[clips.labels == label]
-        for value in video.SPEEDS:
-            share = 1 / len(video.SPEEDS)
+        for value in motion.SPEEDS:
+            share = 1 / len(motion.SPEEDS)
             sigma = np.sqrt(share * (1 - share) / len(of))
             assert abs((of == value).mean() - share) < 5 * sigma
 
 
 def test_motion_is_a_shift_of_the_digit():
     images = digits()[:50]
-    clips = video.motion(images, 50, 3, frames=6, size=12)
+    clips = motion.motion(images, 50, 3, frames=6, size=12)
     # The pixels are the same ones in every frame, and those of one digit.
     pixels = np.sort(clips.images.reshape(50, 6, -1))
     np.testing.assert_array_equal(pixels, np.repeat(pixels[:, :1], 6, 1))
@@ -144,14 +144,14 @@ def test_no_two_clips_show_the_same_digit():
     images = digits()
     count = len(images)
     # As large as a frame, of which all clips have one: each digit is seen once.
-    shown = video.motion(images, count, 0, frames=1, size=8).images
+    shown = motion.motion(images, count, 0, frames=1, size=8).images
     found, stored = (np.sort(a.reshape(count, -1)) for a in (shown, images))
     assert sorted(map(bytes, found)) == sorted(map(bytes, stored))
 
 
 def test_motion_is_drawn_from_the_seed():
     images = digits()
-    first, again, other = (video.motion(images, 80, seed) for seed in (0, 0, 1))
+    first, again, other = (motion.motion(images, 80, seed) for seed in (0, 0, 1))
     assert first.images.shape == (80, 16, 32, 32, 1)
     assert (first.images.dtype, first.labels.dtype) == (np.uint8, np.int32)
     np.testing.assert_array_equal(first.images, again.images)
@@ -178,12 +178,12 @@ def test_motion_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch):
 
 def test_too_few_digits():
     with pytest.raises(ValueError, match=r"40 clips .* 30 digits"):
-        video.motion(digits()[:30], 40, 0)
+        motion.motion(digits()[:30], 40, 0)
 
 
 def test_digits_larger_than_frames():
     with pytest.raises(ValueError, match="8x8 pixels don't fit frames of 7x7: 8"):
-        video.motion(digits()[:30], 30, 0, size=7)
+        motion.motion(digits()[:30], 30, 0, size=7)
 
 
 @pytest.mark.parametrize("stride", [1, 3])

@@ -11,6 +11,7 @@ from killing import killed_when, saves
 
 from experiments import channel_run, wide_resnet
 from experiments.harness import json_lines
+from experiments.reports import gate_shares
 from experiments.tasks.images import Recipe
 from experiments.wide_resnet import Config, made_by
 from l0jax import costs, models, storage, train, units
@@ -145,7 +146,7 @@ def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
         wide_resnet.record(run(folder, variant))
     results = json_lines.read(wide_resnet.RESULTS)
     assert [r["variant"] for r in results] == ["target, the weights' rate", "fixed"]
-    axes = wide_resnet.picture(results).axes[0]
+    axes = gate_shares.picture(results).axes[0]
     drawn = axes.lines[1].get_ydata()
     np.testing.assert_allclose(drawn, 100 * np.array(results[1]["shares"]))
 

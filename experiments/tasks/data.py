@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks import video
+from experiments.tasks import motion, video
 from experiments.tasks.dataset import DataError, Dataset, Split
 
 DATASETS = (
@@ -135,13 +135,12 @@ def _motion(train: int = 4000, test: int = 2000) -> tuple[Split, Split, int, flo
     Raises:
         DataError: if MNIST can't be prepared or read.
     """
-    from experiments.tasks import video  # which imports this module
 
     digits, others, _, scale = _prepared("mnist")
     return (
-        video.motion(digits.images, train, seed=0),
-        video.motion(others.images, test, seed=1),
-        len(video.DIRECTIONS),
+        motion.motion(digits.images, train, seed=0),
+        motion.motion(others.images, test, seed=1),
+        len(motion.DIRECTIONS),
         scale,
     )
 
