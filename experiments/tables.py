@@ -23,7 +23,13 @@ from experiments.reports.mnist_tables import (
     weightwise,
 )
 from experiments.reports.printing import interval, markdown
-from experiments.reports.study_tables import channels, compared, relocations, wide
+from experiments.reports.study_tables import (
+    channels,
+    compared,
+    relocations,
+    rules,
+    wide,
+)
 
 MARKERS = ("<!-- table: mnist -->", "<!-- end of table -->")
 
@@ -69,6 +75,8 @@ or not what they lead to is left; removal leaves fewer.
 ### Settings and commands
 
 {settings()}
+
+{rules()}
 
 {compared()}
 

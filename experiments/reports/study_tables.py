@@ -7,6 +7,7 @@ import numpy as np
 from experiments import (
     channel_report,
     channel_rows,
+    deciding,
     families,
     family_report,
     relocation_course,
@@ -223,6 +224,26 @@ def wide() -> str:
 
 
 MOST_NAMED = 12
+
+
+def rules() -> str:
+    """The rule that fills the budget against the others."""
+    lines = json_lines.read(deciding.RESULTS)
+    if not lines:
+        return ""
+    seeds = " ".join(sorted({str(line["seed"]) for line in lines}))
+    names = " ".join(dict.fromkeys(line["network"] for line in lines))
+    return "\n\n".join(
+        [
+            "## Which units stay within a target",
+            f"`python -m experiments.deciding --networks {names} --seeds {seeds} "
+            "--record`: hard concrete gates, trained to a target on the "
+            "multiply-accumulates, and decided by every rule. A rule is compared with "
+            "the budget rule at the share that it has itself left, on the same trained "
+            "network: above 0, the budget rule chooses better.",
+            deciding.table(lines),
+        ]
+    )
 
 
 def families_command(rows: list[dict[str, str]]) -> str:

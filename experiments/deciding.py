@@ -1,0 +1,246 @@
+"""Which units stay at test time: the rule that fills the budget against the others.
+
+    python -m experiments.deciding
+    python -m experiments.deciding --networks mlp --seeds 0 1 2 --record
+
+A network is trained to a target on its multiply-accumulates, with hard concrete gates,
+and decided by every rule. Rules other than `"budget"` end at shares of their own; each
+is compared with the budget rule *at that share*, on the same trained network: what is
+left costs the same, and only the choice differs. Statistics of batch normalisation are
+recalibrated for each decision. With `--record` every decision becomes a line of
+`experiments/results/deciding.jsonl`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+from experiments import mnist_training
+from experiments.channel_run import prunable
+from experiments.harness import json_lines, run_folder
+from experiments.harness.loop import Diverged, Run
+from experiments.mnist_settings import Config as OfMnist
+from experiments.mnist_settings import check
+from experiments.reports.places import RESULTS as FOLDER
+from experiments.reports.printing import interval, markdown
+from experiments.tasks import data
+from experiments.tasks.images import batches_of, images_of, normalised
+from l0jax import costs, gates, gating, models, train
+from l0jax.methods.task import cross_entropy
+
+RESULTS = FOLDER / "deciding.jsonl"
+GATE = gates.HardConcrete()
+RULES = ("paper", "median", "threshold", "expected_count")
+NETWORKS: dict[str, dict[str, Any]] = {
+    # With how many epochs, and whether an epoch is one program.
+    "mlp": {"dataset": "mnist", "epochs": 30, "loop": False},
+    "lenet5": {"dataset": "mnist", "epochs": 6, "loop": False},
+    "resnet8": {"dataset": "cifar10_jpeg", "epochs": 12, "loop": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Decide trained gates by every rule."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    """which of them"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of weights, gates and the order of the data"""
+    target: float = 0.3
+    """share of the multiply-accumulates that may be left"""
+    gate_learning_rate: float = 2e-2
+    """of Adam, for the gates"""
+    examples: int = 5_120
+    """images that the residual network is trained on"""
+    out: Path = Path("runs") / "deciding"
+    """folder of the checkpoints"""
+    record: bool = False
+    """put results into `experiments/results`, in the place of older ones"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+UNTOLD = ("networks", "seeds", "out", "record", "progress")
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """All decisions of all networks."""
+    for name in config.networks:
+        if name not in NETWORKS:
+            raise ValueError(
+                f"unknown network {name!r}; there is {', '.join(NETWORKS)}"
+            )
+    if not config.networks or not config.seeds:
+        raise ValueError("give at least one network and one seed")
+    told = run_folder.settings_of(config, UNTOLD)
+    found = []
+    for name in config.networks:
+        dataset = data.load(NETWORKS[name]["dataset"], 0.1)
+        for seed in config.seeds:
+            make = of_images if name == "resnet8" else of_mnist
+            training, images = make(config, name, dataset, seed)
+            lines = decided(config, name, dataset, seed, training, images)
+            found += [
+                {"network": name, "seed": seed, "config": told, **line}
+                for line in lines
+            ]
+            if config.record:
+                json_lines.merge(RESULTS, found, identity)
+    return found
+
+
+def identity(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a line is of."""
+    order = (*RULES, "budget")
+    return [*NETWORKS].index(line["network"]), line["seed"], order.index(line["rule"])
+
+
+def of_mnist(config: Config, name: str, dataset: data.Dataset, seed: int):
+    """The perceptron or LeNet-5, as `experiments.mnist` trains them."""
+    settings = OfMnist(
+        dataset=dataset.name,
+        model=name,
+        target_macs=config.target,
+        epochs=NETWORKS[name]["epochs"],
+        gate_learning_rate=config.gate_learning_rate,
+        multiplier_rate=2e-2,
+        seed=seed,
+    )
+    model = mnist_training.network(settings, dataset, jax.random.key(seed))
+    return mnist_training.training_of(settings, check(settings), dataset, model), None
+
+
+def of_images(config: Config, name: str, dataset: data.Dataset, seed: int):
+    """A residual network with batch normalisation, gates on the maps within blocks."""
+    del name
+    images = images_of(dataset, config.examples)
+    key = gating.key_for(jax.random.key(seed), "weights")
+    sizes = {"stem": 8, "stages": (8, 16, 32), "inner": ((8,), (16,), (32,))}
+    sizes |= {"classes": dataset.classes, "shape": dataset.train.images.shape[1:]}
+    model = models.make("pre_activation_resnet", sizes, rngs=nnx.Rngs(key))
+
+    def loss(model, batch):
+        pixels, labels = batch
+        logits = model(normalised(pixels, images))
+        wrong = (logits.argmax(-1) != labels).mean()
+        return cross_entropy(logits, labels).mean(), {"error": wrong}
+
+    steps = len(images.labels) // 100 * NETWORKS["resnet8"]["epochs"]
+    training = train.Training(
+        model,
+        loss,
+        structure=prunable(model),
+        gate=train.Learned(GATE, keep_prob=0.9),
+        target=train.Target(costs.macs, config.target, warm_up=steps // 2, rate=5e-2),
+        optimizer=optax.adam(optax.cosine_decay_schedule(3e-3, steps)),
+        gate_optimizer=optax.adam(config.gate_learning_rate),
+    )
+    return training, images
+
+
+def decided(
+    config: Config, name: str, dataset: data.Dataset, seed: int, training, images
+) -> Iterator[dict[str, Any]]:
+    """Trains a network; a line for each rule."""
+    split = (images.images, images.labels) if images else tuple(dataset.train)
+    run = Run(
+        training,
+        jax.random.key(seed),
+        split,
+        epochs=NETWORKS[name]["epochs"],
+        batch_size=100,
+        folder=config.out / f"{name}-{seed}",
+        loop=NETWORKS[name]["loop"],
+        name=f"{name}, seed {seed}",
+        show=config.progress,
+    )
+    run.restore()
+    for _ in run:
+        run.say(f"loss {run.means['loss']:.3f}")
+    training, state = run.training, run.state
+    target = training.target
+    assert target is not None
+
+    def errors(decision: train.Decision) -> dict[str, float]:
+        fitted = state
+        if images is not None:
+            parts = batches_of(images, 128)
+            fitted = training.recalibrate(state, parts, rule=decision)
+        found = {}
+        for part in ("validation", "test"):
+            pixels, labels = getattr(dataset, part)
+            tenths = (np.array_split(each, 10) for each in (pixels, labels))
+            batches = zip(*tenths, strict=True)
+            found[part] = (
+                100 * training.evaluate(fitted, batches, rule=decision)["error"]
+            )
+        return found
+
+    for rule in (*RULES, "budget"):
+        decision = training.decide(state, rule)
+        share = decision.decided["macs"]
+        alike = dataclasses.replace(target, share=min(share * (1 + 1e-9), 1.0))
+        filled = training.replace(target=alike).decide(state)
+        yield {
+            "rule": rule,
+            "target": config.target,
+            "expected": decision.expected["macs"],
+            "decided": share,
+            "excess": decision.excess["macs"],
+            "errors": errors(decision),
+            "budget at that share": {
+                "decided": filled.decided["macs"],
+                "errors": errors(filled),
+            },
+            "undecided": decision.undecided,
+        }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """A line for each network and rule: means with 95 % intervals over seeds."""
+    rows = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["network"], line["rule"]), []).append(line)
+    for (network, rule), its in groups.items():
+        apart = [
+            line["errors"]["test"] - line["budget at that share"]["errors"]["test"]
+            for line in its
+        ]
+        rows.append(
+            [
+                network,
+                rule,
+                interval(100 * line["target"] for line in its),
+                interval(100 * line["expected"] for line in its),
+                interval(100 * line["decided"] for line in its),
+                interval(100 * line["excess"] for line in its),
+                interval(line["errors"]["test"] for line in its),
+                "-" if rule == "budget" else interval(apart),
+                str(len(its)),
+            ]
+        )
+    header = ["network", "rule", "target, % of MACs", "expected", "decided"]
+    header += ["excess, % of the target", "test error, %"]
+    header += ["above the budget rule at the same MACs, points", "seeds"]
+    return markdown(header, rows)
+
+
+def cli() -> None:
+    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    try:
+        print(table(main(config)))
+    except (ValueError, Diverged, data.DataError, OSError) as error:
+        raise SystemExit(f"experiments.deciding: {error}") from None
+
+
+if __name__ == "__main__":
+    cli()
