@@ -124,8 +124,11 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
             )
         config = dataclasses.replace(config, base_from=RUNS / COMPARISON)
     told = run_folder.settings_of(config, (*UNTOLD, "base_from"))
-    found = channel_pruning.main(config)["results"]
-    record([{"row": name, "config": told, **line} for line in found])
+    # Recorded as they come: a row may take longer than a machine is there.
+    for method in config.method:
+        one = dataclasses.replace(config, method=(method,))
+        found = channel_pruning.main(one)["results"]
+        record([{"row": name, "config": told, **line} for line in found])
 
 
 @dataclasses.dataclass(frozen=True)
