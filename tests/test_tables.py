@@ -93,6 +93,7 @@ def place(tmp_path, monkeypatch):
         (mnist_tables.bisection, "bisection"),
         (study_tables.channel_rows, "channel_pruning"),
         (study_tables.wide_resnet, "wide_resnet"),
+        (study_tables.deciding, "deciding"),
     ):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
     (tmp_path / "README.md").write_text(README)
