@@ -25,6 +25,7 @@ from experiments.channel_run import (
     shrunk,
 )
 from experiments.channel_settings import selection_of
+from experiments.family_settings import LEAK
 from experiments.tasks.images import batches_of
 from l0jax import costs, gates, methods, models, storage, train, units
 from l0jax.methods import discrimination, relocation, slimming
@@ -203,9 +204,6 @@ def from_scratch(run: Run, base: nnx.Module, structure: Structure):
 
 # ----------------------------------------------------- what trains while units close
 
-LEAK = 0.047
-"""What a closed gate of a mixture leaks in the end, as hard concrete gates do."""
-
 
 def gated(run: Run, base: Any, structure: Structure, *, gate: gates.Gate):
     """L0 regularisation of the base network within the budget (Louizos et al. 2018): a
@@ -227,8 +225,7 @@ def gated(run: Run, base: Any, structure: Structure, *, gate: gates.Gate):
         gate_optimizer=optax.adam(config.gate_learning_rate),
         target=train.Target(
             costs.COSTS[config.cost],
-            # A hair above, or roundings would cost a channel.
-            min(run.allowed(structure) * (1 + 1e-6), 1.0),
+            run.allowed(structure),
             warm_up=steps // 2,
             rate=config.multiplier_rate,
         ),
@@ -236,6 +233,9 @@ def gated(run: Run, base: Any, structure: Structure, *, gate: gates.Gate):
     training, state = trainer.training, trainer.state
     decision = training.decide(state)
     keep = {name: np.asarray(z) != 0 for name, z in decision.z.items()}
+    for flags in keep.values():
+        # No layer of a stored network is empty; what then stays has a closed gate.
+        flags[0] |= not flags.any()
     state = training.recalibrate(
         state, batches_of(run.images, recipe.batch_size), rule=decision
     )

@@ -18,15 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import tyro
 
 from experiments.channel_methods import METHODS
-from experiments.channel_run import Run
+from experiments.channel_run import Run, network, prunable, ratio_of
 from experiments.channel_settings import OF_BASE, UNTOLD, Config, check
 from experiments.harness import json_lines, run_folder
 from experiments.harness.loop import Diverged
 from experiments.tasks import data
-from experiments.tasks.images import images_of
+from experiments.tasks.images import check_filled, images_of
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -40,9 +42,24 @@ def main(config: Config) -> dict[str, Any]:
     folder = config.out or run_folder.default(name, settings)
     if config.base_from is not None:
         check_base(config.base_from, settings)
+    images = images_of(dataset, config.examples)
+    for recipe in (config.base, config.heads, config.gate, config.tune):
+        check_filled(images, recipe.batch_size)
+    closes = [name for name in config.method if METHODS[name].closes]
+    after = config.tune.epochs if config.after is None else config.after
+    if closes and config.gate.epochs > after:
+        raise ValueError(
+            f"{closes[0]} trains {config.gate.epochs} epochs to choose, more than the "
+            f"{after} that there are after the base network; give fewer gate.epochs, "
+            "or more with after or tune.epochs"
+        )
+    if config.left is not None:
+        model = network(config, dataset, jax.random.key(0))
+        shape = (1, *images.images.shape[1:])
+        ratio_of(config, prunable(model, jnp.zeros(shape, jnp.float32)))
+    # What can be known is refused by now: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
     results = Results(folder / "results.jsonl")
-    images = images_of(dataset, config.examples)
     for seed in config.seeds:
         for method in config.method:
             if not results.has(method, seed):

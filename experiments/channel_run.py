@@ -1,5 +1,6 @@
 """One method of channel pruning on one base network: from the base to the test."""
 
+import bisect
 import dataclasses
 import json
 import time
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 import l0jax.nnx
 from experiments.channel_settings import Config
-from experiments.harness import loop, progress
+from experiments.harness import progress
 from experiments.tasks import data
 from experiments.tasks.images import Images, Recipe, Trainer, errors, normalised
 from l0jax import costs, gating, methods, models, storage, trace
@@ -146,14 +147,17 @@ def ratio_of(config: Config, structure: Structure) -> float:
     most = config.left * costs.exact(structure, cost=cost)
     sizes = {group.size for group in structure.groups.values()}
     # Between these, no layer loses another channel.
-    shares = {gone / size for size in sizes for gone in range(size)}
-    for ratio in sorted(shares):
-        if costs.exact(structure, narrowed(structure, ratio), cost) <= most:
-            return ratio
-    least = costs.exact(structure, narrowed(structure, max(shares)), cost)
+    shares = sorted({gone / size for size in sizes for gone in range(size)})
+
+    def left(ratio: float) -> float:
+        return float(costs.exact(structure, narrowed(structure, ratio), cost))
+
+    first = bisect.bisect_left(shares, True, key=lambda ratio: left(ratio) <= most)
+    if first < len(shares):
+        return shares[first]
     raise ValueError(
         f"left is {config.left}, but with one channel a layer "
-        f"{least / costs.exact(structure, cost=cost):.3g} of the {config.cost} are left"
+        f"{left(shares[-1]) / left(0.0):.3g} of the {config.cost} are left"
     )
 
 
@@ -330,22 +334,9 @@ class Run:
     def trained(self, name: str, model: Any, recipe: Recipe, **how: Any) -> Trainer:
         """A trainer at its end, from its checkpoints if there are some."""
         trainer = Trainer(model, self.images, recipe, self.named(name), **how)
-        run = loop.Run(
-            trainer.training,
-            trainer.key,
-            trainer.data,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
-            loop=True,
-            name=f"{name} seed {self.seed}",
-            show=self.config.progress,
-        )
-        run.restore()
-        self.resumed |= run.epoch > 0
-        for _ in run:
-            run.say(f"loss {run.means['loss']:.3f}")
-        trainer.state = run.state
+        folder = self.folder / "checkpoints" / f"{name}-{self.seed}"
+        shown = f"{name} seed {self.seed}", self.config.progress
+        self.resumed |= trainer.run(folder, *shown) > 0
         self.spent += recipe.epochs
         return trainer
 

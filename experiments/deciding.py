@@ -189,16 +189,17 @@ def decided(
         share = decision.decided["macs"]
         alike = dataclasses.replace(target, share=min(share * (1 + 1e-9), 1.0))
         filled = training.replace(target=alike).decide(state)
+        found = errors(decision)
         yield {
             "rule": rule,
             "target": config.target,
             "expected": decision.expected["macs"],
             "decided": share,
             "excess": decision.excess["macs"],
-            "errors": errors(decision),
+            "errors": found,
             "budget at that share": {
                 "decided": filled.decided["macs"],
-                "errors": errors(filled),
+                "errors": found if rule == "budget" else errors(filled),
             },
             "undecided": decision.undecided,
         }

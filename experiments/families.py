@@ -94,19 +94,19 @@ class Results:
     def has(self, family: str, kind: str, wanted: list[tuple[float, int]]) -> bool:
         """Whether all members of a family are there."""
         found = {
-            (float(row[kind]), int(row["seed"]))
+            (row.get(kind), row["seed"])
             for row in self.rows()
-            if row["family"] == family and row.get(kind)
+            if row["family"] == family
         }
-        return set(wanted) <= found
+        return {(f"{value:.6g}", str(seed)) for value, seed in wanted} <= found
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Puts lines into the file, in the place of older ones of the same members."""
 
         def member(row):
-            return row["family"], *(str(row.get(k) or "") for k in ("lam", "target"))
+            return tuple(row.get(name, "") for name in ("family", "lam", "target"))
 
-        new = {member(line) for line in lines}
+        new = {member(csv_lines.rounded(line)) for line in lines}
         kept = [row for row in self.rows() if member(row) not in new]
         csv_lines.write(self.file, [*kept, *lines], COLUMNS)
 

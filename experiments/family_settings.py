@@ -11,12 +11,9 @@ QUICK: dict[str, Any] = {
     **{"dataset": "digits", "lam": (0.03, 0.1), "seeds": 1},
     **{"epochs": 30, "gate_learning_rate": 6e-2},
 }
-
-
 # What a closed gate of a mixture leaks at the end of the run: its pair is annealed to
 # that, so that all pairs end equally sharp, as hard concrete gates that are clamped.
 LEAK = 0.047
-
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # name: settings of `experiments.mnist.Config` that make it.

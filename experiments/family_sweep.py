@@ -21,8 +21,6 @@ from experiments.tasks import data
 from l0jax import gates, gating, storage, train
 
 GRADIENT_DRAWS = 32
-
-
 SAMPLED_NETWORKS = 5
 
 
@@ -71,8 +69,8 @@ class Family:
             its = dataclasses.replace(its, **share)
         self.settings, self.gate = its, gate
         self.keys = [jax.random.key(seed) for _, seed in members]
-        self.networks = [mnist.network(its, dataset, key) for key in self.keys]
-        self.once = mnist.training_of(its, gate, dataset, self.networks[0])
+        model = mnist.network(its, dataset, self.keys[0])
+        self.once = mnist.training_of(its, gate, dataset, model)
         self.sweep = train.Sweep(
             self.member, np.asarray([value for value, _ in members], np.float32)
         )
@@ -93,7 +91,12 @@ class Family:
         on_device = jax.tree.map(jnp.asarray, tuple(self.dataset.train))
         examples = len(on_device[1])
         batch = jax.tree.map(lambda a: a[:batch_size], on_device)
-        states = self.sweep.start(self.keys, self.networks)
+        networks = {
+            seed: mnist.network(self.settings, self.dataset, jax.random.key(seed))
+            for seed in {seed for _, seed in self.members}
+        }
+        begun_with = [networks[seed] for _, seed in self.members]
+        states = self.sweep.start(self.keys, begun_with)
         where = folder / "checkpoints" / f"{self.name}-{self.kind}-{count}"
         checkpoints = storage.Checkpoints(where)
         first, fastest, variance = 1, math.inf, []

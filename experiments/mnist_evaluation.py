@@ -12,8 +12,9 @@ from flax import nnx
 
 from experiments.tasks.data import Split
 from l0jax import costs, models, objectives, units
+from l0jax.compaction import removable
 from l0jax.structure import Structure
-from l0jax.train import Decision, Training, TrainingState
+from l0jax.train import Decision, Training, TrainingState, deciding
 
 EVALUATION_BATCH = 2500
 
@@ -45,7 +46,7 @@ class Seen:
             decision = training.decide(state, decision if training.learns else None)
         model = training.whole_model(state, decision)
         folded = jax.device_get(nnx.to_pure_dict(nnx.state(model)))
-        keep = units.in_use(folded, unit_groups(training.structure))
+        keep = units.in_use(folded, removable(training.structure.groups))
         return cls(training, state, decision, model, keep)
 
     def error(self, split: Split) -> float:
@@ -77,15 +78,6 @@ def batches(split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield split.images[rows], split.labels[rows]
 
 
-def unit_groups(structure: Structure) -> units.Groups:
-    """Without the groups of single weights."""
-    return {
-        name: group
-        for name, group in structure.groups.items()
-        if any(slot.axis is not None for slot in group.used_by)
-    }
-
-
 @functools.lru_cache(maxsize=8)
 def sizes_of(training: Training) -> dict[str, np.ndarray]:
     """For how many weights each gate pays."""
@@ -108,7 +100,7 @@ def counter(structure: Structure) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def unit_activity(whole: Training, active: dict[str, Any]) -> dict[str, Any]:
     """P(z != 0) per unit of the whole network; of weight gates, the mean over the
     weights that use it."""
-    groups = unit_groups(whole.structure)
+    groups = removable(whole.structure.groups)
     if not whole.gated:
         return {name: np.ones(group.size) for name, group in groups.items()}
     if set(whole.gated) == set(groups):
@@ -127,8 +119,10 @@ def unit_activity(whole: Training, active: dict[str, Any]) -> dict[str, Any]:
 
 def undecided(active: dict[str, Any]) -> float:
     """Share of all gates of a network that are neither clearly open nor closed."""
-    between = sum(int(((p > 0.1) & (p < 0.9)).sum()) for p in active.values())
-    return between / max(sum(map(len, active.values())), 1)
+    sizes = {name: len(each) for name, each in active.items()}
+    shares = deciding.undecided(active)
+    between = sum(sizes[name] * share for name, share in shares.items())
+    return between / max(sum(sizes.values()), 1)
 
 
 def to_floats(tree) -> dict[str, float]:

@@ -19,6 +19,7 @@ from l0jax import (
     gating,
     measure_latency,
     models,
+    objectives,
     train,
     units,
 )
@@ -77,7 +78,7 @@ def training_of(
         loss_on(dataset.scale),
         structure=structure,
         weight_decay=config.weight_decay,
-        charges=charges if config.gates == "weight" else model.charges,
+        charges=objectives.charges_of if config.gates == "weight" else model.charges,
         optimizer=optimizer,
         gate_optimizer=gate_optimizer,
         polyak=config.polyak,
@@ -103,11 +104,6 @@ def loss_on(scale: float) -> Callable[..., Any]:
         return losses.mean(), {"error": (logits.argmax(-1) != labels).mean()}
 
     return loss
-
-
-def charges(groups: units.Groups) -> dict[str, tuple[units.Slot, ...]]:
-    """A single weight pays for itself."""
-    return {name: group.used_by for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------- the network

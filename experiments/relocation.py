@@ -49,9 +49,10 @@ def main(
     settings = {name: told[name] for name in OF_RESULTS}
     name = f"relocation-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
+    work = Work(config, dataset, folder, heuristics)
+    # Nothing is refused from here on: a refused run leaves no folder.
     run_folder.prepare(folder, settings, told, resume=True)
     results = Results(folder / "results.csv")
-    work = Work(config, dataset, folder, heuristics)
     cases = [
         Case(arm, ratio, budget)
         for ratio, budget, arm in itertools.product(

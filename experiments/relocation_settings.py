@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from experiments.relocation_training import (
-    ARMS,
-    MAIN_ARMS,
-)
+from experiments.relocation_training import ARMS, MAIN_ARMS
 from l0jax import methods, models
 
 Heuristic = Callable[[methods.Task, PRNGKeyArray], Mapping[str, Any]]
@@ -42,8 +39,6 @@ HEURISTICS: dict[str, Heuristic] = {
 }
 """What decides which units are doomed: functions of a task and a key, of which the
 units with the lowest scores of each group go."""
-
-
 ADVERSARIES = ("inverted_taylor", "inverted_filter_l1")
 
 
@@ -69,8 +64,6 @@ NETWORKS: dict[str, Network] = {
     ),
     "i3d_small": Network(*models.PRESETS.get("i3d_small", ("", {})), "motion"),
 }
-
-
 QUICK: dict[str, Any] = {
     **{"dataset": "digits", "ratios": (0.8,), "budgets": (20, 60), "seeds": (0, 1)},
     **{"base_epochs": 20, "batch_size": 64, "chosen_by": 512},

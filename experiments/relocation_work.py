@@ -17,16 +17,15 @@ from tqdm import tqdm
 import l0jax.nnx
 from experiments.harness.loop import Run
 from experiments.relocation_settings import NETWORKS, Case, Config, Heuristic
-from experiments.relocation_training import (
-    ARMS,
-    Arm,
-    Doomed,
-    Keep,
-    closing,
-    plain,
-)
+from experiments.relocation_training import ARMS, Arm, Doomed, Keep, closing, plain
 from experiments.tasks import data
-from experiments.tasks.images import Images, images_of, measured, normalised
+from experiments.tasks.images import (
+    Images,
+    check_filled,
+    images_of,
+    measured,
+    normalised,
+)
 from l0jax import gating, methods, models, storage, train
 from l0jax.methods import relocation
 from l0jax.methods.keeping import keep_top
@@ -66,11 +65,7 @@ class Work:
         self.config, self.dataset, self.folder = config, dataset, folder
         self.heuristics = heuristics
         images = images_of(dataset, config.examples)
-        if len(images.labels) < config.batch_size:
-            raise ValueError(
-                f"{len(images.labels)} training images don't fill a batch of "
-                f"{config.batch_size}"
-            )
+        check_filled(images, config.batch_size)
         self.images = Images(*jax.tree.map(jnp.asarray, images))
         self.data = self.images.images, self.images.labels
         self.optimizer = optax.adam(config.learning_rate)

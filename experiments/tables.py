@@ -9,11 +9,10 @@ The README quotes the table between its two markers, and the same command fills 
 import argparse
 import re
 
-from experiments import mnist_rows
 from experiments.reports import places
 from experiments.reports.benchmark_tables import benchmarks, zoo
 from experiments.reports.mnist_tables import (
-    architectures,
+    beside_published,
     bisected,
     by_row,
     constrained,
@@ -22,7 +21,7 @@ from experiments.reports.mnist_tables import (
     structured,
     weightwise,
 )
-from experiments.reports.printing import interval, markdown
+from experiments.reports.printing import markdown
 from experiments.reports.study_tables import (
     channels,
     compared,
@@ -110,19 +109,11 @@ def quoted(readme: str) -> str:
         )
     before, rest = readme.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    lines = []
-    for name, results in by_row().items():
-        row = mnist_rows.ROWS[name]
-        if published_units(name):
-            lines.append(
-                [
-                    f"`{name}`",
-                    row.published,
-                    f"{interval(r['last']['test_error'] for r in results)} %",
-                    interval((r["last"]["weights"] for r in results), 0),
-                    architectures(results),
-                ]
-            )
+    lines = [
+        beside_published(name, results)
+        for name, results in by_row().items()
+        if published_units(name)
+    ]
     header = ["row", "published", "test error", "weights", "architectures by seed"]
     table = markdown(header, lines)
     return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"

@@ -37,6 +37,7 @@ from experiments.tasks.images import (
     Recipe,
     augmented,
     batches_of,
+    check_filled,
     errors,
     images_of,
     normalised,
@@ -150,7 +151,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     for name in names:
         for seed in config.seeds:
             variant = dataclasses.replace(config, **VARIANTS[name])
-            found.append({"variant": name, "seed": seed, **run(variant, dataset, seed)})
+            result = run(name, variant, dataset, seed)
+            found.append({**result, "variant": name, "seed": seed})
             if config.record:
                 record(found[-1])
     return found
@@ -166,7 +168,7 @@ def record(result: dict[str, Any]) -> None:
     json_lines.merge(RESULTS, [result], identity)
 
 
-def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+def run(name: str, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """One variant with one seed."""
     settings = run_folder.settings_of(config, UNTOLD)
     folder = config.out / f"{run_folder.default('run', settings).name}-{seed}"
@@ -175,11 +177,7 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
         run_folder.prepare(folder, settings, settings, resume=True)
         return done[-1]
     images = images_of(dataset, config.examples)
-    if len(images.labels) < config.recipe.batch_size:
-        raise ValueError(
-            f"{len(images.labels)} training images don't fill a batch of "
-            f"{config.recipe.batch_size}"
-        )
+    check_filled(images, config.recipe.batch_size)
     key = jax.random.key(seed)
     model = network(config, dataset, key)
     structure = prunable(model)
@@ -189,6 +187,8 @@ def run(config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     run_folder.prepare(folder, settings, settings, resume=True)
     state, shares = trained(config, images, training, key, folder)
     result = {
+        "variant": name,
+        "seed": seed,
         "config": settings,
         "jax": jax.__version__,
         "shares": shares,

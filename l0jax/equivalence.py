@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import units
-from l0jax.narrow import inputs_left, knows, narrow, unread
+from l0jax.narrow import inputs_left, knows, narrow
 from l0jax.structure import Structure
 from l0jax.terms import Terms
 from l0jax.units import Keep, arrays
@@ -143,14 +143,14 @@ def _of_whole_inputs(small: Apply, structure: Structure, keep: Keep) -> Apply:
 
 def _narrowed(structure: Structure, keep: Keep, params: PyTree) -> Apply:
     """The narrowed program, of arrays in the tree that they have now."""
-    narrowed, _ = narrow(structure, params, keep)
-    # Of what nothing reads it wants no elements; code of the user's has some.
-    paths, gone = arrays(params), unread(structure, keep)
+    narrowed, wanted = narrow(structure, params, keep)
+    lengths = [np.shape(leaf)[:1] for leaf in jax.tree.leaves(wanted)]
 
     def call(params, *inputs):
+        # Of what nothing reads it wants no elements; code of the user's has some.
         leaves = [
-            leaf[:0] if path in gone else leaf
-            for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+            leaf[:0] if length == (0,) else leaf
+            for leaf, length in zip(jax.tree.leaves(params), lengths, strict=True)
         ]
         leaves += jax.tree.leaves(inputs)
         return narrowed(*jax.tree.unflatten(structure.traced.in_tree, leaves))

@@ -61,8 +61,7 @@ images = images_of(digits)
 def train(model, epochs, rate, **how):
     recipe = Recipe(epochs=epochs, batch_size=64, learning_rate=rate, augment=False)
     trainer = Trainer(model, images, recipe, key, **how)
-    for epoch in range(epochs):
-        trainer.epoch(epoch)
+    trainer.run()
     return trainer
 
 

@@ -4,6 +4,7 @@ Nothing of `l0jax` is imported here: its annotations are checked only if pytest'
 `--jaxtyping-packages` is in place before the first import.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -45,6 +46,7 @@ def pytest_collection_modifyitems(items):
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000  # of the 65,530 that Linux gives a process
+tests_run = itertools.count(1)
 
 
 def pytest_runtest_teardown(item, nextitem):
@@ -53,16 +55,12 @@ def pytest_runtest_teardown(item, nextitem):
     Each takes some ten maps of memory, and thousands of tests run in one process: with
     no map left, XLA crashes.
     """
-    del item
-    tests_run.append(nextitem is None)
-    if len(tests_run) % 25 == 0 and MAPS.exists():
+    del item, nextitem
+    if next(tests_run) % 25 == 0 and MAPS.exists():
         with MAPS.open() as maps:
             many = sum(1 for _ in maps) > MOST_MAPS
         if many:
             jax.clear_caches()
-
-
-tests_run = []
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -149,6 +149,25 @@ def test_families_are_compared_at_equal_budgets(tmp_path):
     assert (tmp_path / "results.csv").read_text() == before
 
 
+def test_members_are_known_by_what_is_written_of_them(tmp_path):
+    """Whatever is rounded in the file, and at a λ of 0 too."""
+    results = families.Results(tmp_path / "results.csv")
+    line = dict.fromkeys(families.COLUMNS, "")
+    wanted = [(lam, 0) for lam in (0.0, 1 / 3, 0.1 + 0.2)]
+    assert not results.has("arm", "lam", wanted)
+    for test_error in (1.0, 2.0):
+        lines = [
+            {**line, "family": "arm", "lam": lam, "seed": 0, "test_error": test_error}
+            for lam, _ in wanted
+        ]
+        results.add(lines)
+        assert results.has("arm", "lam", wanted)
+        written = [row["test_error"] for row in results.rows()]
+        assert written == [str(int(test_error))] * 3
+    assert not results.has("arm", "target", wanted)
+    assert not results.has("arm", "lam", [(0.5, 0)])
+
+
 def test_a_refused_comparison_leaves_no_folder(tmp_path):
     """Refused as late as by the network, for which the images are too small."""
     small = dataclasses.replace(TINY, model="lenet5", out=tmp_path / "run")

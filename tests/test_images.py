@@ -11,10 +11,11 @@ import pytest
 from architectures import ARCHITECTURES
 from flax import nnx
 
+from experiments.harness import loop
 from experiments.tasks import data
 from experiments.tasks import images as module
 from experiments.tasks.images import Images, Recipe, Trainer
-from l0jax import models, units
+from l0jax import models, train, units
 from l0jax.methods.discrimination import Head
 
 KEY = jax.random.key(0)
@@ -36,8 +37,7 @@ def network():
 
 def batches(epoch):
     """The numbers of the images of each step."""
-    key = jax.random.fold_in(KEY, epoch)
-    return jax.random.permutation(key, 24).reshape(3, 8)
+    return train.order_of_epoch(KEY, epoch, 24, 8)
 
 
 def by_hand(model, epochs=2, heads=None, penalty=None):
@@ -51,7 +51,7 @@ def by_hand(model, epochs=2, heads=None, penalty=None):
         found = optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
         return found + (0 if penalty is None else penalty(nnx.state(model)))
 
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         for batch in batches(epoch):
             x = images().images[np.asarray(batch)].astype(np.float32)
             x = jnp.asarray((x - images().mean) / images().deviation)
@@ -72,9 +72,8 @@ def same(found, expected, **tolerance):
         )
 
 
-def trained(trainer, epochs=2):
-    for epoch in range(epochs):
-        trainer.epoch(epoch)
+def trained(trainer):
+    assert trainer.run() == 0
     return trainer.trained()
 
 
@@ -99,10 +98,10 @@ def test_a_penalty_is_part_of_the_loss():
 def test_additional_losses_move_the_weights_first():
     """Algorithm S1 with plain SGD: one gradient for all losses, in two steps that are
     their sum; with the heads' own statistics."""
-    recipe = dataclasses.replace(RECIPE, momentum=0.0, weight_decay=0.0)
+    recipe = dataclasses.replace(RECIPE, epochs=1, momentum=0.0, weight_decay=0.0)
     model, head = network(), Head(4, 3, rngs=nnx.Rngs(1))
     trainer = Trainer(model, images(), recipe, KEY, heads={"convs.1.kernel": head})
-    trainer.epoch(0)
+    trainer.run()
 
     both = nnx.List([nnx.clone(model), nnx.clone(head)])
     both[0].train()
@@ -122,7 +121,7 @@ def test_additional_losses_move_the_weights_first():
         return each(logits, labels).mean() + each(head(at), labels).mean()
 
     sgd = nnx.Optimizer(both, optax.sgd(recipe.learning_rate), wrt=nnx.Param)
-    for batch in batches(0):
+    for batch in batches(1):
         x = images().images[np.asarray(batch)].astype(np.float32)
         x = jnp.asarray((x - images().mean) / images().deviation)
         sgd.update(both, nnx.grad(loss)(both, x, images().labels[np.asarray(batch)]))
@@ -142,13 +141,23 @@ def test_closed_units_stay_closed():
     assert np.abs(new[:, :, 0] - old[:, :, 0]).max() > 0
 
 
-def test_training_goes_on_from_its_state():
+def test_training_goes_on_from_its_checkpoint(tmp_path):
     whole = Trainer(network(), images(), RECIPE, KEY)
     trained(whole)
     first, second = (Trainer(network(), images(), RECIPE, KEY) for _ in range(2))
-    first.epoch(0)
-    second.state = jax.tree.map(jnp.copy, first.state)
-    second.epoch(1)
+    part = loop.Run(
+        first.training,
+        KEY,
+        first.data,
+        epochs=2,
+        batch_size=8,
+        folder=tmp_path,
+        until=1,
+        loop=True,
+        show=False,
+    )
+    assert list(part) == [1]
+    assert second.run(tmp_path) == 1
     for one, other in zip(
         jax.tree.leaves(second.state._replace(key=())),
         jax.tree.leaves(whole.state._replace(key=())),
@@ -225,7 +234,7 @@ def test_statistics_are_the_means_over_batches():
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
     assert found.norms[0].use_running_average
     assert found.norms[0].momentum == model.norms[0].momentum
-    with pytest.raises(ValueError, match="24 images don't fill a batch of 25"):
+    with pytest.raises(ValueError, match="24 training images don't fill a batch of 25"):
         module.recalibrated(model, of, batch_size=25)
 
 

@@ -1411,6 +1411,14 @@ def test_a_target_is_met(tmp_path, kind):
     lowest = -0.3 if its.config.constraint == "lagrangian" else -0.15
     for excess in last["excess"].values():
         assert lowest < excess < 0.05
+    # At test time as much stays as fits, by default.
+    assert its.summary["test_rule"] == "budget"
+    assert last["budget"] == its.summary["budget"]
+    for name, budget in last["budget"].items():
+        assert budget["expected"] / budget["target"] - 1 == last["excess"][name]
+        assert -0.05 < budget["excess"] <= 1e-6
+    assert "% of the target)" in mnist.table(its.summary)
+    assert "% decided of" in mnist.progress_line(last)
     # Compaction has left room for the target.
     if kind == "density of layers":
         for name, target in zip(("input", "hidden1", "hidden2"), targets, strict=True):
@@ -1421,6 +1429,30 @@ def test_a_target_is_met(tmp_path, kind):
         assert found == pytest.approx(0.3 * (1 + last["excess"][kind]), abs=0.01)
     assert its.rows[0]["excess"] != last["excess"]
     assert its.summary["last"]["test_error"] < 40
+
+
+def test_the_network_without_gates_is_trained_beside(tmp_path):
+    """By the same settings, whatever else they say of gates, targets and rules."""
+    how: dict[str, Any] = {"target_macs": 0.5, "test_rule": "budget", "epochs": 2}
+    its = run(tmp_path / "run", dense="yes", **how)
+    bare = run(tmp_path / "bare", gates="none", epochs=2)
+    for name in ("test_error", "validation_error"):
+        assert its.summary["dense"][name] == bare.summary["last"][name]
+    assert "without gates" in mnist.table(its.summary)
+    assert "without gates" not in mnist.table(bare.summary)
+    assert bare.summary["dense"] is None
+
+
+def test_what_is_compared_with_may_fail_and_the_result_stays(tmp_path, monkeypatch):
+    def fails(*args):
+        raise mnist.Diverged("the loss is not finite")
+
+    monkeypatch.setattr(mnist, "dense_network", fails)
+    with pytest.raises(mnist.Diverged):
+        run(tmp_path / "run", dense="yes", epochs=1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["dense"] is None
+    assert summary["last"]["epoch"] == 1
 
 
 def test_an_exponential_multiplier_grows_while_there_is_too_much_left(tmp_path):

@@ -180,6 +180,7 @@ def test_bad_settings_are_refused(tmp_path, changes, words):
         words = "0.5 of 1 steps is less than one step"
     with pytest.raises(ValueError, match=words):
         run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_units_that_one_layer_makes_are_removed():

@@ -146,6 +146,34 @@ def test_members_are_the_single_runs(together):
     assert np.abs(first["input"] - last["input"]).max() > 0.01
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_steps_may_be_programs_of_their_own(together):
+    """The same trajectory, and one trace for all steps."""
+    sweep = Sweep(member, SETTINGS, together=together)
+    first = np.asarray(orders())[:, :1]
+    sweep.epoch(begun(sweep), data(), first, loop=True)
+    before = len(traces)
+    found = sweep.epoch(begun(sweep), data(), orders(), loop=True)
+    assert len(traces) == before
+    close(found, swept(together))
+    with pytest.raises(ValueError, match="no step to take: the orders are empty"):
+        sweep.epoch(begun(sweep), data(), first[:, :0], loop=True)
+
+
+def test_the_first_bad_step_of_two_parts_is_the_earlier():
+    def totals(steps, bad):
+        return train.Totals(
+            jnp.int32(steps), {"loss": jnp.float32(steps)}, jnp.asarray(bad, jnp.int32)
+        )
+
+    for one, other, both in ((-1, -1, -1), (3, 9, 3), (-1, 9, 9), (3, -1, 3)):
+        found = totals(2, one).plus(totals(5, other))
+        assert (int(found.steps), float(found.sums["loss"])) == (7, 7.0)
+        assert int(found.first_bad_step) == both
+    members = totals(1, [-1, 4]).plus(totals(1, [7, 8]))
+    np.testing.assert_array_equal(members.first_bad_step, [7, 4])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_is_that_of_its_member(name):
     """Members that are the same but for one number are other runs."""

@@ -745,6 +745,34 @@ def test_no_layer_goes_that_training_has_left():
     assert (keep["second"] != 0).any()
 
 
+def test_what_was_decided_is_not_decided_again(monkeypatch):
+    training = training_of(target=train.Target(costs.macs, 0.3))
+    state = training.start(jax.random.key(0))
+    found = {}
+    for rule in ("paper", "budget"):
+        decision = training.decide(state, rule)
+        by_rule = (
+            training.evaluate(state, models.validation(), rule=rule),
+            training.recalibrate(state, models.batches(0), rule=rule).rest,
+            bits(nnx.to_pure_dict(nnx.state(training.whole_model(state, rule)))),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Training, "decide", None)
+            decided = (
+                training.evaluate(state, models.validation(), rule=decision),
+                training.recalibrate(state, models.batches(0), rule=decision).rest,
+                bits(
+                    nnx.to_pure_dict(nnx.state(training.whole_model(state, decision)))
+                ),
+            )
+        assert decided[0] == by_rule[0]
+        for one, other in zip(decided[1:], by_rule[1:], strict=True):
+            for a, b in zip(bits(one), bits(other), strict=True):
+                np.testing.assert_array_equal(a, b)
+        found[rule] = by_rule[0]
+    assert found["paper"] != found["budget"]
+
+
 def test_by_samples_gates_are_the_mean_of_their_draws():
     gate = train.Learned(gates.HardConcrete(), draws=4000)
     training = training_of("perceptron", gate=gate)

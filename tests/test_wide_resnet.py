@@ -84,11 +84,10 @@ def test_a_price_at_the_rate_of_the_weights_closes_no_gates(folder):
 def test_what_was_removed_is_what_was_counted(folder):
     """The network that is stored has the widths and the multiply-accumulates."""
     result = run(folder / "closed", "fixed")
-    whole = {k: v for k, v in result.items() if k not in ("variant", "seed")}
     (where,) = (
         file.parent
         for file in (folder / "closed").glob("*/result.jsonl")
-        if json_lines.read(file) == [whole]
+        if json_lines.read(file) == [result]
     )
     small = storage.load(where / "shrunk")
     assert [w for each in small.architecture["inner"] for w in each] == list(

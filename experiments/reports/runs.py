@@ -68,6 +68,50 @@ def runs(*patterns: str | Path) -> list[Result]:
                 f"one of {', '.join(READERS)}"
             )
         found += here
+    return told_apart(found)
+
+
+UNTOLD = (
+    *("seed", "seeds", "out", "resume", "stop_after", "checkpoint_every", "progress"),
+    *("dense", "variant", "method", "families", "arms", "heuristics", "ratios"),
+    *("budgets", "together", "base_from"),
+)
+"""Settings that say where and how far to run, or which of several results it is."""
+
+
+def told_apart(results: Sequence[Result]) -> list[Result]:
+    """Methods of one name that were run with other settings get these into their
+    names: they are no seeds of one another.
+
+    Raises:
+        ValueError: if a result stands in two runs, and would count twice.
+    """
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.study, result.task, result.method), []).append(result)
+    found = []
+    for result in results:
+        its = groups[result.study, result.task, result.method]
+        names = dict.fromkeys(name for each in its for name in each.settings)
+        said = [
+            f"{name} {result.settings.get(name)}"
+            for name in names
+            if name not in UNTOLD
+            and any(
+                each.settings.get(name) != result.settings.get(name) for each in its
+            )
+        ]
+        method = ", ".join([result.method, *said])
+        found.append(dataclasses.replace(result, method=method))
+    there: dict[tuple[str, str, str, int], Result] = {}
+    for result in found:
+        key = result.study, result.task, result.method, result.seed
+        if key in there:
+            raise ValueError(
+                f"{result.method} with seed {result.seed} is in {there[key].run} and "
+                f"in {result.run}: give one of them, or it counts twice"
+            )
+        there[key] = result
     return found
 
 
@@ -145,7 +189,8 @@ def _of_wide_resnet(folder: Path) -> Iterator[Result]:
             "wide_resnet",
             str(folder),
             f"{settings.get('dataset')} WRN-{settings.get('depth')}",
-            line.get("variant", settings.get("constraint", "")),
+            # (Older runs don't say which variant they are.)
+            line.get("variant", folder.name.rsplit("-", 1)[0]),
             line.get("seed", int(folder.name.rsplit("-", 1)[-1])),
             settings,
             {
@@ -217,7 +262,8 @@ READERS = {
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Seeds of one method on one task, in the order in which they come."""
+    """Seeds of one method on one task, in the order in which they come, of what `runs`
+    gives."""
     found: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         found.setdefault((result.task, result.method), []).append(result)

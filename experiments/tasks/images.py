@@ -9,6 +9,7 @@ several times slower on a CPU, jax issue 12868.)
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -18,6 +19,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
+from experiments.harness.loop import Run
 from experiments.tasks import data
 from l0jax import train
 from l0jax.dataflow import dataflow
@@ -69,6 +71,14 @@ def images_of(dataset: data.Dataset, examples: int | None = None) -> Images:
         pixels.mean(0).astype(np.float32),
         pixels.std(0).astype(np.float32),
     )
+
+
+def check_filled(images: Images, batch_size: int) -> None:
+    """Raises ValueError if the images don't fill a batch."""
+    if len(images.labels) < batch_size:
+        raise ValueError(
+            f"{len(images.labels)} training images don't fill a batch of {batch_size}"
+        )
 
 
 def normalised(
@@ -140,14 +150,9 @@ class Trainer(Generic[Model]):
         keep: Mapping[str, np.ndarray] | None = None,
         **how: Any,
     ):
-        if len(images.images) < recipe.batch_size:
-            raise ValueError(
-                f"{len(images.images)} training images don't fill a batch of "
-                f"{recipe.batch_size}"
-            )
-        self.per_epoch = len(images.images) // recipe.batch_size
+        check_filled(images, recipe.batch_size)
         self.heads = tuple(heads or ())
-        steps = self.per_epoch * recipe.epochs
+        steps = len(images.labels) // recipe.batch_size * recipe.epochs
         both: Any = nnx.clone(model)
         if heads:
             both.heads = nnx.List([nnx.clone(head) for head in heads.values()])
@@ -170,20 +175,37 @@ class Trainer(Generic[Model]):
         )
         self.key, self.state = key, self.training.start(key)
 
-    def epoch(self, number: int) -> float:
-        """Trains once over the images; the mean loss. Epoch `number` of a key is always
-        the same.
+    def run(
+        self, folder: Path | None = None, name: str | None = None, show: bool = False
+    ) -> int:
+        """Trains as the recipe says, from the newest checkpoint on if there is one; how
+        many epochs that had done.
+
+        Args:
+            folder: of the checkpoints; None: there are none.
+            name: of the progress bar.
+            show: whether there is a bar.
 
         Raises:
-            FloatingPointError: if it is not finite.
+            Diverged: if the loss is not finite.
         """
-        key = jax.random.fold_in(self.key, number)
-        order = jax.random.permutation(key, len(self.data[1]))
-        order = order[: self.per_epoch * self.recipe.batch_size]
-        self.state, totals = self.training.epoch(
-            self.state, self.data, order.reshape(self.per_epoch, -1), loop=True
+        run = Run(
+            self.training,
+            self.key,
+            self.data,
+            epochs=self.recipe.epochs,
+            batch_size=self.recipe.batch_size,
+            folder=folder,
+            loop=True,
+            name=name,
+            show=show,
         )
-        return totals.means["loss"]
+        run.restore()
+        done = run.epoch
+        for _ in run:
+            run.say(f"loss {run.means['loss']:.3f}")
+        self.state = run.state
+        return done
 
     def trained(self) -> Model:
         """The network as it is now, in evaluation mode."""
@@ -291,8 +313,7 @@ def recalibrated(model: Model, of: Images, batch_size: int = 128) -> Model:
     Raises:
         ValueError: if the images don't fill a batch.
     """
-    if len(of.labels) < batch_size:
-        raise ValueError(f"{len(of.labels)} images don't fill a batch of {batch_size}")
+    check_filled(of, batch_size)
     colours = colours_of(of)
     training = train.Training(
         model,

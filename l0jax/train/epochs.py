@@ -265,17 +265,21 @@ class Sweep:
         given away. With `loop` each step is a program, as for `Training.epoch`; then
         `together` should be the number of members, for one after the other is a loop
         as well."""
-        if loop:
-            totals = None
-            for rows in np.split(np.asarray(orders), orders.shape[1], axis=1):
-                states, found = self.epoch(states, data, rows)
-                totals = found if totals is None else _plus(totals, found)
-            if totals is None:
-                raise ValueError("there is no step to take: the orders are empty")
-            return states, totals
+        if not orders.shape[1]:
+            raise ValueError("there is no step to take: the orders are empty")
         # What lies elsewhere has another type, for which it would be compiled again.
-        placed = jax.device_put((self.settings, states, data, orders), self._shardings)
-        return self._run(*placed)
+        here = (self.settings, states, data)
+        settings, states, data = jax.device_put(here, self._shardings[:3])
+        pieces = [orders]
+        if loop:
+            pieces = np.split(np.asarray(orders), orders.shape[1], axis=1)
+        totals = None
+        for piece in pieces:
+            rows = jax.device_put(piece, self._shardings[3])
+            states, found = self._run(settings, states, data, rows)
+            totals = found if totals is None else _plus(totals, found)
+        assert totals is not None
+        return states, totals
 
 
 def _dividing(members: int) -> list[jax.Device]:

@@ -30,18 +30,15 @@ from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
 from l0jax.structure import Structure
 from l0jax.tracing import trace
-from l0jax.train import averages, compacting, deciding, epochs
+from l0jax.train import averages, compacting, deciding, epochs, losses
 from l0jax.train.compacting import Compaction
 from l0jax.train.deciding import Decision
 from l0jax.train.epochs import Totals
 from l0jax.train.gatings import Learned, Ungated, gating_of
+from l0jax.train.losses import Loss, Metrics
 from l0jax.train.networks import Network, network
 from l0jax.train.targets import Budget, Target, sizes_of
 from l0jax.units import Group, Groups, Keep
-
-Metrics = dict[str, Array]
-Loss = Callable[..., tuple[Float[Array, ""], Mapping[str, Array]]]
-"""`loss(model, batch) -> (mean loss, metrics)`; with a parameter `key`, also a key."""
 
 Penalty = Callable[[PyTree], Float[Array, ""]]
 
@@ -499,10 +496,11 @@ class Training:
 
         def at(params, batch, key):
             value, (found, rest) = self.task(params, state.rest, batch, key)
-            if alone and _written(state.rest, rest):
+            written = losses.written(state.rest, rest) if alone else None
+            if written:
                 raise ValueError(
                     "gates for each example give each example a network of its own, "
-                    f"which can't write {_written(state.rest, rest)!r} for all: train "
+                    f"which can't write {written!r} for all: train "
                     "without per_example, or a model that writes nothing"
                 )
             return value, (found, rest)
@@ -550,9 +548,9 @@ class Training:
         )
         more = {"key": gating.key_for(key, "loss")} if wants_key else {}
         found = loss(model, lower[1], **more)
-        value, metrics = _checked(loss, found)
+        value, metrics = losses.checked(loss, found)
         after = left()
-        _check_rest(rest, after)
+        losses.check_rest(rest, after)
         after = jax.tree.map(
             lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
             after,
@@ -810,69 +808,3 @@ def _statistics(training: Training, params, state: TrainingState, batch):
         value = jnp.where(kept, leaf, batch_alone)
         found[path] = value, linear.astype(jnp.int32)
     return found
-
-
-def _checked(loss: Loss, found: Any) -> tuple[Float[Array, ""], Metrics]:
-    """What a loss returned, as float32.
-
-    Raises:
-        ValueError: unless it is a scalar and metrics that are arrays.
-    """
-    name = getattr(loss, "__name__", "the loss")
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(
-            f"{name} must return (mean loss, metrics), got {type(found).__name__}; "
-            "without metrics return (value, {})"
-        )
-    value, metrics = found
-    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(
-            f"{name} must return a real scalar first, got {_kind(value)}; take the mean"
-        )
-    if not isinstance(metrics, Mapping):
-        raise ValueError(
-            f"{name} must return metrics by name second, got {type(metrics).__name__}"
-        )
-    kept = {}
-    for key, metric in metrics.items():
-        if not isinstance(metric, jax.Array | np.ndarray | np.generic | float | int):
-            raise ValueError(
-                f"metric {key!r} of {name} is no array but {type(metric).__name__}"
-            )
-        if key in ("loss", "penalty"):
-            raise ValueError(f"{name} may not call a metric {key!r}: that is taken")
-        kept[key] = _wide(metric)
-    return _wide(value), kept
-
-
-def _wide(value: Any) -> Array:
-    value = jnp.asarray(value)
-    real = jnp.issubdtype(value.dtype, jnp.floating)
-    wide = real and jnp.finfo(value.dtype).bits > 32
-    return value if wide else value.astype(jnp.float32)
-
-
-def _check_rest(before: PyTree, after: PyTree) -> None:
-    """Raises ValueError if the network changed the shapes of what it writes."""
-    old = {path: jnp.shape(leaf) for path, leaf in units.arrays(before).items()}
-    new = {path: jnp.shape(leaf) for path, leaf in units.arrays(after).items()}
-    for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path):
-            raise ValueError(
-                f"the network writes {path!r} in shape {new.get(path, 'none')}, and "
-                f"it had {old.get(path, 'none')}: what it writes must keep its shape"
-            )
-
-
-def _written(before: PyTree, after: PyTree) -> str | None:
-    """The first array that a network has written, if there is any."""
-    for (path, old), new in zip(
-        units.arrays(before).items(), jax.tree.leaves(after), strict=True
-    ):
-        if new is not old:
-            return path
-    return None
-
-
-def _kind(value: Any) -> str:
-    return f"{jnp.result_type(value)} of shape {jnp.shape(value)}"
