@@ -13,8 +13,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax import gating, units
+from l0jax.equivalence import difference
 from l0jax.gates.gate import Gate
-from l0jax.units import Group, Groups
+from l0jax.remembered import Attributes, counted
+from l0jax.structure import Structure
+from l0jax.units import Group, Groups, Keep
 
 COLLECTION = "gates"
 LOG_ODDS = "log_odds"
@@ -111,6 +114,74 @@ class Resized(nn.Module):
         """The module's output."""
         with nn.intercept_methods(_resize):
             return self.module(*args, **kwargs)
+
+
+def shrink(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    keep: Keep,
+    structure: Structure,
+    attributes: Attributes | None = None,
+    **evaluation: Any,
+) -> tuple[Resized, dict[str, Any]]:
+    """A smaller module and its variables, without the units that are not kept.
+
+    With closed gates folded in first (`l0jax.apply_gates(variables, z,
+    structure.groups)`) it has the same outputs. It is trained, traced and saved as the
+    module is.
+
+    Args:
+        module: the module.
+        variables: of the module, with test-time gates folded in.
+        keep: a boolean vector for each group that loses units.
+        structure: of the module, by `l0jax.trace(module, variables, *inputs)`.
+        attributes: sizes in the fields of the module, or of modules in these, and which
+            groups they count: `{"heads": "query"}`. See `l0jax.nnx.shrink`.
+        **evaluation: keyword arguments with which it was traced, such as `train=False`.
+
+    Returns:
+        `(small, small_variables)`: `small.apply(small_variables, *inputs)`.
+
+    Raises:
+        ValueError: as `l0jax.units.shrink`; if there is no such attribute or group; if
+            the module's code computes something else from smaller arrays, or it can't
+            be told that it doesn't: `l0jax.narrow` gives the smaller function.
+    """
+    inner = module.module if isinstance(module, Resized) else module
+    for attribute, named in (attributes or {}).items():
+        inner = _recounted(inner, attribute, named, keep, structure.groups)
+    small = Resized(inner)
+
+    def evaluated(module):
+        return lambda variables, *inputs: module.apply(variables, *inputs, **evaluation)
+
+    found = difference(structure, keep, evaluated(module), variables, evaluated(small))
+    if found is not None:
+        raise ValueError(
+            f"{type(inner).__name__} is another function when its arrays are smaller: "
+            f"{found}; name sizes that it keeps itself in attributes, use l0jax.narrow,"
+            " or keep the units of that group"
+        )
+    return small, dict(units.shrink(variables, keep, structure.groups))
+
+
+def _recounted(module, attribute, named, keep, groups, inside=""):
+    """A copy of a module, of which a field says how many units are left."""
+    first, _, rest = attribute.removeprefix(inside).partition(".")
+    fields = {each.name for each in dataclasses.fields(module)} - {"parent", "name"}
+    if first not in fields or (
+        rest and not isinstance(getattr(module, first), nn.Module)
+    ):
+        raise ValueError(
+            f"there is no attribute {attribute!r}: {type(module).__name__} has the "
+            f"fields {', '.join(sorted(fields)) or '(none)'}"
+        )
+    value = getattr(module, first)
+    if rest:
+        new = _recounted(value, attribute, named, keep, groups, f"{inside}{first}.")
+    else:
+        new = counted(value, attribute, named, keep, groups)
+    return module.clone(**{first: new})
 
 
 def _resize(call, args, kwargs, context):

@@ -64,12 +64,14 @@ def narrow(
         that nothing reads any more have no elements.
 
     Raises:
-        ValueError: as `l0jax.shrink`; if a group was said by hand to lie where the
+        ValueError: as `l0jax.shrink`; if the structure was pickled, which leaves the
+            program behind; if a group was said by hand to lie where the
             program can't lose units; and, when called, for inputs for which the
             function can't be traced or has other units.
     """
     if isinstance(params, nnx.Module):
         params = nnx.state(params)
+    structure.traced.here  # noqa: B018 -- Raises where there is no program.
     for path, leaf in arrays(params).items():
         if not hasattr(leaf, "shape"):
             raise ValueError(
@@ -103,7 +105,7 @@ def narrow(
                 for leaf, value in _pair(given, now.inputs)
             ),
         ]
-        results = [cell.cut for cell in _run(now.program, cells, left)]
+        results = [cell.cut for cell in _run(now.here.program, cells, left)]
         return jax.tree.unflatten(now.out_tree, results)
 
     return small, small_params
@@ -130,11 +132,11 @@ def unread(structure: Structure, keep: Keep) -> list[str]:
             Cell(_taken(leaf, value, left), value, left)
             for leaf, value in zip(leaves, values, strict=True)
         ]
-        return [cell.cut for cell in _run(found.program, cells, left)]
+        return [cell.cut for cell in _run(found.here.program, cells, left)]
 
     whole = arrays(found.shapes[0])
     jaxpr = jax.make_jaxpr(small)([*whole.values()], found.shapes[1:]).jaxpr
-    before, now = _read(whole, found.program.jaxpr), _read(whole, jaxpr)
+    before, now = _read(whole, found.here.program.jaxpr), _read(whole, jaxpr)
     return [path for path in before if path not in now]
 
 

@@ -113,7 +113,12 @@ def fold(
     return nnx.merge(graph, units.apply_gates(params, z, groups), rest, copy=True)
 
 
-def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Module:
+def shrink(
+    module: Module,
+    keep: units.Keep,
+    groups: Groups | Structure,
+    attributes: remembered.Attributes | None = None,
+) -> Module:
     """A smaller copy of `module` without the units that are not kept.
 
     The result is the same class with smaller arrays, and Flax's own layers say their
@@ -126,12 +131,17 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
         groups: where the units lie. If it is the structure that `l0jax.trace` found, it
             is checked that the module's code, run on smaller arrays, is still the same
             function in evaluation; the mode that the module is in stays.
+        attributes: sizes that the module's own code reads from attributes, and which
+            groups they count: `{"blocks.0.heads": "blocks.0.query"}`. What they say is
+            multiplied by the share of the units that are left.
 
     Raises:
         ValueError: as `l0jax.units.shrink`; if a layer has arrays of other sizes than
-            it says; if the module's code computes something else from smaller arrays,
-            as the scale of an attention from the size of its heads, or it can't be told
-            that it doesn't: `Narrowed` and `l0jax.narrow` give the smaller function.
+            it says; if there is no such attribute or group, or the attribute is no
+            multiple of the number of units; if the module's code computes something
+            else from smaller arrays, as the scale of an attention from the size of its
+            heads, or it can't be told that it doesn't: `Narrowed` and `l0jax.narrow`
+            give the smaller function.
     """
     structure = groups if isinstance(groups, Structure) else None
     if isinstance(groups, Structure):
@@ -140,6 +150,7 @@ def shrink(module: Module, keep: units.Keep, groups: Groups | Structure) -> Modu
     smaller = units.shrink(state, keep, groups)
     masks = units.positions_left(state, keep, groups)
     small = nnx.merge(graph, smaller, copy=True)
+    remembered.recount(small, attributes or {}, keep, groups)
     rescaled = remembered.tell(module, small, masks)
     if structure is not None:
         _check_same(module, small, rescaled, keep, structure)
@@ -162,6 +173,7 @@ def _check_same(module, small, rescaled, keep, structure) -> None:
     if found is not None:
         raise ValueError(
             f"{type(module).__name__} is another function when its arrays are "
-            f"smaller: {found}; use l0jax.nnx.Narrowed(structure, module, keep) or "
-            "l0jax.narrow, or keep the units of that group"
+            f"smaller: {found}; name sizes that it keeps itself in attributes, use "
+            "l0jax.nnx.Narrowed(structure, module, keep) or l0jax.narrow, or keep the "
+            "units of that group"
         )

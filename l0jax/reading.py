@@ -42,14 +42,21 @@ Gated = dict[Variable, dict[Place, None]]
 
 
 @dataclass(frozen=True)
+class Source:
+    """A function of `(params, *inputs)`, its jaxpr and the types of all its values."""
+
+    apply: Callable[..., PyTree]
+    program: Program
+
+
+@dataclass(frozen=True)
 class Traced:
-    """A function that was read.
+    """A function that was read. When it is pickled, all goes along but the source.
 
     Attributes:
-        apply: the function itself, of `(params, *inputs)`.
+        source: the function and its program; None where it was unpickled.
         frozen: paths of arrays that keep all their units, by the user's word.
         shapes: shapes and dtypes of its arguments, as they were traced.
-        program: the jaxpr and the types of all its values.
         params: what is known of each array of the parameters, by path.
         inputs: the same of the inputs.
         out_tree: the tree of what the function gives.
@@ -60,10 +67,9 @@ class Traced:
         sizes: of axes that may have any size, what these are.
     """
 
-    apply: Callable[..., PyTree]
+    source: Source | None
     frozen: tuple[str, ...]
     shapes: PyTree
-    program: Program
     params: Mapping[str, Value]
     inputs: Mapping[str, Value]
     out_tree: Any
@@ -71,6 +77,24 @@ class Traced:
     members: Mapping[Variable, Sequence[tuple[str, int]]] = field(default_factory=dict)
     others: dict[Any, "Traced"] = field(default_factory=dict)
     sizes: Mapping[Variable, Any] = field(default_factory=dict)
+
+    @property
+    def here(self) -> Source:
+        """The function and its program.
+
+        Raises:
+            ValueError: in a process where it was not traced.
+        """
+        if self.source is None:
+            raise ValueError(
+                "this structure was pickled, which leaves the program of the function "
+                "behind: call l0jax.trace again where programs are narrowed or modules "
+                "shrunk; arrays are shrunk by its groups"
+            )
+        return self.source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "source": None, "others": {}}
 
     @property
     def in_tree(self) -> Any:
@@ -127,10 +151,9 @@ def traced(
     gated = _gated(reading, lies)
     freeze_at_poles(program, stored.values(), gated)
     found = Traced(
-        apply,
+        Source(apply, program),
         tuple(kept),
         shapes,
-        program,
         stored,
         outside,
         jax.tree.structure(out_shape),
@@ -292,7 +315,7 @@ def _again(found: Traced, shapes: Mapping[str, Any]) -> Traced:
     tree = jax.tree.structure(found.shapes[1:])
     arguments = (found.shapes[0], *jax.tree.unflatten(tree, leaves))
     try:
-        now, _ = traced(found.apply, arguments, found.frozen)
+        now, _ = traced(found.here.apply, arguments, found.frozen)
     except Exception as error:  # the user's code, which may raise what it likes
         raise ValueError(
             f"{differ(found, shapes)}; for these it can't be traced: {error}"

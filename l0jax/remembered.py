@@ -1,12 +1,14 @@
-"""Sizes that Flax's NNX layers remember, told anew from their arrays.
+"""Sizes that modules remember, told anew when their arrays are smaller.
 
-Layers that were made by `nnx.vmap` have arrays with more axes than they know of, one
-for each stack: they remember the sizes of a single layer.
+What Flax's NNX layers remember is known. Layers that were made by `nnx.vmap` have
+arrays with more axes than they know of, one for each stack: they remember the sizes of
+a single layer. Of what a user's own class remembers the user says which units it
+counts.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,12 @@ from flax import nnx
 from flax.core import FrozenDict
 from jaxtyping import PyTree
 
-from l0jax.units import Masks, path_of
+from l0jax.units import Groups, Keep, Masks, path_of
+
+Attributes = Mapping[str, str | Sequence[str]]
+"""Sizes that a module keeps itself: `{"blocks.0.heads": "blocks.0.query"}` says that
+this attribute counts the units of that group, or of each unit of several groups all of
+those of the others, `("blocks.0.query", "blocks.0.query:1")`."""
 
 
 @dataclass
@@ -275,3 +282,71 @@ OF_LAYERS: dict[type, Callable[[Layer], None]] = {
     nnx.GRUCell: _cell("dense_i", "dense_h"),
     nnx.SimpleCell: _cell("dense_i", "dense_h"),
 }
+
+
+# ------------------------------------------------------------ what a user's class keeps
+
+
+def counted(
+    value: Any, attribute: str, named: str | Sequence[str], keep: Keep, groups: Groups
+) -> int:
+    """What an attribute says when some of the units that it counts are gone.
+
+    Raises:
+        ValueError: if there is no such group, or the attribute is no multiple of the
+            number of units.
+    """
+    names = (named,) if isinstance(named, str) else tuple(named)
+    for name in names:
+        if name not in groups:
+            raise ValueError(
+                f"attribute {attribute!r} is said to count the units of {name!r}; "
+                f"there is {', '.join(groups) or 'no group'}"
+            )
+    before = math.prod(groups[name].size for name in names)
+    after = math.prod(
+        int(np.sum(keep[name])) if name in keep else groups[name].size for name in names
+    )
+    if isinstance(value, bool) or not isinstance(value, int) or value % before:
+        raise ValueError(
+            f"attribute {attribute!r} is {value!r}, no multiple of the {before} units "
+            f"of {' times '.join(names)} that it is said to count"
+        )
+    return value // before * after
+
+
+def recount(
+    module: nnx.Module, attributes: Attributes, keep: Keep, groups: Groups
+) -> None:
+    """Tells a module the sizes that it keeps in attributes of its own.
+
+    Raises:
+        ValueError: as `counted`; if there is no such attribute.
+    """
+    for attribute, named in attributes.items():
+        *outside, last = attribute.split(".")
+        holder = module
+        for name in outside:
+            holder = _inside(holder, name, attribute)
+        value = _inside(holder, last, attribute)
+        new = counted(value, attribute, named, keep, groups)
+        if not isinstance(holder, nnx.Module):
+            raise ValueError(
+                f"attribute {attribute!r} is in a {type(holder).__name__}; a size must "
+                "be an attribute of a module"
+            )
+        setattr(holder, last, new)
+
+
+def _inside(holder: Any, name: str, attribute: str) -> Any:
+    if isinstance(holder, Sequence) and name.isdecimal() and int(name) < len(holder):
+        return holder[int(name)]
+    if isinstance(holder, Mapping) and name in holder:
+        return holder[name]
+    if hasattr(holder, name):
+        return getattr(holder, name)
+    there = sorted(each for each in getattr(holder, "__dict__", ()) if each[0] != "_")
+    raise ValueError(
+        f"there is no attribute {attribute!r}: {type(holder).__name__} has no {name!r}"
+        f"; it has {', '.join(there) or 'none'}"
+    )

@@ -200,7 +200,7 @@ def report(
 
 def _dead(structure: Structure) -> list[bool]:
     """For each output whether it is the same for all inputs."""
-    jaxpr = structure.traced.program.jaxpr
+    jaxpr = structure.traced.here.program.jaxpr
     return constant(jaxpr, jaxpr.invars[len(structure.traced.params) :])
 
 

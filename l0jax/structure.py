@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,7 +97,9 @@ class Structure:
             if groups of several kinds were merged.
         per_example: whether costs are those of one example: whether the leading axis of
             the inputs is a batch. If not, they are those of what was traced.
-        traced: what was read, for `l0jax.narrow`.
+        traced: what was read, for `l0jax.narrow`. It is pickled without the program of
+            the function: groups, costs and edits go to other processes, narrowing
+            doesn't.
         notes: what else one must know of how it was read.
     """
 
@@ -334,13 +336,6 @@ class Structure:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Structure":
         return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Structure can't be pickled, for it holds the traced program; pickle "
-            "structure.groups, by which units are gated and taken out, or call "
-            "l0jax.trace again where it is loaded"
-        )
 
     def __str__(self) -> str:
         return _table(self)

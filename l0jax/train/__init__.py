@@ -15,6 +15,7 @@ from l0jax.train.gatings import Temperature as Temperature
 from l0jax.train.gatings import Ungated as Ungated
 from l0jax.train.networks import function as function
 from l0jax.train.networks import linen as linen
+from l0jax.train.networks import module as module
 from l0jax.train.optimizers import gates_apart as gates_apart
 from l0jax.train.resuming import Checkpoints as Checkpoints
 from l0jax.train.targets import Target as Target

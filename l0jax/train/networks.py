@@ -19,6 +19,7 @@ import l0jax.nnx
 from l0jax import units
 from l0jax.equivalence import difference
 from l0jax.narrow import narrow
+from l0jax.remembered import Attributes
 from l0jax.structure import Structure
 from l0jax.tracing import trace
 from l0jax.units import Keep
@@ -92,7 +93,7 @@ def network(model: Any) -> Network:
     """
     if isinstance(model, nnx.Module):
         return Module.of(model)
-    if isinstance(model, Linen | Function):
+    if isinstance(model, Module | Linen | Function):
         return model
     kind = type(model).__name__
     if isinstance(model, nn.Module):
@@ -108,6 +109,19 @@ def network(model: Any) -> Network:
 # ------------------------------------------------------------------------------ NNX
 
 
+def module(module: nnx.Module, attributes: Attributes | None = None) -> "Module":
+    """An NNX module to be trained, whose code reads sizes from attributes of its own.
+
+    One that has none is given as it is: `train.Training(module, loss, example)`.
+
+    Args:
+        module: the module.
+        attributes: which attributes count the units of which groups:
+            `{"blocks.0.heads": "blocks.0.query"}`. See `l0jax.nnx.shrink`.
+    """
+    return Module.of(module, tuple(sorted((attributes or {}).items())))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Module:
     """An NNX module. It is copied: training changes no array of the user's."""
@@ -116,17 +130,19 @@ class Module:
     graph_evaluated: Any
     params: PyTree
     rest: PyTree
+    attributes: tuple[tuple[str, str | Sequence[str]], ...] = ()
     below: str = ""
 
     @classmethod
-    def of(cls, module: nnx.Module) -> "Module":
+    def of(cls, module: nnx.Module, attributes: Any = ()) -> "Module":
         """From a module in any mode."""
         module = nnx.clone(module)
         module.train()
         graph, params, rest = nnx.split(module, nnx.Param, ...)
         module.eval()
         after = nnx.split(module, nnx.Param, ...)[0]
-        return cls(graph, after, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
+        pure = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        return cls(graph, after, *pure, attributes)
 
     @property
     def key(self) -> Any:
@@ -161,7 +177,8 @@ class Module:
             # That it is the same function is seen at the first: code and sizes are
             # those of all.
             groups = structure if found is None else structure.groups
-            small = Module.of(l0jax.nnx.shrink(module, keep, groups))
+            small = l0jax.nnx.shrink(module, keep, groups, dict(self.attributes))
+            small = Module.of(small, self.attributes)
             found = found or small
             left.append((small.params, small.rest))
         assert found is not None
@@ -172,7 +189,7 @@ class Module:
         `l0jax.nnx.Narrowed`."""
         module = self.whole(tree)
         try:
-            return l0jax.nnx.shrink(module, keep, structure)
+            return l0jax.nnx.shrink(module, keep, structure, dict(self.attributes))
         except ValueError as error:
             if "another function" not in str(error):
                 raise
@@ -204,7 +221,10 @@ class _Applied:
 
 
 def linen(
-    module: nn.Module, variables: Mapping[str, PyTree], **evaluation: Any
+    module: nn.Module,
+    variables: Mapping[str, PyTree],
+    attributes: Attributes | None = None,
+    **evaluation: Any,
 ) -> "Linen":
     """A Linen module to be trained.
 
@@ -216,6 +236,8 @@ def linen(
     Args:
         module: the module.
         variables: as `module.init` gives them.
+        attributes: fields of the module that count the units of groups:
+            `{"heads": "query"}`. See `l0jax.linen.shrink`.
         **evaluation: keyword arguments with which it is called in evaluation, such as
             `train=False`: its units are read so, and `Training.evaluate` calls it so.
 
@@ -228,7 +250,13 @@ def linen(
             f"{', '.join(variables) or 'nothing'}"
         )
     rest = {name: each for name, each in variables.items() if name != "params"}
-    return Linen(module, variables["params"], rest, tuple(sorted(evaluation.items())))
+    return Linen(
+        module,
+        variables["params"],
+        rest,
+        tuple(sorted(evaluation.items())),
+        tuple(sorted((attributes or {}).items())),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,6 +267,7 @@ class Linen(_Applied):
     params: PyTree
     rest: PyTree
     evaluation: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, str | Sequence[str]], ...] = ()
     below: str = "params."
 
     @property
@@ -279,18 +308,20 @@ class Linen(_Applied):
 
     def smaller(self, trees, keep, structure):
         """The same module, whose layers take their sizes from their arrays."""
-        resized = l0jax.linen.Resized
-        module = self.module
-        if not isinstance(module, resized):
-            module = resized(module)
-        small = dataclasses.replace(self, module=module)
-        _check_same(self._evaluated, small._evaluated, trees[0], keep, structure)
+        small, _ = l0jax.linen.shrink(
+            self.module,
+            trees[0],
+            keep,
+            structure,
+            dict(self.attributes),
+            **dict(self.evaluation),
+        )
         left = []
         for tree in trees:
             variables = dict(units.shrink(tree, keep, structure.groups))
             left.append((variables.pop("params"), variables))
         params, rest = left[0]
-        return dataclasses.replace(small, params=params, rest=rest), left
+        return dataclasses.replace(self, module=small, params=params, rest=rest), left
 
 
 # ------------------------------------------------------------------------- functions

@@ -75,7 +75,8 @@ class Training:
     """How a network is trained; immutable.
 
     Args:
-        model: an NNX module, or `train.linen(module, variables)`, or
+        model: an NNX module (`train.module(module, attributes)` where its code reads
+            sizes from attributes of its own), `train.linen(module, variables)`, or
             `train.function(apply, params)`. Its own arrays are not changed.
         loss: `loss(model, batch) -> (mean loss, metrics)`: of the model in training
             mode and any pytree of arrays whose leading axes are the examples. Metrics
