@@ -8,8 +8,8 @@ writes into the folder, in a few seconds:
   the variance between heuristics and by how much that is lower than with pruning at
   once, with 95 % intervals;
 - `figures/spread.png`: the accuracy of every heuristic in every arm;
-- `figures/variance.png`: the standard deviation between heuristics, and the mean
-  accuracy, against the budget.
+- `figures/variance.png`: the standard deviation between heuristics with its 95 %
+  interval, and the mean accuracy, against the budget.
 """
 
 import argparse
@@ -235,8 +235,20 @@ def variance(rows: Sequence[Row]) -> Figure:
                 "label": NAMES.get(arm, arm),
             }
             # Below zero there is nothing to take a root of: no spread is seen.
-            found = [max(agnosticism.heuristic_variance(t), 0) for t in tables.values()]
-            left.plot(list(tables), np.sqrt(found), **style)
+            found = np.sqrt(
+                np.maximum(
+                    [agnosticism.variance_interval(t) for t in tables.values()], 0
+                )
+            ).T
+            # (Beside one another, or intervals would hide intervals.)
+            beside = np.array([*tables]) * 1.04 ** (number - (len(arms) - 1) / 2)
+            left.errorbar(
+                beside,
+                found[0],
+                (found[0] - found[1], found[2] - found[0]),
+                elinewidth=0.8,
+                **style,
+            )
             means = [t.mean() for t in tables.values()]
             right.plot(list(tables), means, **style)
         _labelled(left, ratio, "deviation between heuristics, points")

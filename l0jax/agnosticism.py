@@ -44,6 +44,31 @@ def heuristic_variance(results: np.ndarray, *, noise_removed: bool = True) -> fl
     return float(_variance(results, 1.0 if noise_removed else 0.0))
 
 
+def variance_interval(results: np.ndarray) -> Interval:
+    r"""The variance between heuristics, and Williams' interval of it (1962).
+
+    With F = MS_h / MS_e of H - 1 and (H - 1)(R - 1) degrees of freedom, its ends are
+    $SS_h (1 - F_q / F) / (R \chi^2_q)$ at the quantiles q of 97.5 and 2.5 %, and not
+    below 0: at least 95 % where effects and noise are normal.
+
+    Args:
+        results: (heuristics, runs), such as accuracies.
+
+    Raises:
+        ValueError: as `heuristic_variance`.
+    """
+    value = heuristic_variance(results)
+    results = _table(results, least_runs=2)
+    heuristics, runs = results.shape
+    free, rest = heuristics - 1, (heuristics - 1) * (runs - 1)
+    of_heuristics = runs * np.asarray(_variance(results, 0.0))
+    of_noise = of_heuristics - runs * value
+    q = np.array([0.975, 0.025])
+    apart = of_heuristics - stats.f.ppf(q, free, rest) * of_noise
+    low, high = np.maximum(free * apart / (runs * stats.chi2.ppf(q, free)), 0)
+    return Interval(value, float(low), float(high))
+
+
 def reduction(
     base: np.ndarray,
     other: np.ndarray,

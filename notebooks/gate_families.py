@@ -349,8 +349,7 @@ found = dict(sorted(found.items(), key=lambda item: -item[1].var(0).mean()))
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
-seven = (*style.COLOURS, "#555555")
-for at, (each, colour) in enumerate(zip(found.values(), seven, strict=True)):
+for at, (each, colour) in enumerate(zip(found.values(), style.COLOURS, strict=True)):
     places = np.arange(1, 9) + 0.11 * (at - 3)
     two_errors = 2 * each.std(0) / np.sqrt(len(each))
     left.errorbar(

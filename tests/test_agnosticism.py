@@ -63,6 +63,20 @@ def test_intervals_hold_the_truth():
     assert none <= 8
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0, 3.0])
+def test_the_interval_of_a_variance_holds_it(noise):
+    rng, held = np.random.default_rng(4), 0
+    for _ in range(400):
+        table = simulated(rng, 0.7, noise=noise, heuristics=5, runs=4)
+        found = agnosticism.variance_interval(table)
+        assert found.value == heuristic_variance(table)
+        assert found.low <= max(found.value, 0) <= found.high
+        held += found.low <= 0.7**2 <= found.high
+    # 95 % and no less, within 2.6 deviations of what 400 tables show.
+    assert held >= 400 * (0.95 - 0.028)
+    assert noise or held <= 400 * (0.95 + 0.028)
+
+
 def test_a_table_with_itself_is_not_reduced():
     table = simulated(np.random.default_rng(3), 1.0, noise=0.1)
     assert reduction(table, table, draws=200) == (0, 0, 0)

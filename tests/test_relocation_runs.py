@@ -225,6 +225,13 @@ def test_the_report_says_what_the_csv_says(folder):
     assert set(relocation_report.NAMES) == set(ARMS)
     for name in ("spread", "variance"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
+    # Each spread with its interval.
+    figure = relocation_report.variance(relocation_report.read(folder))
+    for container in figure.axes[0].containers:
+        ends = [segment[:, 1] for segment in container[2][0].get_segments()]
+        marks = container[0].get_ydata()
+        assert all(low <= y <= high for (low, high), y in zip(ends, marks, strict=True))
+    assert figure.axes[0].containers
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

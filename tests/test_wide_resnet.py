@@ -148,6 +148,11 @@ def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
     axes = gate_shares.picture(results).axes[0]
     drawn = axes.lines[1].get_ydata()
     np.testing.assert_allclose(drawn, 100 * np.array(results[1]["shares"]))
+    # No two variants look alike.
+    every = [{**results[0], "variant": name} for name in wide_resnet.VARIANTS]
+    lines = gate_shares.picture(every).axes[0].get_legend().get_lines()
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(every)
 
 
 BAD = {

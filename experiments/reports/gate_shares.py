@@ -22,6 +22,9 @@ def picture(results: list[dict[str, Any]]) -> Figure:
             100 * np.array(its).T,
             color=COLOURS[at % len(COLOURS)],
             linestyle="-" if at < len(COLOURS) else "--",
+            # Of two that lie upon one another both are seen.
+            linewidth=(3.5, 1.2)[at % 2],
+            zorder=2 + at % 2,
             label=[name] + [None] * (len(its) - 1),
         )
     for target in {result["config"]["target"] for result in results} - {None}:

@@ -1,6 +1,6 @@
 """Colours and style of all pictures."""
 
-BLUE, ORANGE, GREEN, PINK, AMBER, SKY = (
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK = (
     # Okabe and Ito (2008): distinct for every common kind of colour vision.
     "#0072B2",
     "#D55E00",
@@ -8,8 +8,9 @@ BLUE, ORANGE, GREEN, PINK, AMBER, SKY = (
     "#CC79A7",
     "#E69F00",
     "#56B4E9",
+    "#000000",
 )
-COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
+COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK)
 REMOVED = "#D0D0D0"
 
 STYLE = {
