@@ -4,11 +4,16 @@ Nothing of `l0jax` is imported here: its annotations are checked only if pytest'
 `--jaxtyping-packages` is in place before the first import.
 """
 
+import collections
+import functools
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -25,23 +30,57 @@ settings.register_profile("laws", derandomize=True, deadline=None, max_examples=
 settings.load_profile("laws")
 
 
-# What takes longest: of a sweep the largest members, the others being of the same kind,
+# What takes longest: the largest members of sweeps, the others being of the same kind,
 # and runs of whole experiments beyond the first of each.
 SLOW = re.compile(
     r"i3d|haiku_(resnet50|mobilenet_v1|vq_vae|lstm|transformer)|equinox_rope_decoder"
     r"|ResNet-50|ConvNeXt-T|ViT-B|test_models.*(-odd|-paper)"
-    r"|runs_and_shows_pictures\[(?!quickstart)"
     r"|test_relocation_runs|each_option_does_something"
     r"|every_variant_trains_and_is_removed\[(?!fixed\])"
     r"|a_target_is_met\[(?!macs)|a_comparison_goes_on_where|it_trains_and_is_recorded"
 )
+MEMBERS = 3
+
+
+def pytest_configure(config):
+    """Programs are compiled once for all tests and workers: that is most of the time.
+
+    (A worker that reads what another one is still writing compiles it again.)
+    """
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+        # Workers begin with the environment of their parent.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    for name, value in (
+        ("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what is slow by name."""
+    """Marks as slow what is so by name, and of each sweep all members but some.
+
+    Which ones differs from law to law, so that every network and every family of gates
+    stands under some laws in the fast run, and under all of them in the slow one.
+    """
+    sweeps = collections.defaultdict(list)
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("sweep"):
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for name, members in sweeps.items():
+        first = zlib.crc32(name.encode())
+        chosen = {
+            (first + at * len(members) // MEMBERS) % len(members)
+            for at in range(MEMBERS)
+        }
+        for at, item in enumerate(members):
+            if at not in chosen:
+                item.add_marker(pytest.mark.slow)
 
 
 MAPS = Path("/proc/self/maps")
@@ -76,18 +115,6 @@ def promotion_of_experiments(request):
     of_experiments = any(str(name).startswith("experiments") for name in imported)
     with jax.numpy_dtype_promotion("standard" if of_experiments else "strict"):
         yield
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Runs of one configuration compile the same programs: once is enough."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ def shifted(name, size):
     return apply, params, jnp.float32(rng.normal(size=(2, size)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", SHIFTS)
 def test_units_beside_an_axis_that_meets_its_own_shift_can_be_removed(name):
     for size in (4, 5, 16, 33):
@@ -199,6 +200,7 @@ TURNS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", TURNS)
 def test_deep_programs_are_read(name):
     layers = sys.getrecursionlimit()

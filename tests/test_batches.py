@@ -70,6 +70,7 @@ def of_hidden(structure):
     return max(found, key=lambda name: structure.groups[name].size)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("traced", [4, 1])
 @pytest.mark.parametrize("name", KNOWING)
 def test_any_batch_gives_what_the_function_gives(name, traced):
@@ -118,6 +119,7 @@ FOR_ANY = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", FOR_ANY)
 def test_narrowed_functions_are_exported_for_any_batch(name):
     """Sizes are then symbols, and slices are traced as gathers."""
@@ -265,6 +267,7 @@ def reads(p, x):
     return hidden(p, x) @ kernel
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [*FLOATS, *EXACT])
 def test_a_gate_acts_on_what_it_gates_whatever_the_dtype(dtype):
     """A soft gate scales; what it can't scale is not gated."""

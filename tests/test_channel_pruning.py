@@ -18,8 +18,6 @@ from experiments.tasks import data
 from experiments.tasks.images import Recipe
 from l0jax import costs, models, storage, train
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 RECIPE = Recipe(epochs=1, batch_size=64)
 CONFIG = Config(
     dataset="digits",
@@ -52,6 +50,7 @@ def run(folder, **changes):
     return channel_pruning.main(dataclasses.replace(CONFIG, out=folder, **changes))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_in_a_smaller_network(folder, method):
     found = run(folder, method=(method,))
@@ -115,6 +114,7 @@ def test_a_layer_that_closed_wholly_keeps_a_channel(tmp_path, monkeypatch):
     np.testing.assert_allclose(first, second, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_methods_train_equally_long(tmp_path):
     """With `after`, what a method trains to choose counts."""
     tune = dataclasses.replace(CONFIG.tune, epochs=7)
@@ -213,6 +213,7 @@ def test_what_is_done_is_not_done_again(folder, monkeypatch):
     assert run(folder, method=("filter_l1",))["results"] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kills"), [("dcp", (1, 4)), ("dcp_adapt", (1,)), ("random_dcp", (2,))]
 )
@@ -296,6 +297,7 @@ BAD = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_run_is_named(tmp_path, case):
     changes, words = BAD[case]

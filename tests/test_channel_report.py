@@ -11,8 +11,6 @@ from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
 from experiments.tasks.dataset import DataError
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 def line(method="dcp", seed=0, row="comparison", config=None, **changes):
     return {
@@ -54,6 +52,7 @@ def test_results_stand_in_the_order_of_the_rows(file):
     assert len(channel_rows.results("comparison")) == 3
 
 
+@pytest.mark.slow
 def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
     """Run twice, everything is there once."""
     small = dataclasses.replace(CONFIG, method=("filter_l1", "random"), seeds=(0, 1))

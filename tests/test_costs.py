@@ -122,6 +122,7 @@ LENET_TABLE = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("widths", MLP_TABLE)
 def test_weights_of_published_mlps(widths):
     structure = network("mlp")
@@ -131,6 +132,7 @@ def test_weights_of_published_mlps(widths):
     assert costs.macs(structure, kept) == a * b + b * c + 10 * c
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("widths", LENET_TABLE)
 def test_costs_of_published_lenets(widths):
     structure = network("lenet5")
@@ -387,6 +389,7 @@ def test_unknown_costs_are_named():
         assert costs.make(name) is cost
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("convention", COSTS)
 @pytest.mark.parametrize("name", TRACED)
 def test_what_a_group_saves_is_what_is_missing_without_it(name, convention):

@@ -518,6 +518,7 @@ def test_mnist_truncated(data_dir: Path):
 CIFAR = MNIST.parent.parent / "cifar10_jpeg"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="no CIFAR-10 in TFDS_DATA_DIR")
 def test_cifar10_jpeg():
     """The mean and the deviation of the colours that everyone normalises with."""

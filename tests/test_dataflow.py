@@ -36,6 +36,7 @@ def kernels(state):
     return dict.fromkeys([found[0], found[len(found) // 2], found[-1]])
 
 
+@pytest.mark.sweep
 @sweep
 def test_all_steps_are_the_function(name):
     apply, state, images, flow = build(name)
@@ -45,6 +46,7 @@ def test_all_steps_are_the_function(name):
     np.testing.assert_allclose(found, jax.jit(apply)(state, images), rtol=1e-6)
 
 
+@pytest.mark.sweep
 @sweep
 def test_what_is_stored_and_what_changes_give_the_same(name):
     """From the frontier of any kernel the function is evaluated without its inputs."""
@@ -66,6 +68,7 @@ def test_what_is_stored_and_what_changes_give_the_same(name):
             assert front == (flow.reads(path),)
 
 
+@pytest.mark.sweep
 @sweep
 def test_a_layer_is_linear_in_what_it_reads(name):
     """A unit of the read value is a row of the kernel: zero at either, it is gone."""

@@ -18,6 +18,7 @@ def small(monkeypatch):
     monkeypatch.setitem(NETWORKS, "resnet8", {**small, "epochs": 2, "loop": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "resnet8"])
 def test_each_rule_is_compared_with_the_budget_at_its_own_share(
     tmp_path, monkeypatch, name

@@ -189,6 +189,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name], array, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [4, 3, 1])
 @pytest.mark.parametrize("name", OWN)
 def test_gradients_are_those_of_the_gated_function(name, size):
@@ -202,6 +203,7 @@ def test_gradients_are_those_of_the_gated_function(name, size):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-9)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", OWN)
 def test_second_derivatives_are_too(name):
     masked, small, params, left = case(name)

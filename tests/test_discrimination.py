@@ -77,6 +77,7 @@ def no_training(**settings):
     return Selection(epochs=0, **settings)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["pre_activation_resnet", "vgg", "lenet5"])
 @pytest.mark.parametrize("norm", ["overall", "per_output"])
 @pytest.mark.parametrize("with_head", [True, False])
@@ -157,6 +158,7 @@ def dense(seed, orthogonal):
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_choice_is_the_best_of_all(seed):
     """Where inputs are orthogonal the best three are known by trying all of them; the
@@ -300,6 +302,7 @@ def test_adaptive_pruning_stops_where_a_channel_makes_no_difference():
     assert left[0] > left[-1]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["pre_activation_resnet", "lenet5"])
 @pytest.mark.parametrize("norm", ["overall", "per_output"])
 def test_norms_are_over_all_weights_of_a_channel_or_for_each_output(name, norm):

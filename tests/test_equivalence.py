@@ -182,6 +182,7 @@ def shrunk(module, keep, structure, x):
     return small(x), expected
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", MODULES)
 def test_a_smaller_module_is_the_gated_one_or_refused(name):
     module, x = made(name)

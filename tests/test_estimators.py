@@ -70,6 +70,7 @@ def assert_mean(found, expected):
     np.testing.assert_array_less(np.abs(found.mean(0) - np.asarray(expected)), error)
 
 
+@pytest.mark.sweep
 @unbiased
 def test_gradients_in_logits_are_those_of_the_expected_loss(name):
     one, two, x, y = network()
@@ -79,6 +80,7 @@ def test_gradients_in_logits_are_those_of_the_expected_loss(name):
         assert_mean(found[group], wanted[group])
 
 
+@pytest.mark.sweep
 @every
 def test_values_and_gradients_in_weights_are_those_of_the_expected_loss(name):
     one, two, x, y = network()

@@ -118,6 +118,7 @@ def test_members_are_runs_of_the_mnist_experiment(tiny, tmp_path):
     assert float(row["test_error"]) == pytest.approx(alone["test_error"], abs=0.6)
 
 
+@pytest.mark.slow
 def test_families_are_compared_at_equal_budgets(tmp_path):
     """Beside equal λ: every family ends at the same multiply-accumulates."""
     how = dataclasses.replace(

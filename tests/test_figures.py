@@ -148,6 +148,7 @@ def test_draws_every_picture_and_nothing_else(tmp_path, model):
             assert np.asarray(image.convert("L")).std() > 5
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("model", "gates", "epochs"), EVERY_RUN)
 def test_every_kind_of_run_has_figures(tmp_path, model, gates, epochs):
     run = finished_run.read(make_run(tmp_path / "run", model, gates, epochs))

@@ -194,6 +194,7 @@ def same(found, expected):
         np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
+@pytest.mark.sweep
 @both
 def test_paths_and_initial_values_are_those_of_the_bare_module(api, kind):
     case = make(api, kind)
@@ -217,6 +218,7 @@ def test_initial_logits_follow_keep_prob(api, kind):
             np.testing.assert_allclose(values, np.log(p / (1 - p)), atol=0.06)
 
 
+@pytest.mark.sweep
 @both
 def test_calls_never_write_parameters_or_logits(api, kind):
     case = make(api, kind)
@@ -240,6 +242,7 @@ def test_an_nnx_module_is_not_written_in_place(kind):
         assert np.abs(case.module.norm.mean[...]).max() > 0, "statistics are its own"
 
 
+@pytest.mark.sweep
 @both
 def test_gates_are_those_of_the_functional_core(api, kind):
     """A gated call is the bare module under `apply_gates`, whatever sets the gates."""
@@ -269,6 +272,7 @@ FAMILIES = {name: family() for name, family in gates.GATES.items()}
 FAMILIES |= {f"mixture-{n}": gates.Mixture(pair()) for n, pair in gates.PAIRS.items()}
 
 
+@pytest.mark.sweep
 @either
 @pytest.mark.parametrize("gate", FAMILIES.values(), ids=list(FAMILIES))
 def test_logits_of_every_family_are_trained(api, gate):
@@ -276,6 +280,7 @@ def test_logits_of_every_family_are_trained(api, gate):
     moves_every_one(api, "mlp", APIS[api]("mlp", keep_prob=0.6, gate=gate))
 
 
+@pytest.mark.sweep
 @both
 def test_logits_are_trained_with_the_parameters(api, kind):
     """Law 6: a step of plain gradient descent under `jax.jit` moves every one."""
@@ -358,6 +363,7 @@ def test_running_statistics_are_updated_and_kept(api):
         assert not np.allclose(array, first[path])
 
 
+@pytest.mark.sweep
 @both
 def test_repeated_calls_share_one_trace(api, kind):
     traces = []
@@ -580,6 +586,7 @@ def test_a_module_that_is_another_function_when_smaller_is_refused():
     np.testing.assert_allclose(small(params, x), folded(x), rtol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("any_rank")
 @both
 def test_both_apis_are_gated_by_what_was_traced(api, kind):

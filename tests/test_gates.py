@@ -147,6 +147,7 @@ def test_what_families_lack_is_what_they_say():
     assert those_without("exact") == {"relaxed_mixture"}
 
 
+@pytest.mark.sweep
 @sweep
 def test_probabilities_and_mean_are_those_of_the_draws(gate):
     logits = jnp.float32(LOGITS)
@@ -169,6 +170,7 @@ def test_probabilities_and_mean_are_those_of_the_draws(gate):
     np.testing.assert_array_less(np.abs(z.mean(0) - gate.mean(logits)), error)
 
 
+@pytest.mark.sweep
 @sweep
 def test_draws_of_one_call_are_independent(gate):
     logits = jnp.full(2000, 0.3)
@@ -185,6 +187,7 @@ def test_draws_of_one_call_are_independent(gate):
     np.testing.assert_array_equal(z, gate.sample(jax.random.key(2), logits))
 
 
+@pytest.mark.sweep
 @curves
 @sweep
 def test_curves_have_the_derivative_of_finite_differences(gate, curve):
@@ -196,6 +199,7 @@ def test_curves_have_the_derivative_of_finite_differences(gate, curve):
         np.testing.assert_allclose(slope, secant, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.sweep
 @sweep
 def test_draws_have_the_derivative_of_finite_differences(gate):
     with jax.enable_x64(True):
@@ -216,6 +220,7 @@ def test_draws_have_the_derivative_of_finite_differences(gate):
         np.testing.assert_allclose(slope[smooth], secant[smooth], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sweep
 @sweep
 def test_everything_is_monotone_in_the_logit(gate):
     logits = jnp.linspace(-6.0, 6.0, 241)
@@ -241,6 +246,7 @@ def constants(gate):
     return ends if gate.bounded else (*ends, "mean", "rule mean")
 
 
+@pytest.mark.sweep
 @sweep
 def test_what_a_unit_pays_is_finite_and_is_trained_at_the_limits(gate):
     ends = gate.project(jnp.float32([-1e9, 1e9]))
@@ -251,6 +257,7 @@ def test_what_a_unit_pays_is_finite_and_is_trained_at_the_limits(gate):
     assert (gate.l0_term(ends) >= 0).all()
 
 
+@pytest.mark.sweep
 @given(st.floats(-8, 8), st.floats(-8, 8))
 @families
 def test_probabilities_are_ordered(family, a, b):
@@ -265,6 +272,7 @@ def test_probabilities_are_ordered(family, a, b):
     assert one[0] <= one[1]
 
 
+@pytest.mark.sweep
 @sweep
 def test_float32_is_close_to_float64(gate):
     with jax.enable_x64(True):
@@ -277,6 +285,7 @@ def test_float32_is_close_to_float64(gate):
             np.testing.assert_allclose(single, double, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep
 @sweep
 def test_half_precision_logits_keep_noise_in_full_precision(gate):
     """A bfloat16 uniform has 128 values: P(z = 1) would be 3 % off."""
@@ -290,6 +299,7 @@ def test_half_precision_logits_keep_noise_in_full_precision(gate):
         assert len(np.unique(inside)) > 400
 
 
+@pytest.mark.sweep
 @sweep
 def test_every_rule_gives_a_gate_and_others_raise(gate):
     logits = jnp.float32(LOGITS)
@@ -327,6 +337,7 @@ def test_equal_gates_are_interchangeable(family):
     assert family.__name__ in repr(gate)
 
 
+@pytest.mark.sweep
 @families
 def test_temperature_may_be_traced_and_is_all_that_changes(family):
     gate, logits = family(), jnp.float32(LOGITS)
@@ -361,6 +372,7 @@ def test_projection_is_one(gate):
     np.testing.assert_array_equal(gate.project(once), once)
 
 
+@pytest.mark.sweep
 @families
 def test_initial_logits_lie_where_they_should(family):
     gate, size = family(), 20_000
@@ -379,6 +391,7 @@ def test_initial_logits_lie_where_they_should(family):
         assert str(outside) in str(error.value)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,)])
 @families
 def test_gates_take_arrays_of_any_shape(family, shape):

@@ -26,6 +26,7 @@ def logits_of(gate):
     return gating.init(KEY, gate, GROUPS, 0.5)
 
 
+@pytest.mark.sweep
 @sweep
 def test_groups_have_their_own_keys(gate):
     """Two of the same size and logits draw differently; others change nothing."""
@@ -69,6 +70,7 @@ def test_keys_are_the_same_in_every_process():
     assert printed == {str(jax.random.key_data(expected))}
 
 
+@pytest.mark.sweep
 @sweep
 def test_every_verb_is_that_of_the_family(gate):
     logits = {name: 9 * values for name, values in logits_of(gate).items()}
@@ -92,6 +94,7 @@ def test_every_verb_is_that_of_the_family(gate):
     assert all(rule in str(error.value) for rule in (*gate.rules, *gating.RULES))
 
 
+@pytest.mark.sweep
 @sweep
 def test_rules_for_all_families_keep_what_they_say(gate):
     """The decision from probabilities, and its value, in NumPy."""
@@ -142,6 +145,7 @@ def test_keep_probabilities_are_one_or_one_for_each_group(gate):
         gating.init(KEY, gate, GROUPS, {**each, "last": 1.5})
 
 
+@pytest.mark.sweep
 @sweep
 def test_average_of_draws_is_near_the_mean(gate):
     logits, draws = logits_of(gate), 2000
@@ -159,6 +163,7 @@ def test_average_of_draws_is_near_the_mean(gate):
     assert not np.allclose(one["first"], two["first"])
 
 
+@pytest.mark.sweep
 @sweep
 def test_exactly_one_of_key_and_rule(gate):
     logits, rule = logits_of(gate), gate.rules[0]

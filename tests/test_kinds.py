@@ -39,11 +39,13 @@ EXPECTED = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", EXPECTED)
 def test_kinds_are_told_apart(name):
     assert set(of(name).kinds.values()) == EXPECTED[name]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_group_has_a_kind_that_the_table_shows(name):
     structure = of(name)

@@ -42,6 +42,7 @@ TRUTH = {
 }
 
 
+@pytest.mark.sweep
 @at_each_scale
 @pytest.mark.parametrize("name", TRUTH)
 @in_float64
@@ -52,6 +53,7 @@ def test_pairs_are_the_distributions_that_they_are_called(name, scale):
     np.testing.assert_allclose(pair.density(jnp.asarray(s)), truth.pdf(s), rtol=1e-7)
 
 
+@pytest.mark.sweep
 @at_each_scale
 @every_pair
 @in_float64
@@ -85,6 +87,7 @@ EDGES: dict[str, tuple[Pair, float, float | None]] = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", EDGES)
 def test_open_probabilities_of_both_distributions(name):
     """P(z != 0) = b + (a - b) pi, of which b and a are these."""
@@ -172,6 +175,7 @@ def test_implicit_gradients_are_those_of_the_closed_form(name):
     )
 
 
+@pytest.mark.sweep
 @every_pair
 @in_float64
 def test_gradients_of_draws_have_the_mean_that_they_should(pair):
@@ -216,6 +220,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("name", MOMENTS)
 @in_float64
@@ -253,6 +258,7 @@ def frequencies(gate, logits, draws=200_000):
     return hits, 5 * np.sqrt(hits * (1 - hits) / draws) + 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [pairs.Power, pairs.Exponential, pairs.Logistic])
 def test_a_relaxed_indicator_biases_what_is_counted(pair):
     """It moves gates away from both ends, and less the colder it is."""
@@ -268,6 +274,7 @@ def test_a_relaxed_indicator_biases_what_is_counted(pair):
     assert gaps[0][0] < 0 < gaps[0][1]
 
 
+@pytest.mark.sweep
 @every_pair
 def test_pairs_can_be_made_equally_sharp(pair):
     gate = Mixture(pair=pair())
@@ -407,6 +414,7 @@ def test_a_pair_is_given_and_not_its_name(monkeypatch):
         Mixture(wrong)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("what", NO_PAIRS)
 def test_what_is_no_pair_is_refused(what):
     pair, message = NO_PAIRS[what]

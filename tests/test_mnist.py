@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from scipy.interpolate import RegularGridInterpolator
 
 from experiments import (
@@ -132,24 +131,11 @@ def run(folder, **changes):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_are_kept(tmp_path_factory):
-    """Runs of equal settings share compiled programs: compiling is most of a run."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def small_evaluation_batches():
+    """Several for the test set, one for the validation set."""
     with pytest.MonkeyPatch.context() as patch:
-        # Several for the test set, one for the validation set.
         patch.setattr(mnist_evaluation, "EVALUATION_BATCH", 120)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +286,7 @@ def digits():
     return data.load("digits", 1 / 12)
 
 
+@pytest.mark.sweep
 @every_run
 def test_a_run_leaves_its_record(runs, kind):
     run = runs(kind)
@@ -336,6 +323,7 @@ def test_a_run_leaves_its_record(runs, kind):
     assert run.rows[-1]["trained"] == alive
 
 
+@pytest.mark.sweep
 @every_run
 def test_gates_are_those_of_the_averaged_logits(runs, kind):
     config, found = runs(kind).config, left(runs(kind))
@@ -359,6 +347,7 @@ def test_gates_are_those_of_the_averaged_logits(runs, kind):
             np.testing.assert_allclose(z, expected, atol=1e-5)
 
 
+@pytest.mark.sweep
 @every_run
 def test_the_shrunk_network_is_the_gated_one(runs, kind):
     run, dataset = runs(kind), digits()
@@ -373,6 +362,7 @@ def test_the_shrunk_network_is_the_gated_one(runs, kind):
     assert run.rows[-1]["validation_error"] == pytest.approx(validation, abs=1e-9)
 
 
+@pytest.mark.sweep
 @every_run
 def test_the_shrunk_network_is_as_small_as_is_reported(runs, kind):
     run, found = runs(kind), left(runs(kind))
@@ -767,6 +757,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(stopped, runs, tmp_path):
     assert found.rows[:3] == stopped.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["compacted", "compacted weights"])
 def test_a_run_goes_on_after_it_was_compacted(kind, runs, tmp_path):
     """Law 7 across a compaction: bit for bit."""
@@ -994,6 +985,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_settings_are_named_before_anything_is_written(bad, tmp_path):
     changes, words = BAD[bad]
@@ -1217,6 +1209,7 @@ def seconds_left(found):
 LATENCY: dict[str, Any] = {"target_latency": 0.6, "epochs": 2, "target_warm_up": 0.5}
 
 
+@pytest.mark.slow
 def test_seconds_are_measured_once_and_a_resumed_run_has_the_same(
     tmp_path, monkeypatch
 ):
@@ -1239,6 +1232,7 @@ def test_seconds_are_measured_once_and_a_resumed_run_has_the_same(
     assert excess["latency"] == pytest.approx(seconds_left(found) / 0.6 - 1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_seconds_of_a_network_that_was_compacted_are_those_of_the_whole(tmp_path):
     sizes = {"input": (1, 64), "hidden1": (1, 20, 300), "hidden2": (1, 100)}
     widths = itertools.product(*sizes.values())
@@ -1481,6 +1475,7 @@ def test_training_goes_on_with_its_multipliers(tmp_path):
     assert whole.rows[1]["multipliers"]["params"] > 0
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bernoulli_gates_are_trained_by_every_estimator(tmp_path, estimator):
     its = run(

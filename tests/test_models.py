@@ -143,6 +143,7 @@ def check_law(model, seed):
     return shrunk
 
 
+@pytest.mark.sweep
 @sweep
 def test_gated_is_shrunk(name, size):
     model = build(name, size)
@@ -150,6 +151,7 @@ def test_gated_is_shrunk(name, size):
         check_law(model, seed)
 
 
+@pytest.mark.sweep
 @sweep
 def test_a_shrunk_model_is_a_model(name, size):
     """Its groups fit it, it can be gated again, and shrinks again."""
@@ -161,6 +163,7 @@ def test_a_shrunk_model_is_a_model(name, size):
         check_law(twice, seed + 200)
 
 
+@pytest.mark.sweep
 @small
 def test_each_group_can_be_shrunk_alone(name, size):
     model = build(name, size)
@@ -177,6 +180,7 @@ def test_each_group_can_be_shrunk_alone(name, size):
             assert size_of(groups_of(shrunk), group.name) == group.size - 1
 
 
+@pytest.mark.sweep
 @small
 def test_what_is_not_in_use_may_go(name, size):
     """`in_use` of folded weights finds units that died with another group's gates."""
@@ -193,6 +197,7 @@ def test_what_is_not_in_use_may_go(name, size):
         agree(outputs(shrunk, images), outputs(folded, images))
 
 
+@pytest.mark.sweep
 @sweep
 def test_architecture_rebuilds_the_shape(name, size):
     model = build(name, size)
@@ -296,6 +301,7 @@ def xla_convolution(x, kernel):
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("images", "kernel"),
@@ -337,6 +343,7 @@ def test_convolution_maps_over_kernels():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sweep
 @small
 def test_each_example_is_mapped_on_its_own(name, size):
     model = build(name, size)
@@ -361,6 +368,7 @@ def test_unknown_models_are_named():
 # ------------------------------------------------------------- through the adapters
 
 
+@pytest.mark.sweep
 @small
 def test_the_nnx_adapter_is_shrunk_at_test_time(name, size):
     model = build(name, size)
@@ -391,6 +399,7 @@ class ConvNet(linen.Module):
         return linen.Dense(3, name="dense")(x)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(5))
 def test_linen_variables_shrink_with_their_running_statistics(seed):
     rng = np.random.default_rng(seed)

@@ -113,6 +113,7 @@ def keys_of(state):
     }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_module_in_training_is_read_as_in_evaluation(name):
     module = made(name)
@@ -137,6 +138,7 @@ def test_a_module_in_training_is_read_as_in_evaluation(name):
     assert note in str(structure.only(*structure.groups))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LAYERS)
 def test_narrowed_and_shrunk_are_the_gated_module_in_evaluation(name):
     module = made(name)

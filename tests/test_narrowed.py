@@ -225,6 +225,7 @@ def stream(norm):
     return module, structure.add(group)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("left", [1, 3, 7])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-2])

@@ -50,6 +50,7 @@ def test_threefry_is_that_of_jax(key0, key1, counters):
     np.testing.assert_array_equal(found, threefry_2x32(key, counters.ravel()))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("size", SIZES)
 def test_any_number_of_gates_has_noise_of_any_generator(size, impl):

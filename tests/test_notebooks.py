@@ -60,6 +60,7 @@ def test_there_is_a_notebook_and_each_has_its_source():
     assert {file.stem for file in FOLDER.glob("*.py")} == notebooks
 
 
+@pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs_and_shows_pictures(notebook, own_jupyter):
     executed = execute(notebook, FOLDER, SECONDS)

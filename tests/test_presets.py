@@ -44,6 +44,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_multiply_adds_are_the_published_ones(name):
     structure = structure_of(name)

@@ -89,6 +89,7 @@ def assert_close(found, expected, tolerance):
 # The linear system.
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", models.MODELS)
 def test_outputs_are_windows_times_kernels(name):
     _, of = build(name)
@@ -426,6 +427,7 @@ def copied(name, share):
     return with_params(of, params)
 
 
+@pytest.mark.sweep
 @both
 @pytest.mark.parametrize("name", ["lenet5", "vgg"])
 def test_copies_go_and_nothing_changes(name, method):
@@ -454,6 +456,7 @@ def test_the_smaller_of_two_copies_goes_first(method):
 # The whole network.
 
 
+@pytest.mark.sweep
 @both
 @pytest.mark.parametrize("name", ["lenet5", "pre_activation_resnet"])
 def test_shrinking_is_exact(name, method):
@@ -578,6 +581,7 @@ BAD = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_done_is_named(case):
     run, words = BAD[case]

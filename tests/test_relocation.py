@@ -195,6 +195,7 @@ def test_a_unit_that_others_repeat_is_made_up_for():
     assert np.abs(before - after).max() > 0.05 * np.abs(before).max()
 
 
+@pytest.mark.sweep
 @every_model
 def test_what_is_fitted_comes_nearer(name):
     """Of every architecture: where doomed units are gone, the first layers that read
@@ -245,6 +246,7 @@ def test_each_layer_is_compiled_once_for_all_choices(monkeypatch):
     assert sorted(traces) == sorted(fit.readers)
 
 
+@pytest.mark.sweep
 @every_model
 def test_layers_of_a_level_do_not_depend_on_each_other(name):
     _, _, task = built(name)
@@ -350,6 +352,7 @@ def test_what_is_not_finite_is_named():
 # --------------------------------------------------------------------------- removal
 
 
+@pytest.mark.sweep
 @every_model
 def test_removal_is_exact(name):
     model, structure, task = built(name)

@@ -21,8 +21,6 @@ from experiments.relocation_settings import HEURISTICS, NETWORKS, Config, Networ
 from experiments.relocation_training import ARMS
 from l0jax import agnosticism, methods, models
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 TINY = Config(
     dataset="digits",
     heuristics=("random", "filter_l1", "inverted_filter_l1"),

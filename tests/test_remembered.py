@@ -318,6 +318,7 @@ def floats(module):
 X = np.float32(np.random.default_rng(0).normal(size=(4, 5, 3)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_that_shrinks_says_what_its_sizes_are(name):
     module, again = of(name)

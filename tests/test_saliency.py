@@ -201,6 +201,7 @@ STATISTICS = {
 }
 
 
+@pytest.mark.sweep
 @by_hand
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_of_values_are_those_by_hand(name, net):
@@ -349,6 +350,7 @@ def outputs(graph, state, images):
     return nnx.merge(graph, state)(images)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("net", models.MODELS)
 @every_score
 def test_scores_choose_what_is_left(name, net):
@@ -379,6 +381,7 @@ def test_scores_choose_what_is_left(name, net):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.sweep
 @every_score
 def test_each_batch_runs_the_same_program(name, monkeypatch):
     """One function is compiled, once, and its weights and examples are arguments; or
@@ -547,6 +550,7 @@ def test_random_orders_are_uniform_and_of_each_group_alone():
 # ----------------------------------------------------------------------------- errors
 
 
+@pytest.mark.sweep
 @every_score
 def test_scores_that_are_not_finite_are_named(name):
 

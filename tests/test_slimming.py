@@ -33,6 +33,7 @@ def test_scales_are_those_of_the_norms():
     assert slimming.penalty(of.params, of.structure.groups) == pytest.approx(total)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "name", [n for n in models.MODELS if n not in ("mlp", "lenet5")]
 )

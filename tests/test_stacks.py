@@ -259,6 +259,7 @@ def check_narrowed(structure, apply, params, seed=0):
     return keep
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", STACKS)
 def test_units_of_stacked_layers_go_together(name):
     apply, params = made(name)
@@ -270,6 +271,7 @@ def numbers(tree):
     return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", STACKS)
 def test_an_unstacked_function_is_the_same_with_groups_of_each_layer(name):
     apply, params = made(name)
@@ -289,6 +291,7 @@ def test_an_unstacked_function_is_the_same_with_groups_of_each_layer(name):
     check_narrowed(structure, unstacked, apart)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", STACKS)
 def test_a_step_down_the_gradient_is_the_same(name):
     apply, params = made(name)
@@ -370,6 +373,7 @@ SHRUNK = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", SHRUNK)
 def test_nnx_stacks_shrink_and_say_so(name):
     module = Stacked(nnx.Rngs(0), **SHRUNK[name])

@@ -61,6 +61,7 @@ def arrays(model):
 # ------------------------------------------------------------------------- models
 
 
+@pytest.mark.sweep
 @sizes
 @sweep
 def test_a_model_comes_back_as_it_was(name, size, tmp_path):
@@ -81,6 +82,7 @@ def test_a_model_comes_back_as_it_was(name, size, tmp_path):
         units.check(nnx.state(again), models.structure(again).groups)
 
 
+@pytest.mark.sweep
 @sweep
 def test_saving_again_replaces_the_model(name, tmp_path):
     for make in (dense, shrunk):
@@ -92,6 +94,7 @@ def test_saving_again_replaces_the_model(name, tmp_path):
     ]
 
 
+@pytest.mark.sweep
 @sweep
 def test_nothing_is_pickled(name, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
@@ -122,6 +125,7 @@ assert model(jnp.ones((1, *shape))).shape == (1, 3)
 """
 
 
+@pytest.mark.sweep
 @sweep
 def test_loading_waits_for_nothing_that_training_needs(name, tmp_path):
     storage.save(shrunk(name), tmp_path)
@@ -416,6 +420,7 @@ def first_number(params, x):
     return x + sum((a == a).sum() for a in leaves)
 
 
+@pytest.mark.sweep
 @every_dtype
 def test_arrays_of_a_function_come_back_bit_for_bit(dtype, tmp_path):
     with jax.enable_x64(dtype in WIDE):
@@ -437,6 +442,7 @@ def test_arrays_of_a_function_come_back_bit_for_bit(dtype, tmp_path):
             same_bits(again.params[path], array)
 
 
+@pytest.mark.sweep
 @every_dtype
 def test_arrays_of_a_model_come_back_bit_for_bit(dtype, tmp_path):
     with jax.enable_x64(dtype in WIDE):
@@ -454,6 +460,7 @@ def test_arrays_of_a_model_come_back_bit_for_bit(dtype, tmp_path):
             storage.save(model, tmp_path / "it")
 
 
+@pytest.mark.sweep
 @every_dtype
 def test_checkpoints_come_back_bit_for_bit(dtype, tmp_path):
     with jax.enable_x64(dtype in WIDE):
@@ -864,6 +871,7 @@ def test_forged_arguments_build_nothing_absurd(arguments, tmp_path):
     assert time.perf_counter() - begun < 2
 
 
+@pytest.mark.sweep
 @sweep
 def test_sizes_of_every_model_are_bounded_by_its_arrays(name, tmp_path):
     storage.save(dense(name), tmp_path)

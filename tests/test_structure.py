@@ -540,6 +540,7 @@ read = functools.cache(read)
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
+@pytest.mark.sweep
 @every_network
 def test_finds_all_units_that_can_be_removed_and_no_others(name):
     """Law 4: outputs, normalised axes and what is indexed are in no group."""
@@ -553,6 +554,7 @@ def test_finds_all_units_that_can_be_removed_and_no_others(name):
     units.check(net.params, structure.groups)
 
 
+@pytest.mark.sweep
 @every_network
 def test_gated_equals_narrowed(name):
     """Law 2, of units at random and of a single unit of each group."""
@@ -563,6 +565,7 @@ def test_gated_equals_narrowed(name):
     assert_law_2(net.apply, net.params, net.inputs, structure, keep)
 
 
+@pytest.mark.sweep
 @every_network
 def test_all_gates_open_change_nothing(name):
     net, structure = read(name)
@@ -575,6 +578,7 @@ def test_all_gates_open_change_nothing(name):
         assert (a == b).all()
 
 
+@pytest.mark.sweep
 @every_network
 def test_groups_may_lose_all_their_units(name):
     """Zero is a size: laws 2 and 3 of each group that is gone, and of all of them."""
@@ -594,6 +598,7 @@ def test_groups_may_lose_all_their_units(name):
             assert costs.exact(structure, keep, cost) == costs.exact(smaller, cost=cost)
 
 
+@pytest.mark.sweep
 @every_network
 def test_costs_are_those_of_the_narrowed_program(name):
     """Law 3: costs at `keep` are counted again on a trace of what is left."""
@@ -608,6 +613,7 @@ def test_costs_are_those_of_the_narrowed_program(name):
         assert found == costs.exact(smaller, cost=cost)
 
 
+@pytest.mark.sweep
 @every_network
 def test_expected_costs_are_the_means_of_draws(name):
     """Law 3: within five standard errors of 20,000 draws."""
@@ -650,6 +656,7 @@ def test_costs_agree_with_the_count_of_the_compiler(name):
     assert products <= flops <= 1.35 * products
 
 
+@pytest.mark.sweep
 @every_network
 def test_narrowed_functions_take_batches_of_any_size(name):
     net, structure = read(name)
@@ -948,6 +955,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("what", ALIKE)
 def test_units_that_are_alike_when_closed_can_be_removed(what):
     def apply(p, x):

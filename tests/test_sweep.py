@@ -136,6 +136,7 @@ close = functools.partial(
 )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("together", [None, 1, 2, 3])
 def test_members_are_the_single_runs(together):
     found = swept(together)

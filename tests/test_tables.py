@@ -672,6 +672,7 @@ def test_each_comparison_of_families_is_printed(place):
 # ----------------------------------------------------------- soft knowledge relocation
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", study_tables.RELOCATIONS)
 def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
     folder = RESULTS / f"relocation-{name}"

@@ -227,6 +227,7 @@ FAMILIES = {name: family() for name, family in gates.GATES.items()}
 FAMILIES |= {f"mixture-{n}": gates.Mixture(pair()) for n, pair in gates.PAIRS.items()}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("gate", FAMILIES.values(), ids=list(FAMILIES))
 def test_steps_of_every_family_draw_their_own_gates(gate):
     """Law 5: the same step draws the same, another one others, if there is noise."""
@@ -237,6 +238,7 @@ def test_steps_of_every_family_draw_their_own_gates(gate):
     assert np.isfinite(np.asarray(after.gates["logits"]["all"])).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_step_follows_its_estimator(name):
     """The gradients in logits and in weights are those of the surrogate, the metrics
@@ -576,6 +578,7 @@ def many(training, state, steps):
     return jax.jit(lambda state: jax.lax.scan(one, state, None, length=steps))(state)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("polyak", [0.9, 0.99999])
 @pytest.mark.parametrize("size", FLOATS)
 def test_the_average_of_what_never_moves_is_what_it_was(size, polyak):
@@ -594,6 +597,7 @@ def test_the_average_of_what_never_moves_is_what_it_was(size, polyak):
             np.testing.assert_array_equal(averages[dtype], expected)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("polyak", [0.0, 0.999])
 @pytest.mark.parametrize("size", FLOATS)
 def test_averages_of_every_dtype_are_those_of_wider_numbers(size, polyak):

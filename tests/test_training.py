@@ -74,6 +74,7 @@ def outputs(model, x):
 # ---------------------------------------------------------------- networks of all kinds
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_network_is_trained_to_its_target_and_what_is_left_is_the_same(name):
     training = training_of(name)
@@ -177,6 +178,7 @@ GATINGS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", GATINGS)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(name, tmp_path):
     def begin():
@@ -361,6 +363,7 @@ def test_a_batch_that_cant_be_split_is_refused():
 # ---------------------------------------------------------- law 13: during training too
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_step_is_the_same_without_the_units_whose_gates_are_closed(name):
     training = training_of(name)
@@ -509,6 +512,7 @@ def test_a_step_is_the_derivative_of_loss_and_penalty():
         )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 def test_estimators_leave_what_a_network_writes_as_it_is(name):
     """Statistics are the means of draws; keys and counters are no numbers."""
@@ -612,6 +616,7 @@ def test_lower_precision_is_that_of_the_network_alone():
     assert totals.means["loss"] == pytest.approx(wide.means["loss"], rel=0.05)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "setting",
     [
@@ -692,6 +697,7 @@ def test_members_of_a_sweep_are_runs_of_their_own():
 # ---------------------------------------------------------------------- what is decided
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("cost", [costs.macs, costs.params, costs.bytes, "density"])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_the_budget_is_filled_and_not_exceeded(cost, share):
@@ -787,6 +793,7 @@ def test_by_samples_gates_are_the_mean_of_their_draws():
         np.testing.assert_array_equal(again.z[name], z)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_network_that_has_lost_a_layer_is_finished(name):
     training = training_of(name, target=None, polyak=0.0)
@@ -997,6 +1004,7 @@ def returns_loss(model, batch):
     return models.loss(model, batch)[0], {"loss": jnp.ones(())}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("loss", "said"),
     [

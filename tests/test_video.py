@@ -70,6 +70,7 @@ def accuracy(classifier, train, test) -> float:
     return classifier.score(x_test.reshape(len(x_test), -1), y_test)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("frame", [0, 7, 15, "drawn"])
 def test_single_frames_tell_nothing_about_the_class(frame, split):
     rng = np.random.default_rng(0)
@@ -511,6 +512,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_ucf101(damage: str, tmp_path: Path):
     write(tmp_path)

@@ -17,8 +17,6 @@ from experiments.wide_resnet import Config, made_by
 from l0jax import costs, models, storage, train, units
 from l0jax.models import PreActivationResNet
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 CONFIG = Config(
     dataset="digits",
     examples=512,
@@ -171,6 +169,7 @@ BAD = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings_are_refused(tmp_path, case):
     changes, words = BAD[case]

@@ -44,6 +44,7 @@ def read(name):
     return small, trace(small.apply, small.params, *small.inputs)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
 def test_gated_is_narrowed_with_its_gradients_and_costs(name):
     """With 40 % of the units closed at random, with one left of each group, and without
