@@ -4,12 +4,13 @@ networks of many sizes take.
 This file alone looks at the clock.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import PyTree
 
 import l0jax.nnx
@@ -168,9 +170,11 @@ def report(
     sizes: list[dict[int, int]] = [{}, {}]
     for batch in batch_sizes:
         given = jax.tree.map(lambda a, n=batch: _of_batch(a, n), inputs)
-        compiled = [
-            jax.jit(apply).lower(params, *given).compile() for apply, params in sides
-        ]
+        with _compiled_here():
+            compiled = [
+                jax.jit(apply).lower(params, *given).compile()
+                for apply, params in sides
+            ]
         medians = _medians(
             [
                 functools.partial(call, params, *given)
@@ -196,6 +200,20 @@ def report(
     was, now = map(_dead, structures)
     dead = (k for k, both in enumerate(zip(was, now, strict=True)) if both == (0, 1))
     return Report(one, other, jax.devices()[0].device_kind, tuple(dead))
+
+
+@contextlib.contextmanager
+def _compiled_here() -> Iterator[None]:
+    """Without JAX's persistent cache: programs that come from there are stored in
+    another number of bytes than those that were compiled."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _dead(structure: Structure) -> list[bool]:

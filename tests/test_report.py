@@ -59,6 +59,24 @@ def test_prints_serialises_and_draws_every_number(report):
     assert 100 * report.after.macs / report.before.macs in widths
 
 
+def test_programs_in_the_cache_have_the_size_that_they_have():
+    """JAX's persistent cache, which all tests use, gives programs of another size."""
+    model, small = before_and_after()
+    graph, state = nnx.split(model)
+    x = jnp.ones((3, 12))
+    # (Twice: what is compiled is put there, and what is there is taken.)
+    for _ in range(2):
+        jax.clear_caches()
+        jax.jit(lambda state, *x: nnx.merge(graph, state)(*x)).lower(state, x).compile()
+    one, other = (
+        l0jax.report(model, small, x, batch_sizes=(3,), calls=1).before.program_bytes[3]
+        for _ in range(2)
+    )
+    program = jax.jit(lambda state, *x: nnx.merge(graph, state)(*x)).lower(state, x)
+    cached = len(program.compile().runtime_executable().serialize())
+    assert one == other != cached
+
+
 def test_functions_are_measured_like_modules():
     def apply(params, x):
         return jnp.tanh(x @ params["a"]) @ params["b"]
