@@ -233,9 +233,6 @@ def gated(run: Run, base: Any, structure: Structure, *, gate: gates.Gate):
     training, state = trainer.training, trainer.state
     decision = training.decide(state)
     keep = {name: np.asarray(z) != 0 for name, z in decision.z.items()}
-    for flags in keep.values():
-        # No layer of a stored network is empty; what then stays has a closed gate.
-        flags[0] |= not flags.any()
     state = training.recalibrate(
         state, batches_of(run.images, recipe.batch_size), rule=decision
     )

@@ -94,9 +94,8 @@ def test_gates_fill_the_budget_that_others_have(folder):
             assert share > line["budget"]
 
 
-def test_a_layer_that_closed_wholly_keeps_a_channel(tmp_path, monkeypatch):
-    """Which gives nothing: its gate is closed, and no stored network has an empty
-    layer. What is told to be left counts it."""
+def test_a_layer_may_close_wholly(tmp_path, monkeypatch):
+    """What is left does not depend on the images; it is trained and stored."""
     decide = train.Training.decide
 
     def none_of_the_first(self, state, rule=None):
@@ -107,7 +106,7 @@ def test_a_layer_that_closed_wholly_keeps_a_channel(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Training, "decide", none_of_the_first)
     how = {"method": ("l0_hard_concrete",), "after": 1}
     (line,) = run(tmp_path / "run", **how)["results"]
-    assert line["kept"]["convs.0"] == 1
+    assert line["kept"]["convs.0"] == 0
     small = storage.load(tmp_path / "run" / "l0_hard_concrete-0")
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     first, second = np.asarray(small(images))

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from l0jax.models.convolution import conv3d, max_pool_3d
-from l0jax.models.layers import ImageModel, norm
+from l0jax.models.layers import HE_BY_OUTPUTS, LECUN_NORMAL, ImageModel, norm
 from l0jax.units import arrays, replace
 
 # Channels of a module's four branches: of the 1x1x1 convolution; of the 1x1x1 and the
@@ -71,7 +71,7 @@ class Unit(nnx.Module):
             tuple(window),
             strides=tuple(strides),
             use_bias=False,
-            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            kernel_init=HE_BY_OUTPUTS,
             rngs=rngs,
         )
         self.strides = tuple(strides)
@@ -192,7 +192,7 @@ class I3D(ImageModel):
             channels = sum(branch[-1].outputs for branch in modules[-1].branches)
         self.depths = tuple(map(len, stages))
         self.modules = nnx.List(modules)
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.head = nnx.Linear(channels, classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, clips: Float[Array, "batch t h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""

@@ -1,6 +1,8 @@
 """Layers that the convolutional networks share."""
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,23 @@ from jaxtyping import Array, Float
 
 from l0jax.structure import Structure
 from l0jax.units import Groups, Slot
+
+
+def _drawn(initializer: Callable[..., Array]) -> Callable[..., Array]:
+    """An initializer that draws nothing where a layer has lost all units: by their
+    number it would divide."""
+
+    def draw(key: Any, shape: Any, *args: Any, **kwargs: Any) -> Array:
+        if 0 in shape:
+            return jnp.zeros(shape, *args, **kwargs)
+        return initializer(key, shape, *args, **kwargs)
+
+    return draw
+
+
+HE_NORMAL = _drawn(nnx.initializers.he_normal())
+HE_BY_OUTPUTS = _drawn(nnx.initializers.variance_scaling(2.0, "fan_out", "normal"))
+LECUN_NORMAL = _drawn(nnx.initializers.lecun_normal())
 
 
 def conv(
@@ -38,7 +57,7 @@ def conv(
         padding=window // 2,
         use_bias=False,
         feature_group_count=groups,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=HE_BY_OUTPUTS,
         rngs=rngs,
     )
 

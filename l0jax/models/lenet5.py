@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from l0jax.models.convolution import conv2d, max_pool_2x2
+from l0jax.models.layers import HE_NORMAL
 from l0jax.models.reads import Reads, select, slot_of_read
 from l0jax.structure import Structure
 from l0jax.units import Group, Groups, Slot
@@ -137,12 +138,10 @@ def _conv(channels: int, maps: int, rngs: nnx.Rngs) -> nnx.Conv:
         maps,
         (WINDOW, WINDOW),
         padding="VALID",
-        kernel_init=nnx.initializers.he_normal(),
+        kernel_init=HE_NORMAL,
         rngs=rngs,
     )
 
 
 def _dense(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, kernel_init=nnx.initializers.he_normal(), rngs=rngs
-    )
+    return nnx.Linear(inputs, outputs, kernel_init=HE_NORMAL, rngs=rngs)

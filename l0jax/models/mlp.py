@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from l0jax.models.layers import HE_NORMAL
 from l0jax.models.reads import Reads, select, slot_of_read
 from l0jax.structure import Structure
 from l0jax.units import Group, Groups, Slot
@@ -28,7 +29,7 @@ class MLP(nnx.Module):
         widths = [features[0] if reads is None else reads, *features[1:]]
         self.reads = Reads(jnp.arange(features[0]) < widths[0])
         self.layers = nnx.List(
-            nnx.Linear(n_in, n_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            nnx.Linear(n_in, n_out, kernel_init=HE_NORMAL, rngs=rngs)
             for n_in, n_out in itertools.pairwise(widths)
         )
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.models.layers import ImageModel, conv, global_average, norm
+from l0jax.models.layers import LECUN_NORMAL, ImageModel, conv, global_average, norm
 
 SEPARABLE = (64, 128, 128, 256, 256, *(512,) * 6, 1024, 1024)
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
@@ -64,7 +64,7 @@ class MobileNet(ImageModel):
             channels = width
         self.depthwise, self.pointwise = nnx.List(depthwise), nnx.List(pointwise)
         self.norms = nnx.List(norms)
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.head = nnx.Linear(channels, classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""
@@ -196,7 +196,7 @@ class MobileNetV2(ImageModel):
         self.blocks = nnx.List(blocks)
         self.last = conv(channels, last, 1, rngs=rngs)
         self.last_norm = norm(last, rngs)
-        self.head = nnx.Linear(last, classes, rngs=rngs)
+        self.head = nnx.Linear(last, classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.models.layers import conv, global_average, norm
+from l0jax.models.layers import LECUN_NORMAL, conv, global_average, norm
 from l0jax.models.residual import ResidualModel, blocks_of
 
 
@@ -93,7 +93,7 @@ class PreActivationResNet(ResidualModel):
             blocks_of(Block, stem, stages, inner, project, rngs=rngs)
         )
         self.norm = norm(stages[-1], rngs)
-        self.head = nnx.Linear(stages[-1], classes, rngs=rngs)
+        self.head = nnx.Linear(stages[-1], classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l0jax.models.layers import conv, global_average, max_pool_3x3, norm
+from l0jax.models.layers import LECUN_NORMAL, conv, global_average, max_pool_3x3, norm
 from l0jax.models.residual import ResidualModel, blocks_of
 
 WIDTHS = (64, 128, 256, 512)
@@ -108,7 +108,7 @@ class ResNet(ResidualModel):
         self.blocks = nnx.List(
             blocks_of(Block, stem, stages, inner, project, rngs=rngs)
         )
-        self.head = nnx.Linear(stages[-1], classes, rngs=rngs)
+        self.head = nnx.Linear(stages[-1], classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""

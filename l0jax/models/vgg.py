@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from l0jax.models.convolution import max_pool_2x2
-from l0jax.models.layers import ImageModel, conv, global_average, norm
+from l0jax.models.layers import LECUN_NORMAL, ImageModel, conv, global_average, norm
 
 LAYERS = {  # convolutions of each stage, between which 2x2 maxima are taken
     16: (2, 2, 3, 3, 3),
@@ -54,7 +54,7 @@ class VGG(ImageModel):
                 channels = width
         self.depths = tuple(map(len, stages))
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.head = nnx.Linear(channels, classes, kernel_init=LECUN_NORMAL, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch h w c"]) -> Float[Array, "batch k"]:
         """Logits of each class."""
