@@ -73,6 +73,7 @@ ONLY_IN = {
 PURE = {
     "abc",
     "collections",
+    "contextlib",
     "copy",
     "dataclasses",
     "enum",
