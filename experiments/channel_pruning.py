@@ -24,7 +24,7 @@ import tyro
 
 from experiments.channel_methods import METHODS
 from experiments.channel_run import Run, network, prunable, ratio_of
-from experiments.channel_settings import OF_BASE, UNTOLD, Config, check
+from experiments.channel_settings import OF_BASE, UNTOLD, Config, check, epochs_after
 from experiments.harness import json_lines, run_folder
 from experiments.harness.loop import Diverged
 from experiments.tasks import data
@@ -46,7 +46,7 @@ def main(config: Config) -> dict[str, Any]:
     for recipe in (config.base, config.heads, config.gate, config.tune):
         check_filled(images, recipe.batch_size)
     closes = [name for name in config.method if METHODS[name].closes]
-    after = config.tune.epochs if config.after is None else config.after
+    after = epochs_after(config)
     if closes and config.gate.epochs > after:
         raise ValueError(
             f"{closes[0]} trains {config.gate.epochs} epochs to choose, more than the "

@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments.channel_settings import Config
+from experiments.channel_settings import Config, epochs_after
 from experiments.harness import progress
 from experiments.tasks import data
 from experiments.tasks.images import Images, Recipe, Trainer, errors, normalised
@@ -253,13 +253,6 @@ class Run:
         keep = narrowed(structure, self.ratio(structure))
         return costs.exact(structure, keep, cost) / costs.exact(structure, cost=cost)
 
-    @property
-    def after(self) -> int:
-        """Epochs of training after the base network, for choosing and tuning."""
-        if self.config.after is None:
-            return self.config.tune.epochs
-        return self.config.after
-
     def closing(self) -> tuple[Recipe, int]:
         """How the network is trained while units close, and in how many steps."""
         recipe = self.config.gate
@@ -278,11 +271,12 @@ class Run:
         # Without a budget of epochs DCP trains its classifiers beside them, as in the
         # paper.
         counted = config.after is not None or self.how.closes
-        left = self.after - (self.spent if counted else 0)
+        after = epochs_after(config)
+        left = after - (self.spent if counted else 0)
         if left < 0:
             raise ValueError(
                 f"{self.method} trains {self.spent} epochs to choose, more than the "
-                f"{self.after} that there are after the base network; give a larger "
+                f"{after} that there are after the base network; give a larger "
                 "after, or fewer gate.epochs or heads.epochs"
             )
         return dataclasses.replace(config.tune, epochs=left)

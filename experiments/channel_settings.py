@@ -142,6 +142,11 @@ def check(config: Config, known: Collection[str]) -> None:
                 )
 
 
+def epochs_after(config: Config) -> int:
+    """Epochs of training after the base network, for choosing and tuning."""
+    return config.tune.epochs if config.after is None else config.after
+
+
 def selection_of(config: Config, **changes: Any) -> Selection:
     names = {field.name for field in dataclasses.fields(Selection)}
     told = {n: v for n, v in dataclasses.asdict(config).items() if n in names}

@@ -308,7 +308,7 @@ class Linen(_Applied):
 
     def smaller(self, trees, keep, structure):
         """The same module, whose layers take their sizes from their arrays."""
-        small, _ = l0jax.linen.shrink(
+        small, first = l0jax.linen.shrink(
             self.module,
             trees[0],
             keep,
@@ -317,8 +317,9 @@ class Linen(_Applied):
             **dict(self.evaluation),
         )
         left = []
-        for tree in trees:
-            variables = dict(units.shrink(tree, keep, structure.groups))
+        others = (units.shrink(tree, keep, structure.groups) for tree in trees[1:])
+        for tree in (first, *others):
+            variables = dict(tree)
             left.append((variables.pop("params"), variables))
         params, rest = left[0]
         return dataclasses.replace(self, module=small, params=params, rest=rest), left
