@@ -210,8 +210,10 @@ def test_a_member_that_diverges_disturbs_no_other(together):
 
 
 def test_a_sweep_compiles_once():
-    swept(None)
-    sweep = sweep_of(None).at({**SETTINGS, "lam": np.float32([7.0, 7.0, 7.0])})
+    # (Not by `swept`: its program may be let go between two tests.)
+    sweep = sweep_of(None)
+    sweep.epoch(begun(sweep), data(), orders())
+    sweep = sweep.at({**SETTINGS, "lam": np.float32([7.0, 7.0, 7.0])})
     states, seen = begun(sweep, (9, 9, 9)), orders((9, 9, 9))
     before = len(traces)
     sweep.epoch(states, data(), seen)
