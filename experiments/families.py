@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from experiments import mnist
-from experiments.family_settings import QUICK, Config, check
+from experiments.family_settings import QUICK, Config, check, kinds_of
 from experiments.family_sweep import Family
 from experiments.harness import command_line, csv_lines, progress, run_folder
 from experiments.tasks import data
@@ -46,7 +46,7 @@ def main(config: Config) -> dict[str, Any]:
         Family(config, name, kind, members, dataset)
         for name in config.families
         for kind, members in sweeps.items()
-        if not results.has(name, kind, members)
+        if kind in kinds_of(name) and not results.has(name, kind, members)
     ]
     # Nothing is refused from here on: a refused comparison leaves no folder.
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gate": "continuous_sparsification",
         "beta_end": 1 / 200,
     },
+    "d_gating": {"gate": "d_gating"},
     "variational_dropout": {"gate": "variational_dropout"},
     "information_bottleneck": {"gate": "information_bottleneck"},
 }
@@ -68,6 +69,13 @@ class Config:
     """show a progress bar"""
 
 
+def kinds_of(name: str) -> tuple[str, ...]:
+    """What a family may be compared at: a price, and a target, but for gates that pay
+    something else than a probability, of which no cost is expected."""
+    family = gates.GATES[VARIANTS[name].get("gate", "hard_concrete")]
+    return ("lam", "target") if family.bounded else ("lam",)
+
+
 def check(config: Config) -> None:
     """Raises ValueError for what can't be run."""
     for name in config.families:
@@ -79,6 +87,12 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not config.families or not (config.lam or config.targets):
         raise ValueError("give at least one family and one λ or target")
+    without = [n for n in config.families if "target" not in kinds_of(n)]
+    if config.targets and not config.lam and without == [*config.families]:
+        raise ValueError(
+            f"nothing is expected to be left of {', '.join(without)}: there is no "
+            "target for them, give lam"
+        )
     for lam in config.lam:
         if not lam >= 0:
             raise ValueError(f"lam must be >= 0, got {lam}")

@@ -203,7 +203,9 @@ def row_of(
             for name, share in found.target.items()
         }
         row["multipliers"] = {
-            name: run.means[f"multiplier of {name}"] for name in found.target
+            name: run.means[f"multiplier of {name}"]
+            for name in found.target
+            if f"multiplier of {name}" in run.means
         }
     return row
 

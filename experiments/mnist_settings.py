@@ -7,6 +7,7 @@ from typing import Any, Literal
 from experiments.harness import run_folder
 from experiments.tasks import data
 from l0jax import constraints, costs, estimators, gates, gating
+from l0jax.train.targets import DECIDED
 
 NETWORKS = ("mlp", "lenet5")
 """Of `l0jax.models.MODELS` those without batch normalisation, as in the L0 papers."""
@@ -54,7 +55,7 @@ class Config:
     networks of a few sizes"""
     constraint: str = "quadratic"
     """how a target is enforced: quadratic ends at it, lagrangian and exponential end
-    below"""
+    below; decided: λ pushes, and the target is met at test time alone"""
     multiplier_rate: float = 5e-3
     """of gradient ascent, for the constraint's multipliers"""
     target_warm_up: float = 0.5
@@ -171,10 +172,10 @@ def check(config: Config) -> gates.Gate:
         raise ValueError(f"give one target, not {' and '.join(given)}")
     if given and config.gates == "none":
         raise ValueError(f"{given[0]} is given, but nothing is gated")
-    if config.constraint not in constraints.CONSTRAINTS:
+    ways = (*constraints.CONSTRAINTS, DECIDED)
+    if config.constraint not in ways:
         raise ValueError(
-            f"unknown constraint {config.constraint!r}; there is "
-            f"{', '.join(constraints.CONSTRAINTS)}"
+            f"unknown constraint {config.constraint!r}; there is {', '.join(ways)}"
         )
     if not config.multiplier_rate > 0:
         raise ValueError(f"multiplier_rate must be > 0, got {config.multiplier_rate}")
@@ -194,6 +195,11 @@ def check(config: Config) -> gates.Gate:
         if config.beta_end is not None:
             raise ValueError("give beta_end to anneal β or beta_range to train it")
     gate = gate_of(config)
+    if given and config.constraint != DECIDED and not gate.bounded:
+        raise ValueError(
+            f"{given[0]} is given, but what {config.gate!r} gates pay is no "
+            f"probability that a target could push: give --constraint {DECIDED}, and λ"
+        )
     rules = (*gate.rules, *gating.RULES, "samples", *(["budget"] if given else []))
     if rule_of(config) not in rules:
         raise ValueError(

@@ -70,7 +70,7 @@ def training_of(
             ),
             "target": target,
             "price": None
-            if target
+            if target and target.pushes
             else {n: c / examples for n, c in per_layer("lam", lam, gated).items()},
         }
     return train.Training(

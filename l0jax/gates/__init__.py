@@ -7,6 +7,7 @@ from l0jax.gates.clipped import Stretched as Stretched
 from l0jax.gates.continuous_sparsification import (
     ContinuousSparsification as ContinuousSparsification,
 )
+from l0jax.gates.d_gating import DGating as DGating
 from l0jax.gates.gate import Gate as Gate
 from l0jax.gates.hard_concrete import HardConcrete as HardConcrete
 from l0jax.gates.hard_kumaraswamy import HardKumaraswamy as HardKumaraswamy
@@ -25,6 +26,7 @@ from l0jax.gates.variational_dropout import VariationalDropout as VariationalDro
 GATES: dict[str, type[Gate]] = {
     "bernoulli": Bernoulli,
     "continuous_sparsification": ContinuousSparsification,
+    "d_gating": DGating,
     "hard_concrete": HardConcrete,
     "hard_kumaraswamy": HardKumaraswamy,
     "hard_sigmoid": HardSigmoid,

@@ -53,6 +53,11 @@ class Family(abc.ABC):
         location = math.log(keep_prob) - math.log1p(-keep_prob)
         return location + 0.01 * jax.random.normal(key, (size,), jnp.float32)
 
+    @property
+    def norm_share(self) -> float | Float[Array, ""]:
+        """0: weights pay for nothing."""
+        return 0.0
+
     @abc.abstractmethod
     def prob_active(self, logits: Logits) -> Logits:
         """P(z != 0)."""

@@ -76,6 +76,12 @@ class Gate(Protocol):
         ...
 
     @property
+    def norm_share(self) -> float | Float[Array, ""]:
+        """Which share of the price of a unit stands before the squared norm of the
+        weights that its gate multiplies, for gates that are factors of them."""
+        ...
+
+    @property
     def temperature(self) -> float | Float[Array, ""]:
         """How soft the gates are, > 0: towards 0 they become binary."""
         ...

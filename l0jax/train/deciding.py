@@ -104,6 +104,8 @@ def _seen(training: "Training", rule: str, state: "TrainingState") -> dict[str, 
         seen["mean"] = {name: now.mean(each) for name, each in own["logits"].items()}
     if training._amounts is not None:
         terms = gating.terms(own, state.step)
+        if isinstance(gating, Learned) and not gating.gate.bounded:
+            terms = active  # What these pay is no probability.
         seen["expected"] = training._amounts.of(params, terms)
     return seen
 

@@ -68,6 +68,10 @@ class Gating(Protocol):
         """P(z != 0) of every unit as it is paid for; nothing if it isn't learned."""
         ...
 
+    def norm_share(self, own: Own, step: Step) -> Number:
+        """Which share of the price the squared norms of the weights pay."""
+        ...
+
     def project(self, own: Own, step: Step) -> Own:
         """Its arrays after a step, where they may not take any value."""
         ...
@@ -199,6 +203,10 @@ class Learned:
         """What units pay."""
         return gating.l0_term(self.at(own, step), own["logits"])
 
+    def norm_share(self, own, step):
+        """As the family has it."""
+        return self.at(own, step).norm_share
+
     def project(self, own, step):
         """The family's projection, and the bounds of the temperature."""
         if isinstance(self.temperature, tuple):
@@ -292,6 +300,10 @@ class Chosen:
         """Nothing is paid for."""
         return {}
 
+    def norm_share(self, own, step):
+        """None."""
+        return 0.0
+
     def project(self, own, step):
         """They stay what they are."""
         return own
@@ -339,6 +351,10 @@ class Ungated:
     def terms(self, own, step):
         """Nothing."""
         return {}
+
+    def norm_share(self, own, step):
+        """None."""
+        return 0.0
 
     def project(self, own, step):
         """Nothing."""

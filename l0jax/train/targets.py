@@ -16,6 +16,9 @@ from l0jax.units import Certain, Groups, Keep
 
 Density = Literal["density"]
 
+DECIDED = "decided"
+"""How a target is enforced that nothing pushes to in training."""
+
 Sizes = Mapping[str, np.ndarray]
 """|g| of each unit, the number of weights that it pays for."""
 
@@ -30,7 +33,8 @@ class Target:
         share: of the whole network's, in (0, 1]; of a density also one for each group.
         warm_up: steps over which the target falls from 1 to `share`.
         how: by which of `constraints.CONSTRAINTS` it is enforced; "quadratic" ends at
-            the target, the others at it or below.
+            the target, the others at it or below. "decided": by the rule "budget" at
+            test time alone, while in training a price is paid, or nothing.
         rate: of gradient ascent, for the multipliers.
         restart: of "lagrangian": a multiplier is set to 0 where its constraint holds.
 
@@ -47,10 +51,10 @@ class Target:
     restart: bool = True
 
     def __post_init__(self):
-        if self.how not in constraints.CONSTRAINTS:
+        if self.how not in (*constraints.CONSTRAINTS, DECIDED):
             raise ValueError(
                 f"unknown constraint {self.how!r}; there is "
-                f"{', '.join(constraints.CONSTRAINTS)}"
+                f"{', '.join((*constraints.CONSTRAINTS, DECIDED))}"
             )
         shares = self.share
         if not isinstance(shares, Mapping):
@@ -70,6 +74,11 @@ class Target:
                 f"each group has a target of its own, but {self.name} is a cost of the "
                 'whole network; give one number, or "density"'
             )
+
+    @property
+    def pushes(self) -> bool:
+        """Whether anything is done for it in training."""
+        return self.how != DECIDED
 
     @property
     def name(self) -> str:
@@ -118,9 +127,11 @@ class Budget:
             per_group=isinstance(target.share, Mapping),
         )
 
-    def constraint(self, amounts: Amounts) -> Constraint:
-        """What is added to the loss, and its multipliers."""
+    def constraint(self, amounts: Amounts) -> Constraint | None:
+        """What is added to the loss, and its multipliers, if anything is."""
         target = self.target
+        if not target.pushes:
+            return None
         named: dict[str, Any] = {"warm_up": target.warm_up}
         if target.how == "lagrangian":
             named["restart"] = target.restart

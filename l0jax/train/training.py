@@ -91,7 +91,8 @@ class Training:
             as it is.
         price: what is paid for each weight that is expected to be read by an open
             gate, c/N for N examples (Louizos et al. 2018): a number, or one per group.
-        target: what may be left, instead of a price.
+        target: what may be left, instead of a price; with a price if it is one that
+            only decides.
         weight_decay: coefficient of ½‖θ‖², of which the norm of a unit counts by the
             probability that it is there (Louizos et al. 2018, appendix A).
         detached: weight decay shrinks weights only, and closes no gates (as in the code
@@ -109,8 +110,9 @@ class Training:
             Parameters, gates, noise, statistics and losses stay as they are.
 
     Raises:
-        ValueError: for both a price and a target, or either without gates that are
-            learned; a target below what no gate can remove; `polyak` outside [0, 1); a
+        ValueError: for both a price and a target that pushes, or either without gates
+            that are learned; a target that pushes gates of which nothing is expected to
+            be 0; a target below what no gate can remove; `polyak` outside [0, 1); a
             group whose units are used by what isn't trained; anything that is refused
             by `train.network`, `Learned` or `Target`.
         l0jax.tracing.TraceError: if the model can't be read.
@@ -256,10 +258,17 @@ class Training:
             )
         if not 0 <= self.polyak < 1:
             raise ValueError(f"polyak must lie in [0, 1), got {self.polyak}")
-        if self.price is not None and self.target is not None:
+        pushes = self.target is not None and self.target.pushes
+        if self.price is not None and pushes:
             raise ValueError(
                 "both a price and a target are given: a target finds its own price; "
-                "give one of them"
+                'give one of them, or a target that only decides: how="decided"'
+            )
+        if pushes and isinstance(self.gating, Learned) and not self.gating.gate.bounded:
+            raise ValueError(
+                f"what {type(self.gating.gate).__name__} gates pay is no probability, "
+                "so that no cost is expected of them that a target could push: give a "
+                'price, and how="decided" to the target'
             )
         if not self.learns:
             for name in ("price", "target"):
@@ -476,7 +485,9 @@ class Training:
         terms = self.gating.terms(own, state.step)
         cost = jnp.zeros((), value.dtype)
         if self._objective is not None:
-            cost = cost + self._objective(params, terms).astype(value.dtype)
+            share = self.gating.norm_share(own, state.step)
+            paid = self._objective(params, terms, share)
+            cost = cost + paid.astype(value.dtype)
         if self.penalty is not None:
             cost = cost + jnp.asarray(self.penalty(params)).astype(value.dtype)
         metrics = {"loss": value, "penalty": cost, **found}
