@@ -34,7 +34,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from l0jax.narrow import emptied, knows, unread
-from l0jax.polynomials import expected
 from l0jax.structure import (
     Found,
     Structure,
@@ -99,9 +98,9 @@ def reference_flops(structure: Structure, prob_active: Probabilities = ALL) -> A
     total = _total(structure, prob_active, ())
     for op in structure.operations:
         if op.kernel is None:
-            total = total + 2 * expected(op.macs, structure.groups, prob_active)
+            total = total + 2 * structure.expected(op.macs, prob_active)
             continue
-        positions = expected(op.positions, structure.groups, prob_active)
+        positions = structure.expected(op.positions, prob_active)
         shape = structure.arrays[op.kernel].shape
         if len(op.reads) > 1:
             # (2n - 1) E[out] for the products and sums, E[out] for the bias.
@@ -121,7 +120,7 @@ def flops_objective(structure: Structure, prob_active: Probabilities = ALL) -> A
     for op in structure.operations:
         if op.kernel is not None:
             outputs = _axes_size(structure, op.kernel, op.makes, prob_active)
-            positions = expected(op.positions, structure.groups, prob_active)
+            positions = structure.expected(op.positions, prob_active)
             total = total + positions * outputs
     return total
 
@@ -250,6 +249,7 @@ def exact(
     """
     keep = keep or {}
     check_lengths(keep, structure.groups)
+    keep = structure.nested(keep)
     if emptied(structure, keep) and knows(structure, keep):
         keep = left(dict(structure.arrays), keep, structure.groups)
         structure = _without(structure, unread(structure, keep))
@@ -309,6 +309,7 @@ def _about(structure: Structure, name: str) -> Structure:
     names = {n: None for op in operations for term in op.macs for n in term}
     names |= {n: None for op in operations for term in op.positions for n in term}
     names |= {n: None for path in paths for n in structure.lying_in[path]}
+    names |= {whole: None for n in names for whole in structure.above(n)}
     return dataclasses.replace(
         structure,
         groups=Found({n: structure.groups[n] for n in names}, structure.frozen),

@@ -78,6 +78,7 @@ def narrow(
                 f"the parameters hold no array at {path!r}, but {type(leaf).__name__}"
             )
     units.check_lengths(keep, structure.groups)
+    keep = structure.nested(keep)
     unknown = _lost_unknown(structure, keep)
     if unknown is not None:
         name, path, axis = unknown
@@ -113,6 +114,7 @@ def narrow(
 
 def emptied(structure: Structure, keep: Keep) -> bool:
     """Whether any group has no units, or none that is kept."""
+    keep = structure.nested(keep)
     return any(
         not np.any(keep.get(name, np.ones(group.size, bool)))
         for name, group in structure.groups.items()
@@ -270,7 +272,7 @@ def _choose(axis: Type, position: int, kept: dict[Variable, np.ndarray]) -> None
 
 def left_of(structure: Structure, keep: Keep) -> Left:
     """What is left of the variables of the structure's own program."""
-    return _left(structure.traced, keep)
+    return _left(structure.traced, structure.nested(keep))
 
 
 def _left(found: reading.Traced, keep: Keep) -> Left:
@@ -294,7 +296,8 @@ def _at(
 ) -> tuple[reading.Traced, Left]:
     """The function at the sizes of a call, and what is left of it."""
     now = reading.at_sizes(structure.traced, given)
-    return now, dataclasses.replace(_left(now, keep), sizes=now.sizes)
+    left = _left(now, structure.nested(keep))
+    return now, dataclasses.replace(left, sizes=now.sizes)
 
 
 def _whole(

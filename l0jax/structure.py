@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,8 @@ class Structure:
             the function: groups, costs and edits go to other processes, narrowing
             doesn't.
         notes: what else one must know of how it was read.
+        wholes: groups each of whose units stands for all units of other groups; see
+            `whole`.
     """
 
     groups: Found
@@ -114,6 +116,7 @@ class Structure:
     per_example: bool
     traced: Traced = field(repr=False)
     notes: tuple[str, ...] = ()
+    wholes: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     # Users' edits. Each gives a new structure.
 
@@ -145,6 +148,12 @@ class Structure:
         """
         self._check(members)
         sizes = {member: self.groups[member].size for member in members}
+        above = {whole for member in members for whole in self.above(member)}
+        if above:
+            raise ValueError(
+                f"a group of which {min(above)!r} has a unit can't be merged: that "
+                "would stand for a part of it"
+            )
         if len(set(sizes.values())) != 1:
             raise ValueError(f"only groups of one size can be merged, got {sizes}")
         merged = Group(
@@ -197,6 +206,80 @@ class Structure:
         check(self.arrays, {group.name: group})
         return self._with({**self.groups, group.name: group})
 
+    def whole(self, name: str, members: Sequence[str]) -> "Structure":
+        """One more group, whose unit j stands for all units of the j-th of some groups:
+        gates on whole layers, heads of a block, branches, beside those of their units.
+
+        A unit is there if its own gate is open and that of the whole is. Costs under
+        independent gates stay exact where no operation's cost is a product of two
+        groups of one whole: of a branch, name the group that its output is summed over.
+
+        Args:
+            name: of the new group.
+            members: groups, one for each of its units.
+
+        Raises:
+            ValueError: if a group is unknown, named twice, a whole itself or of single
+                weights; if there is a group called `name`.
+        """
+        self._check(members)
+        if len(set(members)) < len(members):
+            twice = next(m for m, n in Counter(members).items() if n > 1)
+            raise ValueError(f"group {twice!r} is named twice for {name!r}")
+        for member in members:
+            alone = any(slot.axis is None for slot in self.groups[member].slots)
+            if member in self.wholes or alone:
+                raise ValueError(
+                    f"group {member!r} "
+                    + ("is of single weights" if alone else "is a whole itself")
+                    + f" and can't be a unit of {name!r}"
+                )
+
+        def slots(of: Callable[[Group], Iterable[Slot]]) -> tuple[Slot, ...]:
+            found = []
+            for at, member in enumerate(members):
+                group = self.groups[member]
+                for slot in of(group):
+                    there = owners(slot, group.size) >= 0
+                    unit_of = tuple(np.where(there, at, -1).tolist())
+                    found.append(Slot(slot.path, slot.axis, unit_of))
+            return tuple(found)
+
+        group = Group(
+            name,
+            len(members),
+            slots(lambda g: g.used_by),
+            slots(lambda g: g.made_by),
+        )
+        more = {name: tuple((member,) for member in members)}
+        return dataclasses.replace(self.add(group), wholes={**self.wholes, **more})
+
+    def above(self, member: str) -> tuple[str, ...]:
+        """The wholes of which a group is a unit."""
+        return tuple(
+            whole
+            for whole, parts in self.wholes.items()
+            if any(member in names for names in parts)
+        )
+
+    def nested(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Flags or probabilities of groups, each times that of its whole."""
+        found = dict(values)
+        for whole, parts in self.wholes.items():
+            if whole not in values:
+                continue
+            for at, names in enumerate(parts):
+                for name in names:
+                    if name in self.groups:
+                        outer = values[whole][at]
+                        ones = np.ones(self.groups[name].size, outer.dtype)
+                        found[name] = found.get(name, ones) * outer
+        return Certain(found) if isinstance(values, Certain) else found
+
+    def expected(self, of: Polynomial, prob_active: Probabilities) -> Amount:
+        """What a sum of products of group sizes is expected to be."""
+        return expected(of, self.groups, self.nested(prob_active))
+
     def extend(
         self, name: str, *, made_by: Iterable[Slot] = (), used_by: Iterable[Slot] = ()
     ) -> "Structure":
@@ -245,6 +328,10 @@ class Structure:
                 )
             ),
             traced=dataclasses.replace(self.traced, members=members, others={}),
+            wholes={
+                name: tuple(itertools.compress(parts, keep[name]))
+                for name, parts in self.wholes.items()
+            },
         )
 
     def _check(self, names: Iterable[str]) -> None:
@@ -295,6 +382,14 @@ class Structure:
             )
             for variable, units in self.traced.members.items()
         }
+        wholes = {}
+        for old, units in self.wholes.items():
+            (name,) = renamed.get(old, (old,))
+            if name in groups:
+                wholes[name] = tuple(
+                    tuple(new for n in names for new in renamed.get(n, (n,)))
+                    for names in units
+                )
         kinds: dict[str, str] = {}
         for old, kind in self.kinds.items():
             for name in renamed.get(old, (old,)):
@@ -306,6 +401,7 @@ class Structure:
             inputs={name: slots for name, slots in inputs.items() if name in groups},
             operations=operations,
             traced=dataclasses.replace(self.traced, members=members, others={}),
+            wholes=wholes,
         )
 
     @functools.cached_property
@@ -325,6 +421,7 @@ class Structure:
             names = {n: None for term in (*op.macs, *op.positions) for n in term}
             if op.kernel is not None:
                 names |= dict.fromkeys(self.lying_in[op.kernel])
+            names |= {whole: None for name in names for whole in self.above(name)}
             for name in names:
                 found[name].append(op)
         return {name: tuple(operations) for name, operations in found.items()}
@@ -363,14 +460,13 @@ def expected_macs(
     prob_active: Probabilities,
 ) -> Amount:
     """Expected multiply-accumulates of one operation, under independent gates."""
-    groups = structure.groups
     if op.kernel is None:
-        return expected(op.macs, groups, prob_active)
+        return structure.expected(op.macs, prob_active)
     inside = within(structure, op.kernel, prob_active)
     if any(name in inside for names in op.positions for name in names):
-        return expected(op.macs, groups, prob_active)
+        return structure.expected(op.macs, prob_active)
     size = expected_size_of(structure, op.kernel, prob_active)
-    return size * expected(op.positions, groups, prob_active)
+    return size * structure.expected(op.positions, prob_active)
 
 
 GONE = ("", -1)

@@ -513,7 +513,7 @@ def free(
     for slot in slots:
         if slot.unit_of is None:
             return jnp.zeros(())
-        owned |= _placed(np.asarray(slot.unit_of) >= 0, slot.axis, array.shape)
+        owned |= _placed(np.asarray(slot.unit_of, int) >= 0, slot.axis, array.shape)
     return jnp.where(owned, 0, values(array.astype(jnp.float32))).sum()
 
 
@@ -539,7 +539,7 @@ def _vector(values, slot: Slot, outside):
     if slot.unit_of is None:
         return values
     return jnp.append(values, jnp.full(1, outside, values.dtype))[
-        np.asarray(slot.unit_of)
+        np.asarray(slot.unit_of, int)
     ]
 
 

@@ -1,5 +1,22 @@
 """Small networks of every kind in `MODELS`, and the papers' of MNIST."""
 
+import jax.numpy as jnp
+import numpy as np
+
+from l0jax import models
+
+CLASSIFIERS = tuple(name for name in models.MODELS if name != "decoder")
+"""What gives a row of logits for an image."""
+
+
+def inputs_for(model, batch, seed):
+    """Random images, or random tokens."""
+    rng, shape = np.random.default_rng(seed), (batch, *model.example.shape[1:])
+    if isinstance(model, models.Decoder):
+        return jnp.asarray(rng.integers(0, model.embed.shape[0], shape), jnp.int32)
+    return jnp.float32(rng.normal(size=shape))
+
+
 # Of each model: a small shape, one with odd sizes and colours, and the paper's.
 ARCHITECTURES = {
     "mlp": {
@@ -70,6 +87,14 @@ ARCHITECTURES = {
             "last": 6,
             "classes": 3,
             "shape": (9, 8, 2),
+        },
+    },
+    "decoder": {
+        "small": {
+            "vocabulary": 11,
+            "width": 6,
+            "blocks": ((3, 2, 2, 3, 5), (2, 1, 3, 4, 7)),
+            "length": 12,
         },
     },
     "i3d": {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CLASSIFIERS, inputs_for
 from flax import nnx
 
 from l0jax import models, units
@@ -20,9 +20,7 @@ def build(name):
     """A small network as a function, its arrays by path, images, and its values."""
     model = models.make(name, ARCHITECTURES[name]["small"], rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
-    images = jnp.float32(
-        np.random.default_rng(0).normal(size=(4, *model.example.shape[1:]))
-    )
+    images = inputs_for(model, 4, seed=0)
 
     def apply(state, images):
         return nnx.merge(graph, state)(images)
@@ -32,7 +30,7 @@ def build(name):
 
 def kernels(state):
     """The first, one in the middle, and the last."""
-    found = [path for path, a in units.arrays(state).items() if path.endswith("kernel")]
+    found = [path for path, a in units.arrays(state).items() if a.ndim > 1]
     return dict.fromkeys([found[0], found[len(found) // 2], found[-1]])
 
 
@@ -69,7 +67,7 @@ def test_what_is_stored_and_what_changes_give_the_same(name):
 
 
 @pytest.mark.sweep
-@sweep
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_layer_is_linear_in_what_it_reads(name):
     """A unit of the read value is a row of the kernel: zero at either, it is gone."""
     _, state, images, flow = build(name)

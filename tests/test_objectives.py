@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CLASSIFIERS
 from flax import nnx
 
 from l0jax import gates, gating, models, objectives
@@ -174,7 +174,7 @@ def test_positions_of_no_unit_decay_in_full():
 
 
 def test_every_model_is_charged_for_all_its_kernels():
-    for name in models.MODELS:
+    for name in CLASSIFIERS:
         model = models.make(name, ARCHITECTURES[name]["small"], rngs=nnx.Rngs(0))
         params = nnx.state(model, nnx.Param)
         groups = models.structure(model).groups

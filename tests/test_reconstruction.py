@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CLASSIFIERS
 from flax import nnx
 
 import l0jax.nnx
@@ -90,7 +90,7 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_outputs_are_windows_times_kernels(name):
     _, of = build(name)
     assert of.structure.groups

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CLASSIFIERS
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -351,7 +351,7 @@ def outputs(graph, state, images):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("net", models.MODELS)
+@pytest.mark.parametrize("net", CLASSIFIERS)
 @every_score
 def test_scores_choose_what_is_left(name, net):
     """Finite, one for each unit, and a choice by them is gating by it."""

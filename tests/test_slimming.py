@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CLASSIFIERS
 from flax import nnx
 
 import l0jax.nnx
@@ -34,9 +34,7 @@ def test_scales_are_those_of_the_norms():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    "name", [n for n in models.MODELS if n not in ("mlp", "lenet5")]
-)
+@pytest.mark.parametrize("name", [n for n in CLASSIFIERS if n not in ("mlp", "lenet5")])
 def test_each_scale_is_penalised_once(name):
     """Its derivative is the sign of each scale, and nothing else is pulled."""
     _, of = build(name)

@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import l0jax
 from l0jax import gates, train
 from l0jax.train import Sweep
+from tests.optimizers import adam
 
 EXAMPLES, BATCH = 24, 4
 SETTINGS = {
@@ -31,16 +31,6 @@ def apply(params, x):
 def squared(model, batch):
     outputs = model(batch[0])
     return ((outputs - batch[1]) ** 2).mean(), {"sum": outputs.sum()}
-
-
-def adam(rate):
-    found = optax.adam(rate)
-
-    def update(grads, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
-            return found.update(grads, state, params)
-
-    return optax.GradientTransformation(found.init, update)
 
 
 def learned(beta):

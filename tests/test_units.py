@@ -701,3 +701,14 @@ def test_replaced_leaves_are_new_and_all_others_the_same():
     assert tree["a"]["w"].shape == (2, 3)
     with pytest.raises(ValueError, match=r"no array at 'a\.v'; there is a\.b, a\.w, c"):
         units.replace(tree, {"a.v": jnp.ones(1)})
+
+
+def test_a_group_that_has_lost_all_units_has_places_still():
+    """An empty `unit_of` is one of integers."""
+    groups = {"gone": Group("gone", 0, (Slot("w", 0, ()),))}
+    tree, none = {"w": jnp.zeros((0, 3))}, jnp.zeros(0)
+    assert units.apply_gates(tree, {"gone": none}, groups)["w"].shape == (0, 3)
+    assert units.expected_size(tree["w"], "w", {"gone": none}, groups) == 0
+    assert units.charge(jnp.square, tree, groups["gone"].used_by, 0).shape == (0,)
+    assert units.in_use(tree, groups)["gone"].shape == (0,)
+    assert units.free(jnp.square, tree["w"], groups["gone"].used_by) == 0

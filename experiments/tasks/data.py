@@ -12,8 +12,9 @@ import io
 import os
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +39,8 @@ _NOT_IN_CATALOGUE = ("cifar10_jpeg",)
 # TFDS asks for importlib_resources when it prepares, without depending on it.
 _NEEDED_TO_PREPARE = ("tensorflow", "importlib_resources")
 _PATIENCE = 10.0  # seconds
+
+Found = TypeVar("Found")
 
 
 def load(name: str, validation: float) -> Dataset:
@@ -152,7 +155,25 @@ def _data_dir() -> Path:
 
 
 def _prepared(name: str) -> tuple[Split, Split, int, float]:
-    """Train, test, classes and scale of a data set of TFDS, prepared if need be.
+    """Train, test, classes and scale of images of TFDS, prepared if need be.
+
+    Raises:
+        DataError: if they can't be prepared or read.
+    """
+
+    def read(builder: Any) -> tuple[Split, Split, int, float]:
+        train, test = (_read(builder, split) for split in ("train", "test"))
+        return train, test, builder.info.features["label"].num_classes, 255.0
+
+    return stored(name, read)
+
+
+def stored(name: str, read: Callable[[Any], Found]) -> Found:
+    """What is read with a TFDS builder, of a data set that is prepared if need be.
+
+    Args:
+        name: of the data set.
+        read: of a builder; whatever it raises is said to be the folder's fault.
 
     Raises:
         DataError: if it can't be prepared or read.
@@ -173,9 +194,7 @@ def _prepared(name: str) -> tuple[Split, Split, int, float]:
         if not folder.is_dir():
             _prepare(name, data_dir, folder)
     try:
-        builder: Any = tfds.builder_from_directory(folder)
-        train, test = (_read(builder, split) for split in ("train", "test"))
-        classes = builder.info.features["label"].num_classes
+        return read(tfds.builder_from_directory(folder))
     except (ImportError, MemoryError, PermissionError):
         raise  # nothing that deleting the folder would mend
     # JSON, protobuf, array_record, PNG and TFDS: each raises types of its own.
@@ -184,7 +203,6 @@ def _prepared(name: str) -> tuple[Split, Split, int, float]:
             f"{folder} can't be read ({_one_line(error)}): delete it and prepare "
             "again, or point TFDS_DATA_DIR at another folder"
         ) from error
-    return train, test, classes, 255.0
 
 
 def _read(builder: Any, split: str) -> Split:

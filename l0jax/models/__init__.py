@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 
 from l0jax.models import i3d, mobilenet, pre_activation, resnet, vgg
+from l0jax.models.decoder import Decoder as Decoder
 from l0jax.models.i3d import I3D as I3D
 from l0jax.models.layers import ImageModel as ImageModel
 from l0jax.models.lenet5 import LeNet5 as LeNet5
@@ -26,7 +27,7 @@ from l0jax.models.vgg import VGG as VGG
 from l0jax.structure import Structure
 from l0jax.tracing import trace
 
-Model = MLP | LeNet5 | ImageModel
+Model = MLP | LeNet5 | ImageModel | Decoder
 
 MODELS: dict[str, Callable[..., Model]] = {
     "mlp": MLP,
@@ -37,6 +38,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "mobilenet": MobileNet,
     "mobilenet_v2": MobileNetV2,
     "i3d": I3D,
+    "decoder": Decoder,
 }
 
 PRESETS: dict[str, tuple[str, dict]] = {
@@ -104,7 +106,7 @@ def check(model: Model) -> None:
 
     The mask is data, so that no shape tells.
     """
-    if isinstance(model, ImageModel):
+    if isinstance(model, ImageModel | Decoder):
         return
     marked, rows = int(model.reads[...].sum()), model.architecture["reads"]
     if marked != rows:

@@ -141,7 +141,8 @@ def _within_budget(training, logits, mean, active) -> dict[str, np.ndarray]:
 
             keep |= fill(mine, {name: start[name]}, fits)
     else:
-        keep = fill(order, start, lambda flags: budget.fits(left(flags)))
+        wholes = training.structure.wholes
+        keep = fill(order, start, lambda flags: budget.fits(left(flags)), wholes)
     return {name: mean[name] * keep[name] for name in logits}
 
 

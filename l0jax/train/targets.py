@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -169,6 +169,7 @@ def fill(
     order: Sequence[tuple[str, int]],
     start: Mapping[str, np.ndarray],
     fits: Callable[[Keep], bool],
+    unlike: Container[str] = (),
 ) -> dict[str, np.ndarray]:
     """The units that are wanted most, as many as fit into a budget.
 
@@ -179,6 +180,7 @@ def fill(
         order: units, `(group, number)`, those that are wanted most first.
         start: of each group of the order, units that are kept whether they fit or not.
         fits: whether a choice is within the budget; of more units no more fit.
+        unlike: groups whose units differ in what they cost, as whole layers do.
 
     Returns:
         Flags of the units of each group.
@@ -202,7 +204,8 @@ def fill(
         keep[name][at] = True
         if not fits(keep):
             keep[name][at] = False
-            full.add(name)
+            if name not in unlike:
+                full.add(name)
             if len(full) == len(start):
                 break
     return keep

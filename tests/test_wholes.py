@@ -1,0 +1,189 @@
+"""Gates on whole branches beside those of their units: a unit is there if both are."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import l0jax
+from l0jax import costs, gates, train
+from l0jax.models.decoder import Decoder
+from l0jax.units import Certain, Group, Slot
+from tests.optimizers import adam
+
+BRANCHES = {
+    "blocks.0.attention:2": "attention",
+    "blocks.0.feed_forward": "feed-forward",
+    "blocks.1.attention:2": "attention",
+    "blocks.1.feed_forward": "feed-forward",
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 8)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = [(3, 2, 2, 4, 10), (2, 1, 3, 5, 7)]
+    model = Decoder(11, 12, sizes, 8, rngs=nnx.Rngs(0))
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            variable[...] = variable[...] + 0.1 * jnp.sin(
+                jnp.arange(variable.size)
+            ).reshape(variable.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    return l0jax.trace(model, model.example)
+
+
+@pytest.fixture(scope="module")
+def structure(parts):
+    return parts.whole("branches", list(BRANCHES))
+
+
+def drawn(structure, seed, share=0.7):
+    rng = np.random.default_rng(seed)
+    return {n: rng.random(g.size) < share for n, g in structure.groups.items()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_left_is_what_is_left_of_the_parts(model, parts, structure, seed):
+    """Counted, gated, removed from the module, and narrowed."""
+    keep = drawn(structure, seed)
+    inner = {n: f for n, f in structure.nested(keep).items() if n != "branches"}
+    assert any((inner[n] != keep[n]).any() for n in BRANCHES) or keep["branches"].all()
+    for cost in costs.COSTS.values():
+        found = costs.exact(structure, keep, cost)
+        assert found == costs.exact(parts, inner, cost)
+        flags = Certain({n: np.float64(f) for n, f in keep.items()})
+        apart = Certain({n: np.float64(f) for n, f in inner.items()})
+        assert cost(structure, flags) == pytest.approx(float(cost(parts, apart)))
+    z = {name: jnp.float32(flags) for name, flags in keep.items()}
+    gated = l0jax.nnx.fold(model, z, structure.groups)
+    expected = gated(TOKENS)
+    assert abs(expected - model(TOKENS)).max() > 1e-2
+    small = l0jax.nnx.shrink(gated, keep, structure)
+    function, params = l0jax.narrow(structure, nnx.state(gated), keep)
+    for outputs in (small(TOKENS), function(params, TOKENS)):
+        assert abs(outputs - expected).max() <= 1e-5 * abs(expected).max()
+    lost = [n for n, open_ in zip(BRANCHES, keep["branches"], strict=True) if not open_]
+    sizes = [(each.groups, each.hidden) for each in small.sizes]
+    left = dict(zip(BRANCHES, itertools.chain(*sizes), strict=True))
+    assert all((left[n] == 0) >= (n in lost) for n in BRANCHES)
+
+
+@pytest.mark.parametrize("cost", [costs.params, costs.macs, costs.weights])
+def test_expected_costs_are_the_means_of_draws(structure, cost):
+    rng = np.random.default_rng(1)
+    names = ("branches", *BRANCHES)
+    p = {n: rng.uniform(0.2, 0.9, structure.groups[n].size) for n in names}
+    expected = float(cost(structure, {n: jnp.float32(each) for n, each in p.items()}))
+    found = []
+    for _ in range(1_500):
+        flags = {n: np.float64(rng.random(len(each)) < each) for n, each in p.items()}
+        found.append(float(cost(structure, Certain(flags))))
+    error = 5 * np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found) - expected) < error
+    # (Were gates of wholes forgotten anywhere, it would be further off.)
+    alone = {n: jnp.float32(each) for n, each in p.items() if n != "branches"}
+    assert abs(float(cost(structure, alone)) - expected) > 3 * error
+
+
+def test_a_smaller_structure_has_the_wholes_that_are_left(structure):
+    keep = {"branches": np.array([True, False, True, True])}
+    left = structure.shrink(keep)
+    assert left.groups["branches"].size == 3
+    assert left.groups["blocks.0.feed_forward"].size == 0
+    assert left.wholes["branches"] == tuple(
+        (name,) for name in BRANCHES if name != "blocks.0.feed_forward"
+    )
+    again = {"branches": np.array([False, True, True])}
+    both = {"branches": np.array([False, False, True, True])}
+    # (Norms without a reader go by counting, and no program is left to tell.)
+    flags = [
+        Certain({n: np.float64(f) for n, f in each.items()}) for each in (again, both)
+    ]
+    assert costs.macs(left, flags[0]) == costs.macs(structure, flags[1])
+
+
+def test_edits_of_members_are_followed(structure):
+    renamed = structure.rename({"blocks.0.feed_forward": "first", "branches": "all"})
+    assert renamed.wholes == {
+        "all": tuple((n.replace("blocks.0.feed_forward", "first"),) for n in BRANCHES)
+    }
+    split = structure.split("blocks.1.feed_forward", {"a": range(3), "b": range(3, 7)})
+    assert split.wholes["branches"][3] == ("a", "b")
+    keep = {"branches": np.array([True, True, True, False])}
+    for other in (split, renamed.rename({"all": "branches"})):
+        assert costs.exact(other, keep) == costs.exact(structure, keep)
+    assert structure.only("blocks.0.attention:2").wholes == {}
+    # What is no group any more stays whole, unless its whole goes.
+    outer = structure.only("branches")
+    assert costs.exact(outer, keep) == costs.exact(structure, keep)
+
+
+def test_a_target_is_met_by_branches_and_units(model, structure):
+    target = train.Target(costs.params, 0.5, rate=0.05)
+
+    def loss(model, batch):
+        logits = model(batch[:, :-1])
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+        return found.mean(), {}
+
+    training = train.Training(
+        model,
+        loss,
+        structure=structure.only("branches", *BRANCHES),
+        gate=gates.HardConcrete(),
+        target=target,
+        optimizer=adam(1e-2),
+        gate_optimizer=adam(5e-2),
+        compaction=train.Compaction(after=1, at=0.95),
+    )
+    state = training.start(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    for part in range(4):
+        for _ in range(30):
+            state, _ = training.step(state, jnp.asarray(rng.integers(0, 11, (8, 9))))
+        if part == 1:
+            logits = state.gates["logits"]
+            logits["branches"] = logits["branches"].at[1].set(-4.6)
+        training, state = training.compact(state)
+    # A branch that is closed for good is gone with its units.
+    np.testing.assert_array_equal(training.alive["branches"], [1, 0, 1, 1])
+    assert not training.alive["blocks.0.feed_forward"].any()
+    assert training.structure.groups["branches"].size == 3
+    decision = training.decide(state)
+    # A unit of the smallest group is 1.5 % of the parameters.
+    assert -0.06 < decision.excess["params"] <= 0
+    folded = training.whole_model(state, decision)
+    with pytest.warns(UserWarning, match="'branches' .100 %."):
+        small = training.finish(state, decision)
+    expected = folded(TOKENS)
+    assert abs(small(TOKENS) - expected).max() <= 1e-5 * abs(expected).max()
+    counted = sum(a.size for a in jax.tree.leaves(nnx.state(small, nnx.Param)))
+    whole = costs.exact(structure, cost=costs.params)
+    assert counted <= 0.5 * whole + 24  # Norms of lost branches stay in the class.
+
+
+def test_what_is_no_whole_is_refused(parts, structure):
+    with pytest.raises(ValueError, match="unknown group 'heads'"):
+        parts.whole("branches", ["heads"])
+    with pytest.raises(ValueError, match=r"'blocks\.0\.feed_forward' is named twice"):
+        parts.whole("branches", ["blocks.0.feed_forward"] * 2)
+    with pytest.raises(ValueError, match="'branches' is a whole itself"):
+        structure.whole("more", ["branches"])
+    with pytest.raises(ValueError, match="there is a group 'branches' already"):
+        structure.whole("branches", list(BRANCHES))
+    single = Group("single", 12, (Slot("norm.scale", None),))
+    with pytest.raises(ValueError, match="'single' is of single weights"):
+        parts.add(single).whole("branches", ["single"])
+    members = ["blocks.0.attention", "blocks.0.attention:2"]
+    pair = parts.whole("one", ["blocks.0.attention:2"])
+    with pytest.raises(ValueError, match="a group of which 'one' has a unit can't be"):
+        pair.merge("both", [members[1], "blocks.1.attention"])
