@@ -22,7 +22,14 @@ from matplotlib.figure import Figure
 
 from experiments.harness import csv_lines
 from experiments.reports.printing import latex, markdown, mean_and_half_width
-from experiments.reports.runs import Result, by_method, lines, runs
+from experiments.reports.runs import (
+    METRICS,
+    Result,
+    by_method,
+    lines,
+    metric_of,
+    runs,
+)
 from experiments.reports.style import COLOURS, STYLE
 
 
@@ -58,7 +65,9 @@ def main(config: Config) -> str:
 
 
 def frontier(results: list[Result]) -> Figure:
-    """Test error against the share that is left, a panel for each task and cost."""
+    """Test error or loss against the share that is left, a panel for each task and
+    cost."""
+    metric = metric_of(results)
     panels: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for (task, method), its in by_method(results).items():
         for cost in its[0].costs:
@@ -68,7 +77,7 @@ def frontier(results: list[Result]) -> Figure:
     for axes, ((task, cost), methods) in zip(axes_of, panels.items(), strict=False):
         for at, (method, its) in enumerate(methods.items()):
             x = np.mean([100 * r.costs[cost] for r in its if cost in r.costs])
-            y, half = mean_and_half_width(r.metrics["test error"] for r in its)
+            y, half = mean_and_half_width(r.metrics[metric] for r in its)
             axes.errorbar(
                 x,
                 y,
@@ -81,7 +90,7 @@ def frontier(results: list[Result]) -> Figure:
             )
         axes.set_title(task)
         axes.set_xlabel(f"{cost} left, %")
-        axes.set_ylabel("test error, %")
+        axes.set_ylabel(f"{metric}, {METRICS[metric][0]}")
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

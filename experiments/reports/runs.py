@@ -249,7 +249,20 @@ def _of_csv(folder: Path) -> Iterator[Result]:
             )
 
 
+LINES = "runs.jsonl"
+"""Where studies write their results as they are read here."""
+
+
+def _of_lines(folder: Path) -> Iterator[Result]:
+    named = {field.name for field in dataclasses.fields(Result)} - {"run"}
+    for line in json_lines.read(folder / LINES):
+        yield Result(
+            run=str(folder), **{name: line[name] for name in line.keys() & named}
+        )
+
+
 READERS = {
+    LINES: _of_lines,
     "summary.json": _of_mnist,
     "results.jsonl": _of_channels,
     "result.jsonl": _of_wide_resnet,
@@ -290,6 +303,26 @@ def paired(
     return mean, half if len(apart) > 1 else float("nan"), len(apart)
 
 
+METRICS = {"test error": ("%", 2), "test loss": ("nats", 3)}
+"""What networks are compared by: its unit, and how many digits are shown."""
+
+
+def metric_of(results: Sequence[Result]) -> str:
+    """The first of `METRICS` that all results have.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name in METRICS:
+        if all(name in result.metrics for result in results):
+            return name
+    studies = ", ".join(dict.fromkeys(result.study for result in results))
+    raise ValueError(
+        f"results of {studies} can't stand in one table: there is none of "
+        f"{', '.join(METRICS)} that all of them have"
+    )
+
+
 def lines(
     results: Sequence[Result], against: str | None = None
 ) -> tuple[list[str], list[list[str]]]:
@@ -306,28 +339,32 @@ def lines(
             f"no run has the method {against!r}; there is {', '.join(names)}"
         )
     costs = list(dict.fromkeys(name for r in results for name in r.costs))
-    header = ["task", "method", "test error, %", "seeds"]
+    metric = metric_of(results)
+    unit, digits = METRICS[metric]
+    header = ["task", "method", f"{metric}, {unit}", "seeds"]
     header += [f"{name} left, %" for name in costs]
-    header += [f"above {against}, points"] if against else []
+    points = "points" if unit == "%" else unit
+    header += [f"above {against}, {points}"] if against else []
     table = []
     for (task, method), its in found.items():
         line = [
             task,
             method,
-            interval(r.metrics["test error"] for r in its),
+            interval((r.metrics[metric] for r in its), digits),
             str(len(its)),
         ]
         for name in costs:
             shares = [100 * r.costs[name] for r in its if name in r.costs]
             line.append(f"{np.mean(shares):.2f}" if shares else "-")
         if against:
-            line.append(_above(its, found.get((task, against), [])))
+            line.append(_above(its, found.get((task, against), []), metric))
         table.append(line)
     return header, table
 
 
-def _above(one: Sequence[Result], other: Sequence[Result]) -> str:
+def _above(one: Sequence[Result], other: Sequence[Result], metric: str) -> str:
     if not other or one[0].method == other[0].method:
         return "-"
-    mean, half, count = paired(one, other)
-    return f"{mean:+.2f}" + (f" ± {half:.2f}" if count > 1 else "")
+    mean, half, count = paired(one, other, metric)
+    digits = METRICS[metric][1]
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if count > 1 else "")

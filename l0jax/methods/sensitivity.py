@@ -197,16 +197,19 @@ def _gated_outputs(
         for read in there:
             at = task.flow.reader(read.kernel).at
             gates.setdefault((at, read.value), []).append((name, read))
-    values = {**task.flow.constants, **task.flow.known(params, images)}
-    for step in task.flow.steps:
-        given = []
-        for number in step.ins:
-            value = values[number]
+
+    def gated(step, numbers, there):
+        for number, value in zip(numbers, there, strict=True):
             for name, read in gates.get((step.at, number), ()):
                 factor = jnp.append(z[name], jnp.ones(1))[read.unit_of]
                 shape = [1] * value.ndim
                 shape[read.axis] = -1
                 value = value * factor.astype(value.dtype).reshape(shape)
-            given.append(value)
-        values.update(zip(step.outs, bind(step.eqn, given), strict=True))
+            yield value
+
+    values = {**task.flow.constants, **task.flow.known(params, images)}
+    for step in task.flow.steps:
+        given = [*gated(step, step.ins, [values[number] for number in step.ins])]
+        made = gated(step, step.outs, bind(step.eqn, given))
+        values.update(zip(step.outs, made, strict=True))
     return values[task.flow.outs[0]]

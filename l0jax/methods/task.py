@@ -29,7 +29,9 @@ class Read:
     """A value in which the units of a group are read.
 
     Attributes:
-        kernel: path of the array that it is multiplied by.
+        kernel: path of the array that it is multiplied by; or, where gates stand on
+            the making side too, of the kernel that makes it or of the table in which it
+            was looked up.
         value: its number in the dataflow.
         axis: the axis along which the units lie.
         unit_of: the unit of each position of that axis, or -1.
@@ -118,9 +120,39 @@ class Task:
             ValueError: as `reads`.
         """
         unit_of = units.owners(slot, self.structure.groups[group].size)
+        made = self._axis_made(slot, len(unit_of))
+        if made is not None:
+            return Read(slot.path, self.flow.makes(slot.path), made, unit_of)
         value = self.flow.reads(slot.path)
         axis = self._axis(slot.path, slot.axis, value, len(unit_of))
         return Read(slot.path, value, axis, unit_of)
+
+    def _axis_made(self, slot: Slot, length: int) -> int | None:
+        """The axis of what an array makes along which its units lie, if it is there
+        that they are gated: by a product's free axis, or in a table."""
+        step, number = self.flow.reader(slot.path), self.flow.params[slot.path]
+        if slot.axis is None or number not in step.ins:
+            return None
+        name, params, side = step.eqn.primitive.name, step.eqn.params, 0
+        if name == "gather" and step.ins[0] == number:
+            return _axis_of_lookup(params, slot.axis, length)
+        if name != "dot_general":
+            return None
+        side = step.ins.index(number)
+        contracted, batch = params["dimension_numbers"]
+        if slot.axis in (*contracted[side], *batch[side]):
+            return None
+        # What is kept apart comes first, then what is free of the left, of the right.
+        free = [
+            [
+                at
+                for at in range(len(self.flow.shapes[step.ins[each]].shape))
+                if at not in (*contracted[each], *batch[each])
+            ]
+            for each in (0, 1)
+        ]
+        before = len(batch[0]) + (len(free[0]) if side else 0)
+        return before + free[side].index(slot.axis)
 
     def _axis(self, path: str, kernel_axis: int | None, value: int, length: int) -> int:
         """The axis of `value` that the axis of the kernel is multiplied along."""
@@ -142,6 +174,18 @@ class Task:
                 "they lie there"
             )
         return axis
+
+
+def _axis_of_lookup(
+    params: dict[str, Any], axis: int | None, length: int
+) -> int | None:
+    """Along which axis of what a gather gives a whole axis of its table lies."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    left = [at for at in range(len(sizes)) if at not in gone]
+    if axis not in left or sizes[axis] != length:
+        return None
+    return numbers.offset_dims[left.index(axis)]
 
 
 def task(

@@ -1,0 +1,173 @@
+"""Ways to a smaller language model, on equal training text.
+
+A way is a function of a run and its base; it gives flags of what is kept and the
+smaller model, which is then trained. A line in `METHODS` puts it into every comparison,
+table and picture.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.family_settings import LEAK
+from experiments.language_run import Keep, Method, Run, groups_of, structure_of
+from l0jax import costs, gates, methods, train
+from l0jax.methods.keeping import check_scores
+from l0jax.models.decoder import Decoder
+from l0jax.structure import Structure
+from l0jax.train.targets import fill
+
+
+def within_budget(
+    structure: Structure, scores: Mapping[str, Any], cost: costs.Cost, left: float
+) -> Keep:
+    """The best units of each group, alike shares of all groups, as many as fit.
+
+    Units are wanted in the order of their ranks as shares of their groups' sizes; every
+    group keeps one.
+    """
+    check_scores(scores)
+    wanted: list[tuple[float, str, int]] = []
+    start = {}
+    for name, values in scores.items():
+        order = np.argsort(-np.asarray(values), kind="stable")
+        start[name] = np.arange(len(order)) == order[0]
+        ranks = (np.arange(len(order)) + 0.5) / len(order)
+        others = zip(ranks[1:], order[1:].tolist(), strict=True)
+        wanted += [(rank, name, at) for rank, at in others]
+    most = left * costs.exact(structure, cost=cost)
+    return fill(
+        [(name, at) for _, name, at in sorted(wanted)],
+        start,
+        lambda keep: costs.exact(structure, keep, cost) <= most,
+        structure.wholes,
+    )
+
+
+def check_budget(run: Run) -> None:
+    """Raises ValueError if more is left with one unit of each group."""
+    config, cost = run.config, costs.COSTS[run.config.cost]
+    structure = structure_of(run.new(run.key), config.gated)
+    one = {
+        name: np.arange(structure.groups[name].size) == 0
+        for name in groups_of(structure, config.gated)
+    }
+    least = costs.exact(structure, one, cost) / costs.exact(structure, cost=cost)
+    if least > config.left:
+        raise ValueError(
+            f"no more than {config.left:g} of the {config.cost} may be left, but with "
+            f"one unit of each group there are {least:.3g}"
+        )
+
+
+def chosen(run: Run, base: Decoder, structure: Structure, scores: Mapping[str, Any]):
+    """What fits into the budget, by scores."""
+    config = run.config
+    keep = within_budget(structure, scores, costs.COSTS[config.cost], config.left)
+    return keep, run.shrunk(base, keep)
+
+
+def scored(run: Run, base: Decoder, *, name: str):
+    """The units with the highest scores."""
+    structure = structure_of(base, run.config.gated)
+    named = groups_of(structure, run.config.gated)
+    found = methods.score(name, task_of(run, base, structure.only(*named)), run.key)
+    return chosen(run, base, structure, found)
+
+
+def uniform(run: Run, base: Decoder):
+    """The first units of each group: a narrower model with a part of the weights."""
+    structure = structure_of(base, run.config.gated)
+    sizes = {
+        name: structure.groups[name].size
+        for name in groups_of(structure, run.config.gated)
+    }
+    return chosen(
+        run, base, structure, {n: -np.arange(float(size)) for n, size in sizes.items()}
+    )
+
+
+def from_scratch(run: Run, base: Decoder):
+    """New weights in the shape of a uniformly narrowed model (Liu et al. 2019)."""
+    keep, small = uniform(run, base)
+    rngs = nnx.Rngs(run.named("scratch"))
+    sizes: dict[str, Any] = {**small.architecture, "over": None}
+    return keep, Decoder(**sizes, rngs=rngs)
+
+
+def gated(run: Run, base: Decoder, *, gate: gates.Gate):
+    """Gates on all units while the base trains on, within the budget: a constraint on
+    the expected cost, or a price where nothing is expected; in the end the units with
+    the largest logits, as many as fit."""
+    config = run.config
+    structure = structure_of(base, config.gated)
+    steps = len(run.windows) // config.tune.batch_size * config.closing
+    temperature = None
+    if isinstance(gate, gates.Mixture):
+        begin = float(gate.temperature)
+        factor = gate.scale_at_leak(LEAK) / begin
+        temperature = optax.exponential_decay(begin, steps, factor)
+    named = tuple(groups_of(structure, config.gated))
+    pushed = gate.bounded
+    target = train.Target(
+        costs.COSTS[config.cost],
+        config.left,
+        warm_up=steps // 2 if pushed else 0,
+        how="quadratic" if pushed else "decided",
+        rate=config.multiplier_rate,
+    )
+    trained = run.trained(
+        f"{run.method}-gates",
+        base,
+        config.tune,
+        config.closing,
+        base if config.distil else None,
+        structure=structure,
+        gate=train.Learned(gate, config.keep_prob, temperature, only=named),
+        gate_optimizer=optax.adam(config.gate_learning_rate),
+        target=target,
+        price=None if pushed else config.price,
+    )
+    run.spent += config.closing
+    training, state = trained.training, trained.state
+    decision = training.decide(state)
+    keep = training.full({n: np.asarray(z) != 0 for n, z in decision.z.items()})
+    whole = training.whole_model(state, decision)
+    small = training.finish(state, decision)
+    run.check_same(whole, small)
+    return keep, small
+
+
+def task_of(run: Run, base: Decoder, structure: Structure) -> methods.Task:
+    """What scores look at: windows of the training text."""
+    windows = jnp.asarray(run.windows[: run.config.judged_by], jnp.int32)
+
+    def nats(logits, following):
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+        return found.mean(axis=-1)
+
+    batch = min(8, len(windows))
+    return methods.task(
+        base, structure, windows[:, :-1], windows[:, 1:], batch, loss=nats
+    )
+
+
+METHODS: dict[str, Method] = {
+    "uniform": Method(uniform),
+    "scratch": Method(from_scratch, scratch=True),
+    **{
+        name: Method(functools.partial(scored, name=name))
+        for name in ("random", "outgoing_l2", "variance", "taylor")
+    },
+    "l0_hard_concrete": Method(functools.partial(gated, gate=gates.HardConcrete())),
+    "l0_bernoulli": Method(functools.partial(gated, gate=gates.Bernoulli())),
+    "l0_mixture": Method(
+        functools.partial(gated, gate=gates.Mixture(gates.make_pair("beta")))
+    ),
+    "d_gating": Method(functools.partial(gated, gate=gates.DGating())),
+}

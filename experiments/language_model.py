@@ -1,0 +1,89 @@
+"""A language model at a share of its size: gates, scores, narrowing, a new model.
+
+    python -m experiments.language_model --quick       # Python's reference, 3 minutes
+    python -m experiments.language_model --method all --seeds 0 1 2
+    python -m experiments.language_model --gated heads hidden branches --distil
+    python -m experiments.language_model --devices 8 --compute bfloat16
+
+A decoder is trained on characters, or read from the run folder. Each method takes the
+same share out of it, decided within the budget, and all train on as much text after
+the base, what they train to choose included. That gated, closed and removed say the
+same is checked in every run: in logits, and in the text that they go on with. All is
+stored as it comes, and a run that was killed goes on where it was.
+`table.md`, `runs.csv` and the pictures in `figures` follow from `runs.jsonl`:
+`python -m experiments.language_report FOLDER` makes them again.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments.harness import command_line, json_lines, run_folder
+from experiments.harness.loop import Diverged
+from experiments.language_methods import METHODS, check_budget
+from experiments.language_run import Run
+from experiments.language_settings import QUICK, UNTOLD, Config, check
+from experiments.reports import runs
+from experiments.tasks import text
+from experiments.tasks.dataset import DataError
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs what is missing; returns the folder and all its results."""
+    if config.method == ("all",):
+        config = dataclasses.replace(config, method=tuple(METHODS))
+    check(config, METHODS)
+    found = text.load(config.text)
+    settings = run_folder.settings_of(config, UNTOLD)
+    folder = config.out or run_folder.default(f"{config.text}-decoder", settings)
+    missing = [
+        Run(config, found, folder, method, METHODS[method], seed)
+        for seed in config.seeds
+        for method in config.method
+        if not has(folder, method, seed)
+    ]
+    if missing:
+        check_budget(missing[0])
+    # What can be known is refused by now: a refused run leaves no folder.
+    run_folder.prepare(folder, settings, settings, resume=True)
+    for run in missing:
+        result = {
+            "study": "language_model",
+            "task": f"{config.text} decoder",
+            "settings": settings,
+            **run.result(),
+            "made": run_folder.made_by(),
+        }
+        json_lines.add(folder / runs.LINES, result)
+    # Imported at the end, when its second no longer delays the first step.
+    from experiments import language_report
+
+    language_report.write(folder)
+    return {"folder": str(folder), "results": json_lines.read(folder / runs.LINES)}
+
+
+def has(folder, method: str, seed: int) -> bool:
+    """Whether a result is there."""
+    there = json_lines.read(folder / runs.LINES)
+    return any((line["method"], line["seed"]) == (method, seed) for line in there)
+
+
+def cli() -> None:
+    config = command_line.parse(
+        Config, __doc__, QUICK, "a small model on Python's reference; 3 minutes"
+    )
+    try:
+        found = main(config)
+    except (ValueError, Diverged, DataError, OSError) as error:
+        raise SystemExit(f"experiments.language_model: {error}") from None
+    for line in found["results"]:
+        metrics, share = line["metrics"], line["costs"][config.cost]
+        print(
+            f"{line['method']} seed {line['seed']}: {100 * share:.1f} % of the "
+            f"{config.cost}; nats a character of the test text "
+            f"{metrics['base test loss']:.3f} -> {metrics['test loss']:.3f}"
+        )
+    print(found["folder"])
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,151 @@
+"""Table, CSV and pictures of `experiments.language_model`, from its folder alone.
+
+    python -m experiments.language_report RUN_FOLDER
+
+- `table.md`, `runs.csv`: losses with 95 % intervals over seeds, and what is left;
+- `figures/losses.png`: loss against the share that is left, and against seconds;
+- `figures/left.png`: which heads and feed-forward units of which block are left;
+- `texts.md`: how the models go on.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.harness import csv_lines, json_lines
+from experiments.reports import runs
+from experiments.reports.printing import markdown, mean_and_half_width
+from experiments.reports.style import COLOURS, STYLE
+
+Line = Mapping[str, Any]
+AGAINST = "uniform"
+
+
+def write(folder: Path) -> None:
+    """Writes all of it, where there is a result."""
+    lines = json_lines.read(folder / runs.LINES)
+    if not lines:
+        return
+    found = [*runs.of_folder(folder)]
+    there = {result.method for result in found}
+    against = AGAINST if AGAINST in there else None
+    (folder / "table.md").write_text(markdown(*runs.lines(found, against)) + "\n")
+    each = [result.row() for result in found]
+    columns = list(dict.fromkeys(name for row in each for name in row))
+    csv_lines.write(folder / "runs.csv", each, columns)
+    (folder / "texts.md").write_text(texts(lines))
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    with matplotlib.style.context(["default", STYLE]):
+        losses(found).savefig(figures / "losses.png")
+        left(lines).savefig(figures / "left.png")
+
+
+def texts(lines: Sequence[Line]) -> str:
+    """How the models of the first seed go on, the base before the others."""
+    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
+    said = {"what all begin with": first[0]["prompt"]}
+    said["base"] = first[0]["base goes on"]
+    said |= {line["method"]: line["goes on"] for line in first}
+    parts = (f"## {name}\n\n```text\n{text}\n```\n" for name, text in said.items())
+    return "\n".join(parts)
+
+
+def by_method(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Seeds of each method."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line["method"], []).append(line)
+    return found
+
+
+def losses(results: Sequence[runs.Result]) -> Figure:
+    """Loss against what is left, a panel for each cost."""
+    costs = list(results[0].costs)
+    figure = Figure(figsize=(4 * len(costs) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    methods = runs.by_method(results)
+    base, _ = mean_and_half_width(r.metrics["base test loss"] for r in results)
+    for axes, cost in zip(panels, costs, strict=True):
+        axes.axhline(base, color="grey", linestyle=":", label="base")
+        for at, ((_, method), its) in enumerate(methods.items()):
+            x = np.mean([100 * r.costs[cost] for r in its])
+            y, half = mean_and_half_width(r.metrics["test loss"] for r in its)
+            axes.errorbar(
+                x,
+                y,
+                half if len(its) > 1 else None,
+                marker="osD^vP*X"[at // len(COLOURS) % 8],
+                color=COLOURS[at % len(COLOURS)],
+                linestyle="none",
+                capsize=2,
+                label=method,
+            )
+        axes.set_xlabel(f"{cost}, % of the base's")
+        axes.set_xlim(0, max(105, axes.get_xlim()[1]))
+    panels[0].set_ylabel("test loss, nats a character")
+    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def left(lines: Sequence[Line]) -> Figure:
+    """Heads and feed-forward units of each block that are left, in the mean over
+    seeds."""
+    settings = lines[0]["settings"]
+    kinds = {
+        "heads": (0, settings["heads"]),
+        "feed-forward units": (4, settings["hidden"]),
+    }
+    methods = by_method(lines)
+    height = 0.34 * len(methods) + 1.2
+    figure = Figure(figsize=(9, height), layout="constrained")
+    for axes, (kind, (at, size)) in zip(
+        figure.subplots(1, 2, sharey=True), kinds.items(), strict=True
+    ):
+        shares = np.array(
+            [
+                np.mean(
+                    [[b[at] / size for b in line["blocks"]] for line in its], axis=0
+                )
+                for its in methods.values()
+            ]
+        )
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(
+                column,
+                row,
+                f"{share * size:.3g}",
+                ha="center",
+                va="center",
+                fontsize="small",
+                color="white" if share > 0.6 else "black",
+            )
+        axes.grid(visible=False)
+        axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_xlabel("block")
+        axes.set_title(f"{kind} left, of {size}")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of a run")
+    folder = parser.parse_args().folder
+    if not json_lines.read(folder / runs.LINES):
+        raise SystemExit(f"experiments.language_report: {folder} holds no {runs.LINES}")
+    write(folder)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

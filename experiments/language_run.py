@@ -1,0 +1,356 @@
+"""One way to a smaller language model: from the base to what is left of it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import l0jax.nnx
+from experiments.harness import loop
+from experiments.language_settings import Config, Recipe
+from experiments.tasks.text import Text
+from l0jax import costs, gating, models, storage, train
+from l0jax.models.decoder import Decoder, Sizes, generate
+from l0jax.report import report
+from l0jax.structure import Structure
+
+Keep = dict[str, np.ndarray]
+
+EVALUATED_TOGETHER = 31
+"""Windows of a batch of evaluation."""
+SHOWN = 160
+"""Characters that a model goes on with, to be shown and compared."""
+WITHIN = 1e-5
+"""Of the largest logit, how far gated, closed and smaller models may be apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to a smaller model.
+
+    Args:
+        choose: from a run and its base to what is kept and the smaller model.
+        scratch: what is left is trained as the base was, from new weights.
+    """
+
+    choose: Callable[["Run", Decoder], tuple[Keep, Decoder]]
+    scratch: bool = False
+
+
+class Windows(NamedTuple):
+    """A text in windows that overlap by half, and what a teacher says of each next
+    character."""
+
+    tokens: Any
+    teacher: Any = None
+
+
+def windows_of(numbers: np.ndarray, length: int, step: int) -> np.ndarray:
+    """Pieces of a text, each with the character after it.
+
+    Raises:
+        ValueError: if the text is shorter than one.
+    """
+    if len(numbers) <= length:
+        raise ValueError(
+            f"the text has {len(numbers)} characters, fewer than a window of "
+            f"{length} and the one after it; give a smaller length"
+        )
+    starts = np.arange(0, len(numbers) - length, step)
+    return numbers[starts[:, None] + np.arange(length + 1)]
+
+
+def loss(model: Decoder, batch: Windows) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Nats a character; with a teacher the mean of that and of the divergence from what
+    it says (Hinton, Vinyals and Dean 2015, at a temperature of 1)."""
+    tokens = batch.tokens.astype(jnp.int32)
+    logits = model(tokens[:, :-1]).astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    if batch.teacher is None:
+        return nats, {"nats": nats}
+    said = batch.teacher.astype(jnp.float32)
+    apart = optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(logits), said
+    ).mean()
+    return (nats + apart) / 2, {"nats": nats, "from the base": apart}
+
+
+@jax.jit
+def _said(graph_and_state: Any, tokens: Array) -> Array:
+    model = nnx.merge(*graph_and_state)
+    logits = model(tokens[:, :-1].astype(jnp.int32))
+    return jax.nn.log_softmax(logits).astype(jnp.float16)
+
+
+def structure_of(model: Decoder, gated: tuple[str, ...]) -> Structure:
+    """All units of a decoder, with its branches among them if these are gated."""
+    structure = models.structure(model)
+    if "branches" in gated:
+        members = [n for n in structure.groups if n.endswith((".heads", ".hidden"))]
+        structure = structure.whole("branches", members)
+    return structure
+
+
+def groups_of(structure: Structure, gated: tuple[str, ...]) -> list[str]:
+    """The names of the groups of some kinds."""
+    return [name for name in structure.groups if name.split(".")[-1] in gated]
+
+
+def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """Of the weights."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0,
+        recipe.learning_rate,
+        max(round(recipe.warm_up * steps), 1),
+        steps,
+        recipe.learning_rate / 10,
+    )
+    matrices = lambda tree: jax.tree.map(lambda a: a.ndim > 1, tree)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.95, weight_decay=recipe.weight_decay, mask=matrices),
+    )
+
+
+class Run:
+    """One method on one base.
+
+    Attributes:
+        spent: epochs of training that the method has spent on its choice.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        text: Text,
+        folder: Path,
+        name: str,
+        how: Method,
+        seed: int,
+    ):
+        self.config, self.text, self.folder = config, text, folder
+        self.method, self.how, self.seed = name, how, seed
+        self.key = jax.random.key(seed)
+        self.spent = 0
+        length = config.length
+        self.windows = windows_of(text.train, length, max(length // 2, 1))
+        self.windows = self.windows.astype(
+            np.uint8 if len(text.alphabet) < 257 else int
+        )
+        self.held_out = {
+            part: windows_of(getattr(text, part), length, length)
+            for part in ("validation", "test")
+        }
+
+    # ------------------------------------------------------------- a run's parts
+
+    def named(self, name: str) -> PRNGKeyArray:
+        """A key of this run's own for one purpose."""
+        return gating.key_for(self.key, name)
+
+    def new(self, key: PRNGKeyArray) -> Decoder:
+        """A base before training."""
+        config = self.config
+        sizes = Sizes(
+            config.heads, config.queries, config.dim // 2, config.dim, config.hidden
+        )
+        blocks = [sizes] * config.layers
+        vocabulary = len(self.text.alphabet)
+        return Decoder(
+            vocabulary, config.width, blocks, config.length, rngs=nnx.Rngs(key)
+        )
+
+    def base(self) -> Decoder:
+        """The trained base of this seed."""
+        model = self.new(self.named("weights"))
+        recipe = self.config.base
+        trained = self.trained("base", model, recipe, recipe.epochs).whole_model
+        storage.save(trained, self.folder / f"base-{self.seed}")
+        return trained
+
+    def trained(
+        self,
+        name: str,
+        model: Decoder,
+        recipe: Recipe,
+        epochs: int,
+        teacher: Decoder | None = None,
+        **how: Any,
+    ) -> "Trained":
+        """A model after training, from its checkpoints if there are some.
+
+        Args:
+            name: of the checkpoints.
+            model: as it begins.
+            recipe: of the weights' optimiser, over `epochs` epochs.
+            epochs: passes over the windows.
+            teacher: whose predictions it learns from too.
+            **how: arguments of `train.Training`.
+        """
+        config = self.config
+        steps = len(self.windows) // recipe.batch_size * epochs
+        mesh = None
+        if config.devices > 1:
+            devices = np.asarray(jax.devices()[: config.devices])
+            mesh = jax.sharding.Mesh(devices, ("data",))
+        if "structure" not in how:
+            how["structure"] = models.structure(model).only()
+        training = train.Training(
+            model,
+            loss,
+            optimizer=adam(recipe, max(steps, 1)),
+            mesh=mesh,
+            compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
+            **how,
+        )
+        said = None if teacher is None else self.said_by(teacher)
+        run = loop.Run(
+            training,
+            self.named(name),
+            Windows(self.windows, said),
+            epochs=epochs,
+            batch_size=recipe.batch_size,
+            folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
+            loop=mesh is not None,
+            name=f"{name} seed {self.seed}",
+            show=config.progress,
+        )
+        run.restore()
+        for _ in run:
+            run.say(f"{run.means['nats']:.3f} nats")
+            run.training, run.state = run.training.compact(
+                run.state, run.examples_to_come
+            )
+        return Trained(run.training, run.state)
+
+    def said_by(self, teacher: Decoder) -> np.ndarray:
+        """Logarithms of the probabilities that a model gives to each next character."""
+        parts = np.array_split(self.windows, max(len(self.windows) // 32, 1))
+        split = nnx.split(teacher)
+        return np.concatenate([np.asarray(_said(split, part)) for part in parts])
+
+    def nats(self, model: Decoder, part: str) -> float:
+        """The loss of a part that was held out, in windows that don't overlap."""
+        training = train.Training(
+            model,
+            loss,
+            structure=models.structure(model).only(),
+            optimizer=optax.sgd(0),
+        )
+        state = training.start(self.key)
+        windows = self.held_out[part]
+        cuts = range(EVALUATED_TOGETHER, len(windows), EVALUATED_TOGETHER)
+        batches = (Windows(each) for each in np.split(windows, [*cuts]))
+        return training.evaluate(state, batches)["nats"]
+
+    # ---------------------------------------------------------------- from base to end
+
+    def result(self) -> dict[str, Any]:
+        """Chooses, trains what is left, and tests it."""
+        config, cost = self.config, costs.COSTS[self.config.cost]
+        base = self.base()
+        structure = structure_of(base, config.gated)
+        begun, self.spent = time.perf_counter(), 0
+        keep, small = self.how.choose(self, base)
+        teacher = base if config.distil else None
+        recipe, epochs = config.tune, config.tune.epochs - self.spent
+        if self.how.scratch:
+            recipe, epochs = config.base, config.base.epochs + config.tune.epochs
+        cut = self.nats(small, "validation")
+        name = f"{self.method}-tune"
+        tuned = self.trained(name, small, recipe, epochs, teacher).whole_model
+        seconds = time.perf_counter() - begun
+        storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
+        compared = report(base, tuned, self.example(1), batch_sizes=(1, 32), calls=9)
+        share = costs.exact(structure, keep, cost) / costs.exact(structure, cost=cost)
+        sizes = [list(each) for each in tuned.sizes]
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "metrics": {
+                "base test loss": self.nats(base, "test"),
+                "base validation loss": self.nats(base, "validation"),
+                "cut validation loss": cut,
+                "validation loss": self.nats(tuned, "validation"),
+                "test loss": self.nats(tuned, "test"),
+            },
+            "costs": {
+                config.cost: share,
+                "macs of the base": compared.after.macs / compared.before.macs,
+                **{
+                    f"seconds at batch {size}": compared.after.seconds[size]
+                    / compared.before.seconds[size]
+                    for size in (1, 32)
+                },
+            },
+            "epochs": {"choosing": self.spent, "tuning": epochs},
+            "width": tuned.embed.shape[1],
+            "blocks": sizes,
+            "prompt": self.text.decode(self.prompt[0]),
+            "goes on": self.goes_on(tuned),
+            "base goes on": self.goes_on(base),
+            "seconds": seconds,
+        }
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """The shape of tokens."""
+        return jax.ShapeDtypeStruct((batch, self.config.length), jnp.int32)
+
+    def goes_on(self, model: Decoder) -> str:
+        """How a model goes on with the beginning of the validation text, taking the
+        likeliest character each time."""
+        count = min(SHOWN, self.config.length - self.prompt.shape[1])
+        return self.text.decode(generate(model, self.prompt, count)[0])
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The beginning of the validation text."""
+        return self.text.validation[None, : max(self.config.length // 4, 1)]
+
+    def shrunk(self, base: Decoder, keep: Mapping[str, np.ndarray]) -> Decoder:
+        """What is left of a model when units go, after it was seen that it is what the
+        model is with their gates closed: in logits, and in what it goes on with.
+
+        Raises:
+            ValueError: if it isn't.
+        """
+        structure = structure_of(base, self.config.gated)
+        closed = {name: jnp.float32(flags) for name, flags in keep.items()}
+        gated = l0jax.nnx.fold(base, closed, structure.groups)
+        small = l0jax.nnx.shrink(gated, keep, structure)
+        self.check_same(gated, small)
+        return small
+
+    def check_same(self, gated: Decoder, small: Decoder) -> None:
+        """Raises ValueError unless two models say the same."""
+        tokens = jnp.asarray(self.held_out["validation"][:4, :-1])
+        one, other = gated(tokens), small(tokens)
+        apart = float(abs(one - other).max() / abs(one).max())
+        if not apart <= WITHIN:
+            raise ValueError(
+                f"{self.method}: the smaller model is {apart:.1e} of the largest logit "
+                f"from the gated one, more than {WITHIN:g}"
+            )
+        if self.goes_on(gated) != self.goes_on(small):
+            raise ValueError(f"{self.method}: the smaller model goes on otherwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A training at its end."""
+
+    training: train.Training
+    state: train.TrainingState
+
+    @property
+    def whole_model(self) -> Decoder:
+        """At its present width."""
+        return self.training.whole_model(self.state)

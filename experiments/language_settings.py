@@ -1,0 +1,157 @@
+"""Settings of `experiments.language_model`, and which of them can't be run."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.tasks import text
+from l0jax import costs
+
+KINDS = ("heads", "hidden", "stream", "branches", "queries", "rotations", "values")
+"""What can be gated: heads of keys and values with their queries, feed-forward units,
+the stream, whole branches; queries of all heads, and dimensions of heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Adam with decoupled weight decay, warmed up, then along a cosine to a tenth."""
+
+    epochs: int = 8
+    """passes over the windows of the training text"""
+    batch_size: int = 32
+    """windows of a step"""
+    learning_rate: float = 1.5e-3
+    """at its highest"""
+    weight_decay: float = 0.1
+    """of matrices"""
+    warm_up: float = 0.05
+    """share of the steps"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Take a share out of a language model."""
+
+    method: tuple[str, ...] = ("l0_hard_concrete",)
+    """which methods, or all"""
+    text: str = "tiny_shakespeare"
+    """a text of `experiments.tasks.text`"""
+    layers: int = 6
+    """blocks of the base"""
+    width: int = 192
+    """of its stream"""
+    heads: int = 6
+    """heads of keys and values"""
+    queries: int = 1
+    """heads that share each of them"""
+    dim: int = 32
+    """of a head, even"""
+    hidden: int = 512
+    """feed-forward units of a block"""
+    length: int = 256
+    """characters of a window, and positions of the model"""
+    gated: tuple[str, ...] = ("heads", "hidden", "stream")
+    """what may go: heads, hidden, stream, branches, queries, rotations, values"""
+    cost: Literal["params", "macs"] = "params"
+    """of what a share is left"""
+    left: float = 0.5
+    """the share"""
+    base: Recipe = Recipe()
+    """how the base is trained"""
+    tune: Recipe = Recipe(epochs=3, learning_rate=5e-4, warm_up=0.02)
+    """how it is trained after that, for choosing and for tuning what is left; all
+    methods take as many epochs of this, but for new networks, which also take those of
+    the base"""
+    closing: int = 2
+    """epochs of these in which gates are trained or units close"""
+    distil: bool = False
+    """what is trained after the base also learns from what the base says"""
+    gate_learning_rate: float = 2e-2
+    """of Adam, for the gates"""
+    multiplier_rate: float = 5e-2
+    """of gradient ascent, for the multiplier of the target"""
+    keep_prob: float = 0.95
+    """of gates at the start"""
+    price: float = 1e-6
+    """of a weight, for gates that no target pushes (D-Gating)"""
+    judged_by: int = 64
+    """windows of the training text that scores look at"""
+    seeds: tuple[int, ...] = (0,)
+    """of weights, gates and the order of the text"""
+    devices: int = 1
+    """over which batches are split"""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """in which the network runs; parameters, gates and losses stay in float32"""
+    out: Path | None = None
+    """run folder; None is runs/<text>-decoder-<digest of the configuration>"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+QUICK: dict[str, Any] = {
+    **{"text": "reference", "layers": 2, "width": 48, "heads": 3, "dim": 16},
+    **{"hidden": 96, "length": 64, "judged_by": 16, "closing": 1},
+    "method": ("l0_hard_concrete", "taylor", "uniform"),
+    "base": Recipe(epochs=1, learning_rate=3e-3),
+    "tune": Recipe(epochs=2, learning_rate=1e-3, warm_up=0.02),
+}
+OF_BASE = (
+    *("text", "layers", "width", "heads", "queries", "dim", "hidden", "length"),
+    *("base", "devices", "compute"),
+)
+"""Settings that decide the base."""
+UNTOLD = ("method", "seeds", "out", "progress")
+"""Settings that don't change what a single run gives."""
+
+
+def check(config: Config, known: Collection[str]) -> None:
+    """Raises ValueError for what can't be run."""
+    for name, there, given in (
+        ("method", known, config.method),
+        ("kind", KINDS, config.gated),
+        ("text", text.TEXTS, (config.text,)),
+        ("cost", costs.COSTS, (config.cost,)),
+    ):
+        for each in given:
+            if each not in there:
+                raise ValueError(
+                    f"unknown {name} {each!r}; there is {', '.join(there)}"
+                )
+    if not config.method or not config.seeds or not config.gated:
+        raise ValueError("give at least one method, one seed and one kind of units")
+    sizes = ("layers", "width", "heads", "queries", "dim", "hidden", "length")
+    for name in (*sizes, "devices", "judged_by"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.dim % 2:
+        raise ValueError(f"dim must be even, for pairs turn together, got {config.dim}")
+    if not 0 < config.left < 1:
+        raise ValueError(f"left must lie in (0, 1), got {config.left}")
+    if not 0 <= config.closing <= config.tune.epochs:
+        raise ValueError(
+            f"closing is {config.closing} epochs of the {config.tune.epochs} that "
+            "there are after the base; give fewer, or more with tune.epochs"
+        )
+    for name in ("gate_learning_rate", "multiplier_rate", "price"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
+    if not 0 < config.keep_prob < 1:
+        raise ValueError(f"keep_prob must lie in (0, 1), got {config.keep_prob}")
+    for name in ("base", "tune"):
+        recipe = getattr(config, name)
+        if recipe.epochs < 1 or recipe.batch_size < 1:
+            raise ValueError(
+                f"{name} needs at least one epoch and one window a batch, got "
+                f"{recipe.epochs} and {recipe.batch_size}"
+            )
+        if recipe.batch_size % config.devices:
+            raise ValueError(
+                f"{name}.batch_size is {recipe.batch_size}, which can't be split "
+                f"evenly over {config.devices} devices"
+            )
+        if not recipe.learning_rate > 0 or not 0 <= recipe.warm_up < 1:
+            raise ValueError(
+                f"{name} needs a learning rate above 0 and a warm-up in [0, 1), got "
+                f"{recipe.learning_rate} and {recipe.warm_up}"
+            )
