@@ -19,7 +19,7 @@ from l0jax import apply_gates, units
 # The parts that the compiler makes of the operations of each program.
 GRAPHS = {
     "reverse": {
-        # Of each token one share, so that what the first one gets tells the length...
+        # All attend to all: what the first token gets of it tells the length...
         "tokens → head 0.0 value",
         "head 0.0 → MLP 0",
         "tokens → MLP 0",
@@ -179,7 +179,7 @@ def test_at_too_high_a_price_nothing_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     circuits.cli()
     said = capsys.readouterr().out
-    assert "| xproportion | 32 | 5.00 | 0.00 | 5.00 | 0.00 | 0 of 1 |" in said
+    assert "| xproportion | 32 | 5 | 0.00 | 5.00 | 0.00 | 0 of 1 |" in said
     assert "xproportion, seed 0: MLP 0 → head 1.0 value is missing" in said
 
 

@@ -11,7 +11,8 @@ $$ x_r = \sum_{s \text{ before } r} e_{rs} \, y_s $$
 
 of what the senders write (Bhaskar et al., "Finding Transformer Circuits with Edge
 Pruning", NeurIPS 2024; with zeros in the place of what is removed, as in their runs on
-these programs). All ones give the compiled transformer.
+these programs). All ones give the compiled transformer. Of each program all inputs
+are known, of 1 to 5 tokens: on those of 5 alone, "reverse" would need no length.
 """
 
 import dataclasses
@@ -274,8 +275,15 @@ class Program:
 
     @functools.cached_property
     def needed(self) -> Bool[np.ndarray, " edges"]:
-        """The circuit: the edges without each of which alone the program puts out
-        something else for at least one of all inputs."""
+        """The known graph: the edges without each of which alone the program puts out
+        something else for at least one of all inputs.
+
+        Of both programs it is the only answer: of all sets of edges exactly those do
+        what the program does that hold it. Beside it only edges from the tokens to
+        queries and keys are wired. With them tracr lets a token at which nothing is
+        selected attend to the first one; here something always is, and without them
+        attention is the same.
+        """
         without = ~np.eye(len(self.edges), dtype=bool)
         return ~self.same(without)
 
