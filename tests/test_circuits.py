@@ -100,6 +100,26 @@ def test_entries_that_stand_for_no_edge_are_not_read(program):
     assert np.array_equal(outputs, program.apply(params, program.examples[-8:]))
 
 
+def test_heads_of_a_layer_do_not_read_one_another(program):
+    """Each head as two that write half of it each: the same, with other edges."""
+    weights = {
+        name: np.concatenate([array, array]) if array.ndim == 3 else array
+        for name, array in program.weights.items()
+    }
+    for name in weights:
+        if name.endswith(".attended"):
+            weights[name] = weights[name] / 2
+    two = dataclasses.replace(program, weights=weights)
+    assert two.heads == 2
+    outputs = np.asarray(two.apply(two.params, two.examples))
+    assert abs(outputs - two.outputs)[two.counted].max() < 1e-5
+    last = f"head {two.layers - 1}."
+    assert Edge(last + "0", "output") in two.edges
+    for edge in two.edges:
+        begins, ends = edge.sender.split(".")[0], part_of(edge.receiver).split(".")[0]
+        assert begins != ends, str(edge)
+
+
 # ------------------------------------------------------------------ the known graphs
 
 
