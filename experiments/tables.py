@@ -25,6 +25,7 @@ from experiments.reports.printing import markdown
 from experiments.reports.study_tables import (
     channels,
     compared,
+    edges,
     relocations,
     rules,
     wide,
@@ -84,6 +85,8 @@ or not what they lead to is left; removal leaves fewer.
 {wide()}
 
 {relocations()}
+
+{edges()}
 
 ## Benchmarks
 

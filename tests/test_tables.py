@@ -94,6 +94,7 @@ def place(tmp_path, monkeypatch):
         (study_tables.channel_rows, "channel_pruning"),
         (study_tables.wide_resnet, "wide_resnet"),
         (study_tables.deciding, "deciding"),
+        (study_tables.circuits, "circuits"),
     ):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
     (tmp_path / "README.md").write_text(README)

@@ -7,6 +7,7 @@ import numpy as np
 from experiments import (
     channel_report,
     channel_rows,
+    circuits,
     deciding,
     families,
     family_report,
@@ -242,6 +243,29 @@ def rules() -> str:
             "the budget rule at the share that it has itself left, on the same trained "
             "network: above 0, the budget rule chooses better.",
             deciding.table(lines),
+        ]
+    )
+
+
+def edges() -> str:
+    """Edges of compiled transformers that gates keep, beside the known graphs."""
+    lines = json_lines.read(circuits.RESULTS)
+    if not lines:
+        return ""
+    seeds = " ".join(sorted({str(line["seed"]) for line in lines}))
+    names = dict.fromkeys(line["program"] for line in lines)
+    pictures = [
+        f"![edges of {name}](experiments/results/circuits-{name}.png)" for name in names
+    ]
+    return "\n\n".join(
+        [
+            "## Circuits of compiled programs",
+            f"`python -m experiments.circuits --programs {' '.join(names)} --seeds "
+            f"{seeds} --record`: hard concrete gates on the edges of a transformer "
+            "that was compiled from a program and stays as it is, at one price for "
+            "each. An edge is needed if the program is another one without it.",
+            circuits.table(lines),
+            *pictures,
         ]
     )
 

@@ -1,0 +1,1 @@
+"""Weights of compiled programs, and the script that makes them."""
