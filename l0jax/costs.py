@@ -24,6 +24,7 @@ batch that was traced; the table of a structure says which.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,16 +202,51 @@ def interpolated(tables: Sequence[Table], name: str = "latency") -> Cost:
         tables: of parts whose times add up; more often one, of the whole network.
         name: the cost's `__name__`, by which constraints and logs call it.
 
+    Where groups have gates of their wholes (`Structure.whole`), it is the mean over
+    what these may be: a branch that is there half of the time takes half of its
+    seconds, not those of half of its units.
+
     Raises:
-        ValueError: when called, if the structure lacks a group of a table.
+        ValueError: when called, if the structure lacks a group of a table, or a table
+            has groups of more wholes than can be gone through.
     """
 
     def cost(structure: Structure, prob_active: Probabilities = ALL):
-        seconds = (_seconds(table, structure, prob_active) for table in tables)
+        seconds = (_mean_seconds(table, structure, prob_active) for table in tables)
         return sum(seconds, start=jnp.zeros(()))
 
     cost.__name__ = name
     return cost
+
+
+MOST_WHOLES = 6
+
+
+def _mean_seconds(
+    table: Table, structure: Structure, prob_active: Probabilities
+) -> Array:
+    """The mean of `_seconds` over gates of wholes."""
+    above = [
+        (prob_active[whole][at], [n for n in names if n in table.groups])
+        for whole, parts in structure.wholes.items()
+        if whole in prob_active
+        for at, names in enumerate(parts)
+        if any(name in table.groups for name in names)
+    ]
+    if len(above) > MOST_WHOLES:
+        raise ValueError(
+            f"a table of {', '.join(table.groups)} has groups of {len(above)} wholes; "
+            f"with more than {MOST_WHOLES} give a table for each part"
+        )
+    total = jnp.zeros(())
+    for there in itertools.product((True, False), repeat=len(above)):
+        chance, known = jnp.ones(()), dict(prob_active)
+        for open_, (probability, names) in zip(there, above, strict=True):
+            chance = chance * (probability if open_ else 1 - probability)
+            if not open_:
+                known |= {n: np.zeros(structure.groups[n].size) for n in names}
+        total = total + chance * _seconds(table, structure, known)
+    return total
 
 
 def _seconds(table: Table, structure: Structure, prob_active: Probabilities) -> Array:

@@ -94,6 +94,37 @@ def test_expected_costs_are_the_means_of_draws(structure, cost):
     assert abs(float(cost(structure, alone)) - expected) > 3 * error
 
 
+def test_expected_seconds_are_the_means_of_draws_of_wholes(structure):
+    """Interpolated in the units of a branch, and exact in whether it is there."""
+    attention, hidden = "blocks.0.attention:2", "blocks.0.feed_forward"
+    tables = [
+        costs.Table((attention,), ((0, 1, 3),), np.array([1.0, 5.0, 6.0])),
+        costs.Table(
+            (attention, hidden), ((0, 3), (0, 10)), np.array([[2.0, 3.0], [4.0, 9.0]])
+        ),
+    ]
+    cost = costs.interpolated(tables)
+    rng = np.random.default_rng(0)
+    branches = rng.uniform(0.2, 0.9, 4)
+    counts = {attention: 2.0, hidden: 4.0}
+    units = {
+        n: jnp.full(structure.groups[n].size, count / structure.groups[n].size)
+        for n, count in counts.items()
+    }
+    found = float(cost(structure, {"branches": jnp.float32(branches), **units}))
+    expected = 0.0
+    for there in itertools.product((0, 1), repeat=2):
+        chance = np.prod(np.where(there, branches[:2], 1 - branches[:2]))
+        now = {n: p * on for (n, p), on in zip(units.items(), there, strict=True)}
+        expected += chance * float(cost(structure, now))
+    assert found == pytest.approx(expected, rel=1e-5)
+    # That of half of the units would be another.
+    halved = {n: p * b for (n, p), b in zip(units.items(), branches, strict=False)}
+    assert abs(float(cost(structure, halved)) - found) > 0.05
+    closed = {"branches": np.array([False, True, True, True])}
+    assert costs.exact(structure, closed, cost) == round(1.0 + 3.0)
+
+
 def test_a_smaller_structure_has_the_wholes_that_are_left(structure):
     keep = {"branches": np.array([True, False, True, True])}
     left = structure.shrink(keep)

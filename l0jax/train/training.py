@@ -204,6 +204,7 @@ class Training:
             (self.charges, self.penalty, self.optimizer, self.gate_optimizer),
             (self.polyak, self.mesh, self.compute),
             tuple(self.structure.groups.items()),
+            tuple(self.structure.wholes.items()),
             tuple((path, leaf.shape) for path, leaf in self.structure.arrays.items()),
             tuple(self.alive[name].tobytes() for name in sorted(self.alive)),
         )
