@@ -93,8 +93,8 @@ def within_one_budget(folder: Path) -> list[str]:
     config = lines[0]["config"]
     return [
         "### Gates, channel pruning and relocation within one budget",
-        f"`python -m experiments.channel_rows {channel_rows.EQUAL}`: the networks and "
-        "images of above, and all methods train for "
+        f"`python -m experiments.channel_rows {channel_rows.EQUAL}`: the network of "
+        f"above on as many images of {config['dataset']}, and all methods train for "
         f"{config['after']} epochs after the base network, what they train to choose "
         f"included: gates and doomed units close in {config['gate']['epochs']} of "
         "them, DCP trains its classifiers in as many, and what starts anew trains as "
