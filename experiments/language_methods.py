@@ -6,7 +6,7 @@ table and picture.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ def within_budget(
 def check_budget(run: Run) -> None:
     """Raises ValueError if more is left with one unit of each group."""
     config, cost = run.config, costs.COSTS[run.config.cost]
+    if config.shape:
+        return
     structure = structure_of(run.new(run.key), config.gated)
     one = {
         name: np.arange(structure.groups[name].size) == 0
@@ -68,8 +70,24 @@ def check_budget(run: Run) -> None:
 def chosen(run: Run, base: Decoder, structure: Structure, scores: Mapping[str, Any]):
     """What fits into the budget, by scores."""
     config = run.config
-    keep = within_budget(structure, scores, costs.COSTS[config.cost], config.left)
+    if config.shape:
+        counts = shape_of(config.shape, scores)
+        keep = {name: best(scores[name], counts[name]) for name in scores}
+    else:
+        cost = costs.COSTS[config.cost]
+        keep = within_budget(structure, scores, cost, config.left)
     return keep, run.shrunk(base, keep)
+
+
+def shape_of(shape: Mapping[str, int], groups: Iterable[str]) -> dict[str, int]:
+    """How many units of each group a shape has."""
+    return {name: shape[name.split(".")[-1]] for name in groups}
+
+
+def best(scores: Any, count: int) -> np.ndarray:
+    """Flags of so many units with the highest scores."""
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    return np.isin(np.arange(len(order)), order[:count])
 
 
 def scored(run: Run, base: Decoder, *, name: str):
@@ -114,9 +132,13 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         temperature = optax.exponential_decay(begin, steps, factor)
     named = tuple(groups_of(structure, config.gated))
     pushed = gate.bounded
+    of: Any = costs.COSTS[config.cost], config.left
+    if config.shape:
+        sizes = {name: structure.groups[name].size for name in named}
+        counts = shape_of(config.shape, named)
+        of = "density", {name: counts[name] / sizes[name] for name in named}
     target = train.Target(
-        costs.COSTS[config.cost],
-        config.left,
+        *of,
         warm_up=steps // 2 if pushed else 0,
         how="quadratic" if pushed else "decided",
         rate=config.multiplier_rate,

@@ -57,6 +57,10 @@ class Config:
     """of what a share is left"""
     left: float = 0.5
     """the share"""
+    shape: dict[str, int] = dataclasses.field(default_factory=dict)
+    """in the place of a share the shape of what is left, such as `heads 3 hidden 256
+    stream 128`: so many units of each group of a kind, each with a multiplier of its
+    own"""
     base: Recipe = Recipe()
     """how the base is trained"""
     tune: Recipe = Recipe(epochs=3, learning_rate=5e-4, warm_up=0.02)
@@ -96,11 +100,6 @@ QUICK: dict[str, Any] = {
     "base": Recipe(epochs=1, learning_rate=3e-3),
     "tune": Recipe(epochs=2, learning_rate=1e-3, warm_up=0.02),
 }
-OF_BASE = (
-    *("text", "layers", "width", "heads", "queries", "dim", "hidden", "length"),
-    *("base", "devices", "compute"),
-)
-"""Settings that decide the base."""
 UNTOLD = ("method", "seeds", "out", "progress")
 """Settings that don't change what a single run gives."""
 
@@ -126,6 +125,7 @@ def check(config: Config, known: Collection[str]) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.dim % 2:
         raise ValueError(f"dim must be even, for pairs turn together, got {config.dim}")
+    check_shape(config)
     if not 0 < config.left < 1:
         raise ValueError(f"left must lie in (0, 1), got {config.left}")
     if not 0 <= config.closing <= config.tune.epochs:
@@ -154,4 +154,30 @@ def check(config: Config, known: Collection[str]) -> None:
             raise ValueError(
                 f"{name} needs a learning rate above 0 and a warm-up in [0, 1), got "
                 f"{recipe.learning_rate} and {recipe.warm_up}"
+            )
+
+
+def check_shape(config: Config) -> None:
+    """Raises ValueError for a shape that the base can't be brought to."""
+    if not config.shape:
+        return
+    sizes = {
+        **{"heads": config.heads, "hidden": config.hidden, "stream": config.width},
+        **{"branches": 2 * config.layers, "queries": config.queries},
+        **{"rotations": config.dim // 2, "values": config.dim},
+    }
+    if set(config.shape) != set(config.gated):
+        raise ValueError(
+            f"a shape is given of {', '.join(config.shape)}, and gated are "
+            f"{', '.join(config.gated)}: give a number for each of these"
+        )
+    for name, count in config.shape.items():
+        if count > sizes[name]:
+            raise ValueError(
+                f"the shape has {count} {name}, and the base has {sizes[name]}"
+            )
+        if count < 1:
+            raise ValueError(
+                f"the shape has {count} {name}: what reads them would be there for "
+                "nothing; give at least 1, and branches to take whole ones out"
             )

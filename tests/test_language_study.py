@@ -110,6 +110,20 @@ def test_branches_are_gated_beside_their_units_and_learn_from_the_base(tmp_path)
     assert line["width"] == TINY.width
 
 
+@pytest.mark.filterwarnings("ignore:gates are undecided")
+@pytest.mark.parametrize("method", ["taylor", "l0_bernoulli"])
+def test_a_shape_is_met_exactly(method, tmp_path):
+    kinds = ("heads", "hidden", "stream")
+    line = of(
+        tmp_path / "run",
+        method=(method,),
+        gated=kinds,
+        shape={"heads": 1, "hidden": 9, "stream": 8},
+    )
+    assert line["width"] == 8
+    assert line["blocks"] == [[1, 1, 2, 4, 9]] * 2
+
+
 def test_a_result_is_not_made_twice(folder, monkeypatch):
     monkeypatch.setattr(Run, "result", lambda _: pytest.fail("it is there"))
     found = language_model.main(dataclasses.replace(TINY, out=folder))
@@ -236,6 +250,15 @@ def test_gates_of_values_are_gates_of_weights():
         ({"base": Recipe(epochs=0)}, "base needs at least one epoch"),
         ({"tune": Recipe(epochs=2, learning_rate=0.0)}, "tune needs a learning rate"),
         ({"length": 4_000}, "fewer than a window of 4000"),
+        ({"shape": {"heads": 1}}, "a shape is given of heads, and gated are heads, h"),
+        (
+            {"gated": ("heads",), "shape": {"heads": 3}},
+            "the shape has 3 heads, and the base has 2",
+        ),
+        (
+            {"gated": ("hidden",), "shape": {"hidden": 0}},
+            "the shape has 0 hidden: what reads them would be there for nothing",
+        ),
         ({"left": 0.05}, "no more than 0.05 of the params"),
     ],
 )
