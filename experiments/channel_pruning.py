@@ -13,8 +13,6 @@ of a layer too.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +39,7 @@ def main(config: Config) -> dict[str, Any]:
     name = f"{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     if config.base_from is not None:
-        check_base(config.base_from, settings)
+        run_folder.check_base(config.base_from, settings, OF_BASE)
     images = images_of(dataset, config.examples)
     for recipe in (config.base, config.heads, config.gate, config.tune):
         check_filled(images, recipe.batch_size)
@@ -68,24 +66,6 @@ def main(config: Config) -> dict[str, Any]:
                 )
                 results.add(run.result())
     return {"folder": str(folder), "results": results.lines()}
-
-
-def check_base(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises FileNotFoundError if no run is in the folder, ValueError if its base
-    networks are those of other settings."""
-    file = folder / run_folder.CONFIG
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing: base_from must be the folder of a run that has "
-            "trained its base networks"
-        )
-    there = json.loads(file.read_text())
-    for name in OF_BASE:
-        if there.get(name) != settings[name]:
-            raise ValueError(
-                f"the base networks of {folder} were made with {name} = "
-                f"{there.get(name)}; this run has {settings[name]}"
-            )
 
 
 class Results:

@@ -21,7 +21,7 @@ from experiments.harness import command_line, json_lines, run_folder
 from experiments.harness.loop import Diverged
 from experiments.language_methods import METHODS, check_budget
 from experiments.language_run import Run
-from experiments.language_settings import QUICK, UNTOLD, Config, check
+from experiments.language_settings import OF_BASE, QUICK, UNTOLD, Config, check
 from experiments.reports import runs
 from experiments.tasks import text
 from experiments.tasks.dataset import DataError
@@ -35,6 +35,8 @@ def main(config: Config) -> dict[str, Any]:
     found = text.load(config.text)
     settings = run_folder.settings_of(config, UNTOLD)
     folder = config.out or run_folder.default(f"{config.text}-decoder", settings)
+    if config.base_from is not None:
+        run_folder.check_base(config.base_from, settings, OF_BASE)
     missing = [
         Run(config, found, folder, method, METHODS[method], seed)
         for seed in config.seeds

@@ -169,7 +169,15 @@ class Run:
         )
 
     def base(self) -> Decoder:
-        """The trained base of this seed."""
+        """The trained base of this seed.
+
+        Raises:
+            FileNotFoundError: if it was to be there and isn't.
+        """
+        if self.config.base_from is not None:
+            stored = storage.load(self.config.base_from / f"base-{self.seed}")
+            assert isinstance(stored, Decoder)
+            return stored
         model = self.new(self.named("weights"))
         recipe = self.config.base
         trained = self.trained("base", model, recipe, recipe.epochs).whole_model

@@ -81,6 +81,8 @@ class Config:
     """of a weight, for gates that no target pushes (D-Gating)"""
     judged_by: int = 64
     """windows of the training text that scores look at"""
+    base_from: Path | None = None
+    """folder of a run whose bases are taken"""
     seeds: tuple[int, ...] = (0,)
     """of weights, gates and the order of the text"""
     devices: int = 1
@@ -100,7 +102,12 @@ QUICK: dict[str, Any] = {
     "base": Recipe(epochs=1, learning_rate=3e-3),
     "tune": Recipe(epochs=2, learning_rate=1e-3, warm_up=0.02),
 }
-UNTOLD = ("method", "seeds", "out", "progress")
+OF_BASE = (
+    *("text", "layers", "width", "heads", "queries", "dim", "hidden", "length"),
+    *("base", "compute"),
+)
+"""Settings that decide the base."""
+UNTOLD = ("method", "seeds", "out", "base_from", "progress")
 """Settings that don't change what a single run gives."""
 
 

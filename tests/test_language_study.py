@@ -96,6 +96,18 @@ def test_every_way_ends_within_its_budget(method, folder):
         assert np.isfinite(line["metrics"][name])
 
 
+def test_a_base_is_taken_from_another_run(folder, tmp_path):
+    line = of(tmp_path / "run", method=("random",), left=0.7, base_from=folder)
+    assert not (tmp_path / "run" / "base-0").exists()
+    whole = of(folder, method=("uniform",))
+    assert line["base goes on"] == whole["base goes on"]
+    with pytest.raises(ValueError, match="made with width = 12; this run has 24"):
+        of(tmp_path / "other", method=("random",), width=24, base_from=folder)
+    with pytest.raises(FileNotFoundError, match="base_from must be the folder of"):
+        of(tmp_path / "other", method=("random",), base_from=tmp_path / "none")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.filterwarnings("ignore:gates are undecided")
 def test_branches_are_gated_beside_their_units_and_learn_from_the_base(tmp_path):
     line = of(

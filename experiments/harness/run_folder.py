@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,32 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
     draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
     record = config | made_by() | draws
     file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_base(
+    folder: Path, settings: Mapping[str, Any], deciding: Iterable[str]
+) -> None:
+    """Raises FileNotFoundError if no run is in the folder, ValueError if its base
+    networks are those of other settings.
+
+    Args:
+        folder: of a run that has trained base networks.
+        settings: of the run that takes them.
+        deciding: names of those that decide a base network.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing: base_from must be the folder of a run that has "
+            "trained its base networks"
+        )
+    there = json.loads(file.read_text())
+    for name in deciding:
+        if there.get(name) != settings[name]:
+            raise ValueError(
+                f"the base networks of {folder} were made with {name} = "
+                f"{there.get(name)}; this run has {settings[name]}"
+            )
 
 
 def made_by() -> dict[str, Any]:
