@@ -14,9 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+import l0jax.nnx
 from experiments.family_settings import LEAK
 from experiments.language_run import Keep, Method, Run, groups_of, structure_of
 from l0jax import costs, gates, methods, train
+from l0jax.methods import relocation
 from l0jax.methods.keeping import check_scores
 from l0jax.models.decoder import Decoder
 from l0jax.structure import Structure
@@ -67,16 +69,13 @@ def check_budget(run: Run) -> None:
         )
 
 
-def chosen(run: Run, base: Decoder, structure: Structure, scores: Mapping[str, Any]):
+def chosen(run: Run, structure: Structure, scores: Mapping[str, Any]) -> Keep:
     """What fits into the budget, by scores."""
     config = run.config
     if config.shape:
         counts = shape_of(config.shape, scores)
-        keep = {name: best(scores[name], counts[name]) for name in scores}
-    else:
-        cost = costs.COSTS[config.cost]
-        keep = within_budget(structure, scores, cost, config.left)
-    return keep, run.shrunk(base, keep)
+        return {name: best(scores[name], counts[name]) for name in scores}
+    return within_budget(structure, scores, costs.COSTS[config.cost], config.left)
 
 
 def shape_of(shape: Mapping[str, int], groups: Iterable[str]) -> dict[str, int]:
@@ -92,10 +91,58 @@ def best(scores: Any, count: int) -> np.ndarray:
 
 def scored(run: Run, base: Decoder, *, name: str):
     """The units with the highest scores."""
+    keep = by_score(run, base, name)
+    return keep, run.shrunk(base, keep)
+
+
+def by_score(run: Run, base: Decoder, name: str) -> Keep:
+    """Flags of the units with the highest scores."""
     structure = structure_of(base, run.config.gated)
     named = groups_of(structure, run.config.gated)
     found = methods.score(name, task_of(run, base, structure.only(*named)), run.key)
-    return chosen(run, base, structure, found)
+    return chosen(run, structure, found)
+
+
+def fitted(run: Run, base: Decoder):
+    """What a Taylor score keeps, with what reads heads and feed-forward units fitted to
+    what it made in the base (`methods.LeastSquares`)."""
+    keep = by_score(run, base, "taylor")
+    structure = structure_of(base, run.config.gated)
+    read = [n for n in keep if n.endswith((".heads", ".hidden"))]
+    if not read:
+        raise ValueError(
+            f"least squares fit what reads heads or hidden units, and gated are "
+            f"{', '.join(run.config.gated)}"
+        )
+    others = {n: jnp.float32(flags) for n, flags in keep.items() if n not in read}
+    graph, whole = nnx.split(base)
+    start = nnx.state(l0jax.nnx.fold(base, others, structure.groups))
+    fit = methods.LeastSquares(task_of(run, base, structure.only(*read)))
+    key = run.named("positions")
+    params = fit({n: keep[n] for n in read}, key, params=start, base=whole)
+    return keep, run.shrunk(nnx.merge(graph, params), keep)
+
+
+def relocated(run: Run, base: Decoder):
+    """Soft knowledge relocation (Salzinger 2020, our reconstruction): what a Taylor
+    score dooms closes little by little while the model trains."""
+    config = run.config
+    keep = by_score(run, base, "taylor")
+    steps = run.steps(config.tune, config.closing)
+    trained = run.trained(
+        f"{run.method}-closing",
+        base,
+        config.tune,
+        config.closing,
+        base if config.distil else None,
+        structure=structure_of(base, config.gated),
+        gate=train.Chosen(keep, relocation.Closing(share=1.0), steps),
+    )
+    run.spent += config.closing
+    whole = trained.whole_model
+    small = trained.training.finish(trained.state)
+    run.check_same(whole, small)
+    return keep, small
 
 
 def uniform(run: Run, base: Decoder):
@@ -105,9 +152,9 @@ def uniform(run: Run, base: Decoder):
         name: structure.groups[name].size
         for name in groups_of(structure, run.config.gated)
     }
-    return chosen(
-        run, base, structure, {n: -np.arange(float(size)) for n, size in sizes.items()}
-    )
+    first = {name: -np.arange(float(size)) for name, size in sizes.items()}
+    keep = chosen(run, structure, first)
+    return keep, run.shrunk(base, keep)
 
 
 def from_scratch(run: Run, base: Decoder):
@@ -124,7 +171,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
     the largest logits, as many as fit."""
     config = run.config
     structure = structure_of(base, config.gated)
-    steps = len(run.windows) // config.tune.batch_size * config.closing
+    steps = run.steps(config.tune, config.closing)
     temperature = None
     if isinstance(gate, gates.Mixture):
         begin = float(gate.temperature)
@@ -186,6 +233,8 @@ METHODS: dict[str, Method] = {
         name: Method(functools.partial(scored, name=name))
         for name in ("random", "outgoing_l2", "variance", "taylor")
     },
+    "taylor_least_squares": Method(fitted),
+    "soft_relocation": Method(relocated),
     "l0_hard_concrete": Method(functools.partial(gated, gate=gates.HardConcrete())),
     "l0_bernoulli": Method(functools.partial(gated, gate=gates.Bernoulli())),
     "l0_mixture": Method(

@@ -168,6 +168,10 @@ class Run:
             vocabulary, config.width, blocks, config.length, rngs=nnx.Rngs(key)
         )
 
+    def steps(self, recipe: Recipe, epochs: int) -> int:
+        """Of so many epochs."""
+        return len(self.windows) // recipe.batch_size * epochs
+
     def base(self) -> Decoder:
         """The trained base of this seed.
 
@@ -204,7 +208,7 @@ class Run:
             **how: arguments of `train.Training`.
         """
         config = self.config
-        steps = len(self.windows) // recipe.batch_size * epochs
+        steps = self.steps(recipe, epochs)
         mesh = None
         if config.devices > 1:
             devices = np.asarray(jax.devices()[: config.devices])
