@@ -38,6 +38,7 @@ SLOW = re.compile(
     r"|test_relocation_runs|each_option_does_something"
     r"|every_variant_trains_and_is_removed\[(?!fixed\])"
     r"|a_target_is_met\[(?!macs)|a_comparison_goes_on_where|it_trains_and_is_recorded"
+    r"|test_mnist.*\[compacted weights\]"
 )
 MEMBERS = 3
 

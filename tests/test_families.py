@@ -59,6 +59,7 @@ def test_every_gate_family_and_pair_and_estimator_is_compared():
         mnist.check(mnist.Config(**its))
 
 
+@pytest.mark.slow
 def test_every_member_has_a_line_for_each_rule(tiny):
     lines = rows(tiny)
     assert list(lines[0]) == list(families.COLUMNS)
@@ -78,6 +79,7 @@ def test_every_member_has_a_line_for_each_rule(tiny):
     assert len({r["test_error"] for r in lines}) > 4
 
 
+@pytest.mark.slow
 def test_lines_say_what_was_left(tiny):
     for row in rows(tiny):
         widths = [int(width) for width in row["architecture"].split("-")]
@@ -94,6 +96,7 @@ def test_lines_say_what_was_left(tiny):
     assert all(math.isnan(float(r["undecided"])) for r in noise)
 
 
+@pytest.mark.slow
 def test_members_are_runs_of_the_mnist_experiment(tiny, tmp_path):
     """The sweep's member and the single run of the same settings."""
     config = mnist.Config(
@@ -177,6 +180,7 @@ def test_a_refused_comparison_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     """A family that is there is not run again; one that was interrupted goes on."""
     one = dataclasses.replace(TINY, out=tmp_path, families=("hard_concrete",))
@@ -205,6 +209,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     assert [r["family"] for r in rows(tmp_path)][-1] == "smooth_step"
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_family_and_strength(tiny):
     lines = (tiny / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(TINY.families) * len(TINY.lam)
@@ -215,6 +220,7 @@ def test_the_table_has_a_line_for_each_family_and_strength(tiny):
         assert (tiny / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_only_kinds_that_were_compared_have_a_panel(tiny):
     lines = family_report.read(tiny / "results.csv")
 

@@ -96,6 +96,7 @@ def test_every_way_ends_within_its_budget(method, folder):
         assert np.isfinite(line["metrics"][name])
 
 
+@pytest.mark.slow
 def test_a_base_is_taken_from_another_run(folder, tmp_path):
     line = of(tmp_path / "run", method=("random",), left=0.7, base_from=folder)
     assert not (tmp_path / "run" / "base-0").exists()
@@ -108,6 +109,7 @@ def test_a_base_is_taken_from_another_run(folder, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:gates are undecided")
 def test_branches_are_gated_beside_their_units_and_learn_from_the_base(tmp_path):
     line = of(
@@ -122,6 +124,7 @@ def test_branches_are_gated_beside_their_units_and_learn_from_the_base(tmp_path)
     assert line["width"] == TINY.width
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:gates are undecided")
 @pytest.mark.parametrize("method", ["taylor", "l0_bernoulli"])
 def test_a_shape_is_met_exactly(method, tmp_path):
