@@ -113,7 +113,10 @@ def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         steps,
         recipe.learning_rate / 10,
     )
-    matrices = lambda tree: jax.tree.map(lambda a: a.ndim > 1, tree)  # noqa: E731
+
+    def matrices(tree: Any) -> Any:
+        return jax.tree.map(lambda array: array.ndim > 1, tree)
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b2=0.95, weight_decay=recipe.weight_decay, mask=matrices),
