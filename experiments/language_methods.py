@@ -17,12 +17,13 @@ from flax import nnx
 import l0jax.nnx
 from experiments.family_settings import LEAK
 from experiments.language_run import Keep, Method, Run, groups_of, structure_of
+from experiments.language_settings import LATENCY
 from l0jax import costs, gates, methods, train
 from l0jax.methods import relocation
 from l0jax.methods.keeping import check_scores
 from l0jax.models.decoder import Decoder
 from l0jax.structure import Structure
-from l0jax.train.targets import fill
+from l0jax.train.targets import counted, fill
 
 
 def within_budget(
@@ -42,20 +43,22 @@ def within_budget(
         ranks = (np.arange(len(order)) + 0.5) / len(order)
         others = zip(ranks[1:], order[1:].tolist(), strict=True)
         wanted += [(rank, name, at) for rank, at in others]
-    most = left * costs.exact(structure, cost=cost)
+    most = left * counted(structure, {}, cost)
     return fill(
         [(name, at) for _, name, at in sorted(wanted)],
         start,
-        lambda keep: costs.exact(structure, keep, cost) <= most,
+        lambda keep: counted(structure, keep, cost) <= most,
         structure.wholes,
     )
 
 
 def check_budget(run: Run) -> None:
     """Raises ValueError if more is left with one unit of each group."""
-    config, cost = run.config, costs.COSTS[run.config.cost]
-    if config.shape:
+    config = run.config
+    # (Seconds are known when the base is there to be measured.)
+    if config.shape or config.cost == LATENCY:
         return
+    cost = costs.COSTS[config.cost]
     structure = structure_of(run.new(run.key), config.gated)
     one = {
         name: np.arange(structure.groups[name].size) == 0
@@ -69,13 +72,15 @@ def check_budget(run: Run) -> None:
         )
 
 
-def chosen(run: Run, structure: Structure, scores: Mapping[str, Any]) -> Keep:
+def chosen(
+    run: Run, base: Decoder, structure: Structure, scores: Mapping[str, Any]
+) -> Keep:
     """What fits into the budget, by scores."""
     config = run.config
     if config.shape:
         counts = shape_of(config.shape, scores)
         return {name: best(scores[name], counts[name]) for name in scores}
-    return within_budget(structure, scores, costs.COSTS[config.cost], config.left)
+    return within_budget(structure, scores, run.cost(base), config.left)
 
 
 def shape_of(shape: Mapping[str, int], groups: Iterable[str]) -> dict[str, int]:
@@ -100,7 +105,7 @@ def by_score(run: Run, base: Decoder, name: str) -> Keep:
     structure = structure_of(base, run.config.gated)
     named = groups_of(structure, run.config.gated)
     found = methods.score(name, task_of(run, base, structure.only(*named)), run.key)
-    return chosen(run, structure, found)
+    return chosen(run, base, structure, found)
 
 
 def fitted(run: Run, base: Decoder):
@@ -153,7 +158,7 @@ def uniform(run: Run, base: Decoder):
         for name in groups_of(structure, run.config.gated)
     }
     first = {name: -np.arange(float(size)) for name, size in sizes.items()}
-    keep = chosen(run, structure, first)
+    keep = chosen(run, base, structure, first)
     return keep, run.shrunk(base, keep)
 
 
@@ -179,7 +184,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         temperature = optax.exponential_decay(begin, steps, factor)
     named = tuple(groups_of(structure, config.gated))
     pushed = gate.bounded
-    of: Any = costs.COSTS[config.cost], config.left
+    of: Any = run.cost(base), config.left
     if config.shape:
         sizes = {name: structure.groups[name].size for name in named}
         counts = shape_of(config.shape, named)

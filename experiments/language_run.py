@@ -14,13 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import l0jax.nnx
-from experiments.harness import loop
-from experiments.language_settings import Config, Recipe
+from experiments.harness import loop, run_folder
+from experiments.language_settings import LATENCY, Config, Recipe
 from experiments.tasks.text import Text
 from l0jax import costs, gating, models, storage, train
 from l0jax.models.decoder import Decoder, Sizes, generate
-from l0jax.report import report
+from l0jax.report import measure_latency, report
 from l0jax.structure import Structure
+from l0jax.train.targets import counted
 
 Keep = dict[str, np.ndarray]
 
@@ -246,6 +247,46 @@ class Run:
             )
         return Trained(run.training, run.state)
 
+    def cost(self, base: Decoder) -> costs.Cost:
+        """Of what a share is left. Seconds are measured once for each base, of models
+        with a part of the units of one group, and are taken to add up.
+
+        Raises:
+            ValueError: if they add up to more than those of the whole.
+        """
+        if self.config.cost != LATENCY:
+            return costs.COSTS[self.config.cost]
+        structure = models.structure(base)
+        named = [n for n in structure.groups if n.endswith((".heads", ".hidden"))]
+        tables = [self.measured(base, structure, name) for name in named]
+        whole = np.mean([table.seconds[-1] for table in tables])
+        saved = sum(table.seconds[-1] - table.seconds[0] for table in tables)
+        rest = (whole - saved) / len(tables)
+        if not rest > 0:
+            raise ValueError(
+                f"what heads and feed-forward units take adds up to {saved:.2g} s of "
+                f"{whole:.2g} s: measure on a quieter machine, after removing "
+                f"{self.folder / LATENCY}"
+            )
+        apart = [
+            dataclasses.replace(table, seconds=table.seconds - table.seconds[0] + rest)
+            for table in tables
+        ]
+        return costs.interpolated(apart, LATENCY)
+
+    def measured(self, base: Decoder, structure: Structure, name: str) -> costs.Table:
+        """Seconds with none, with parts and with all of the units of a group."""
+        folder = self.folder / LATENCY / f"{self.seed}-{name}"
+        found = run_folder.latency(folder)
+        if found is None:
+            size = structure.groups[name].size
+            sizes = {name: {round(part * size / 4) for part in range(5)}}
+            tokens = jnp.zeros((1, self.config.length), jnp.int32)
+            found = measure_latency(base, structure, tokens, sizes=sizes)
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder.keep_latency(folder, found)
+        return found
+
     def said_by(self, teacher: Decoder) -> np.ndarray:
         """Logarithms of the probabilities that a model gives to each next character."""
         parts = np.array_split(self.windows, max(len(self.windows) // 32, 1))
@@ -270,8 +311,9 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """Chooses, trains what is left, and tests it."""
-        config, cost = self.config, costs.COSTS[self.config.cost]
+        config = self.config
         base = self.base()
+        cost = self.cost(base)
         structure = structure_of(base, config.gated)
         begun, self.spent = time.perf_counter(), 0
         keep, small = self.how.choose(self, base)
@@ -285,7 +327,12 @@ class Run:
         seconds = time.perf_counter() - begun
         storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
         compared = report(base, tuned, self.example(1), batch_sizes=(1, 32), calls=9)
-        share = costs.exact(structure, keep, cost) / costs.exact(structure, cost=cost)
+        share = counted(structure, keep, cost) / counted(structure, {}, cost)
+        if not config.shape and share > config.left * (1 + 1e-6):
+            raise ValueError(
+                f"{self.method} leaves {share:.4g} of the {config.cost}, more than the "
+                f"{config.left:g} that may be left"
+            )
         sizes = [list(each) for each in tuned.sizes]
         return {
             "method": self.method,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from experiments.tasks import text
 from l0jax import costs
 
+LATENCY = "latency"
 KINDS = ("heads", "hidden", "stream", "branches", "queries", "rotations", "values")
 """What can be gated: heads of keys and values with their queries, feed-forward units,
 the stream, whole branches; queries of all heads, and dimensions of heads."""
@@ -53,8 +54,9 @@ class Config:
     """characters of a window, and positions of the model"""
     gated: tuple[str, ...] = ("heads", "hidden", "stream")
     """what may go: heads, hidden, stream, branches, queries, rotations, values"""
-    cost: Literal["params", "macs"] = "params"
-    """of what a share is left"""
+    cost: Literal["params", "macs", "latency"] = "params"
+    """of what a share is left; latency is in seconds at batch 1, measured of the base
+    with a part of its heads and feed-forward units"""
     left: float = 0.5
     """the share"""
     shape: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -117,7 +119,7 @@ def check(config: Config, known: Collection[str]) -> None:
         ("method", known, config.method),
         ("kind", KINDS, config.gated),
         ("text", text.TEXTS, (config.text,)),
-        ("cost", costs.COSTS, (config.cost,)),
+        ("cost", (*costs.COSTS, LATENCY), (config.cost,)),
     ):
         for each in given:
             if each not in there:
@@ -133,6 +135,12 @@ def check(config: Config, known: Collection[str]) -> None:
     if config.dim % 2:
         raise ValueError(f"dim must be even, for pairs turn together, got {config.dim}")
     check_shape(config)
+    timed = {"heads", "hidden", "branches"}
+    if config.cost == LATENCY and not timed >= {*config.gated}:
+        raise ValueError(
+            f"seconds are measured for heads, hidden and branches; gated are "
+            f"{', '.join(config.gated)}"
+        )
     if not 0 < config.left < 1:
         raise ValueError(f"left must lie in (0, 1), got {config.left}")
     if not 0 <= config.closing <= config.tune.epochs:

@@ -256,9 +256,9 @@ def measure_latency(
                 f"unknown group {name!r}; there is {', '.join(structure.groups)}"
             )
         size = structure.groups[name].size
-        if not each or each[0] < 1 or each[-1] > size:
+        if not each or each[0] < 0 or each[-1] > size:
             raise ValueError(
-                f"the sizes of {name!r} must lie between 1 and {size}, got {each}"
+                f"the sizes of {name!r} must lie between 0 and {size}, got {each}"
             )
     inputs = jax.tree.map(jnp.asarray, inputs)
     networks = []
@@ -266,7 +266,7 @@ def measure_latency(
         keep = {}
         for name, width in zip(grid, widths, strict=True):
             keep[name] = np.zeros(structure.groups[name].size, bool)
-            keep[name][np.arange(width) * len(keep[name]) // width] = True
+            keep[name][np.arange(width) * len(keep[name]) // max(width, 1)] = True
         apply, params = _function(_without(model, structure, keep), {})
         call = jax.jit(apply).lower(params, *inputs).compile()
         networks.append(functools.partial(call, params, *inputs))

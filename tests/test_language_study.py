@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import compare, language_model, language_report
+from experiments import compare, language_model, language_report, language_run
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
 from experiments.language_run import Run, Windows, loss, structure_of, windows_of
@@ -122,6 +122,35 @@ def test_branches_are_gated_beside_their_units_and_learn_from_the_base(tmp_path)
     )
     assert 0.5 < line["costs"]["macs"] <= TINY.left
     assert line["width"] == TINY.width
+
+
+@pytest.mark.filterwarnings("ignore:gates are undecided")
+@pytest.mark.parametrize("method", ["uniform", "l0_hard_concrete"])
+def test_seconds_are_a_budget(method, tmp_path, monkeypatch):
+    """Of branches, which take seconds of their own beside those of their units."""
+
+    def measured(model, structure, tokens, sizes):
+        ((name, counts),) = sizes.items()
+        # A head takes 2 beside 3 for there being any, ten hidden units 1 beside 1.
+        each, there = (2.0, 3.0) if name.endswith("heads") else (0.1, 1.0)
+        counts = tuple(sorted(counts))
+        seconds = [30.0 + each * n + there * (n > 0) for n in counts]
+        return costs.Table((name,), (counts,), np.array(seconds) - 14.0)
+
+    monkeypatch.setattr(language_run, "measure_latency", measured)
+    line = of(
+        tmp_path / "run",
+        method=(method,),
+        gated=("heads", "hidden", "branches"),
+        cost="latency",
+        left=0.75,
+    )
+    assert 0.5 < line["costs"]["latency"] <= 0.75
+    heads, hidden = ([b[at] for b in line["blocks"]] for at in (0, 4))
+    rest = 16.0 + 7.0 + 2.6 - 2 * (7.0 + 2.6)
+    # (Interpolated between none, parts and all.)
+    assert line["costs"]["latency"] >= rest / 25.6
+    assert sum(heads) + sum(hidden) < 2 * (TINY.heads + TINY.hidden)
 
 
 @pytest.mark.slow
@@ -265,6 +294,7 @@ def test_gates_of_values_are_gates_of_weights():
         ({"base": Recipe(epochs=0)}, "base needs at least one epoch"),
         ({"tune": Recipe(epochs=2, learning_rate=0.0)}, "tune needs a learning rate"),
         ({"length": 4_000}, "fewer than a window of 4000"),
+        ({"cost": "latency"}, "seconds are measured for heads, hidden and branches"),
         ({"shape": {"heads": 1}}, "a shape is given of heads, and gated are heads, h"),
         (
             {"gated": ("heads",), "shape": {"heads": 3}},

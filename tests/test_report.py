@@ -161,9 +161,9 @@ def test_what_is_measured_is_a_cost():
     ("sizes", "message"),
     [
         ({"heads": (1,)}, "unknown group 'heads'; there is input, hidden1, hidden2"),
-        ({"input": (0, 2)}, r"'input' must lie between 1 and 12, got \(0, 2\)"),
-        ({"input": (1, 13)}, r"'input' must lie between 1 and 12, got \(1, 13\)"),
-        ({"input": ()}, r"'input' must lie between 1 and 12, got \(\)"),
+        ({"input": (-1, 2)}, r"'input' must lie between 0 and 12, got \(-1, 2\)"),
+        ({"input": (1, 13)}, r"'input' must lie between 0 and 12, got \(1, 13\)"),
+        ({"input": ()}, r"'input' must lie between 0 and 12, got \(\)"),
     ],
 )
 def test_sizes_that_no_network_has_are_refused(sizes, message):

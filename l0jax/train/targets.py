@@ -112,7 +112,7 @@ class Budget:
     def all_of(self) -> float:
         """The cost of the whole network."""
         assert not isinstance(self.target.cost, str)
-        return _counted(self.whole, {}, self.target.cost)
+        return counted(self.whole, {}, self.target.cost)
 
     def amounts(self, structure: Structure) -> Amounts:
         """What is left in expectation of a network as it is trained, as shares of the
@@ -143,7 +143,7 @@ class Budget:
         shares of the whole, counted exactly."""
         target = self.target
         if not isinstance(target.cost, str):
-            return {target.name: _counted(structure, keep, target.cost) / self.all_of}
+            return {target.name: counted(structure, keep, target.cost) / self.all_of}
         one = {name: float(np.mean(each)) for name, each in self.sizes.items()}
         now = {name: one[name] * float(np.sum(keep[name])) for name in one}
         total = {name: float(np.sum(each)) for name, each in self.sizes.items()}
@@ -211,7 +211,8 @@ def fill(
     return keep
 
 
-def _counted(structure: Structure, keep: Keep, cost: Cost) -> float:
+def counted(structure: Structure, keep: Keep, cost: Cost) -> float:
+    """A cost of what is left, in whole numbers where it is one of `costs.COSTS`."""
     if cost in costs.COSTS.values():
         return float(costs.exact(structure, keep, cost))
     flags = Certain({n: np.asarray(k, np.float64) for n, k in keep.items()})
