@@ -41,19 +41,21 @@ TINY = Config(
 )
 
 
+def a_part():
+    """Of the text is enough."""
+    whole = text.load("reference")
+    return whole._replace(
+        train=whole.train[:2_500],
+        validation=whole.validation[:600],
+        test=whole.test[:600],
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """A part of the text is enough."""
-    whole = text.load("reference")
-    parts = whole.train[:2_500], whole.validation[:600], whole.test[:600]
+    found = a_part()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            text,
-            "load",
-            lambda name: whole._replace(
-                train=parts[0], validation=parts[1], test=parts[2]
-            ),
-        )
+        patch.setattr(text, "load", lambda name: found)
         yield
 
 
@@ -94,6 +96,24 @@ def test_every_way_ends_within_its_budget(method, folder):
     assert [list(each) for each in small.sizes] == line["blocks"]
     for name in ("validation loss", "test loss"):
         assert np.isfinite(line["metrics"][name])
+
+
+@pytest.mark.slow
+def test_two_devices_train_as_one(folder, tmp_path, run_python):
+    program = f"""
+import dataclasses, pathlib
+from experiments import language_model
+from experiments.tasks import text
+from tests import test_language_study as here
+found = here.a_part()
+text.load = lambda name: found
+config = dataclasses.replace(here.TINY, devices=2, out=pathlib.Path({str(tmp_path)!r}))
+(line,) = language_model.main(config)["results"]
+print(line["metrics"]["test loss"])
+"""
+    found = float(run_python(program, devices=2).splitlines()[-1])
+    expected = of(folder, method=("uniform",))["metrics"]["test loss"]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
