@@ -76,6 +76,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     """All circuits of all seeds."""
     check(config)
     told = run_folder.settings_of(config, UNTOLD)
+    for name in config.programs if config.record else ():
+        check_recorded(name, told)
     lines = []
     for name in config.programs:
         program = compiled.load(name)
@@ -104,6 +106,18 @@ def check(config: Config) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def check_recorded(program: str, told: Mapping[str, Any]) -> None:
+    """Raises ValueError if what is recorded of a program was found with other
+    settings: one table can't tell them apart."""
+    for line in json_lines.read(RESULTS):
+        if line["program"] == program and line["config"] != told:
+            other = next(n for n in told if line["config"].get(n) != told[n])
+            raise ValueError(
+                f"{program} is recorded with {other} = {line['config'].get(other)}, "
+                f"and this is with {told[other]}: remove its lines from {RESULTS.name}"
+            )
 
 
 def identity(line: Mapping[str, Any]) -> tuple[Any, ...]:

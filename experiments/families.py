@@ -15,6 +15,7 @@ its last checkpoint.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def main(config: Config) -> dict[str, Any]:
         for kind, members in sweeps.items()
         if kind in kinds_of(name) and not results.has(name, kind, members)
     ]
+    without = [n for n in config.families if "target" not in kinds_of(n)]
+    if config.targets and without:
+        print(
+            f"no cost is expected of {', '.join(without)}: left out at the targets",
+            file=sys.stderr,
+        )
     # Nothing is refused from here on: a refused comparison leaves no folder.
     folder.mkdir(parents=True, exist_ok=True)
     with progress.bar(

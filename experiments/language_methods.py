@@ -18,7 +18,7 @@ import l0jax.nnx
 from experiments.family_settings import LEAK
 from experiments.language_run import Keep, Method, Run, groups_of, structure_of
 from experiments.language_settings import LATENCY
-from l0jax import costs, gates, methods, train
+from l0jax import costs, gates, methods, models, train
 from l0jax.methods import relocation
 from l0jax.methods.keeping import check_scores
 from l0jax.models.decoder import Decoder
@@ -53,13 +53,20 @@ def within_budget(
 
 
 def check_budget(run: Run) -> None:
-    """Raises ValueError if more is left with one unit of each group."""
+    """Raises ValueError if there is nothing of a kind that is to go, or if more is left
+    with one unit of each group."""
     config = run.config
+    structure = structure_of(run.new(run.key), config.gated)
+    for kind in config.gated:
+        if not groups_of(structure, (kind,)):
+            raise ValueError(
+                f"the base has no {kind} that could go, with one or none in a place; "
+                f"there is {', '.join(structure.groups)}"
+            )
     # (Seconds are known when the base is there to be measured.)
     if config.shape or config.cost == LATENCY:
         return
     cost = costs.COSTS[config.cost]
-    structure = structure_of(run.new(run.key), config.gated)
     one = {
         name: np.arange(structure.groups[name].size) == 0
         for name in groups_of(structure, config.gated)
@@ -83,6 +90,11 @@ def chosen(
     return within_budget(structure, scores, run.cost(base), config.left)
 
 
+def members(structure: Structure, whole: str) -> list[str]:
+    """The groups for which the units of a whole stand."""
+    return [name for names in structure.wholes.get(whole, ()) for name in names]
+
+
 def shape_of(shape: Mapping[str, int], groups: Iterable[str]) -> dict[str, int]:
     """How many units of each group a shape has."""
     return {name: shape[name.split(".")[-1]] for name in groups}
@@ -104,13 +116,18 @@ def by_score(run: Run, base: Decoder, name: str) -> Keep:
     """Flags of the units with the highest scores."""
     structure = structure_of(base, run.config.gated)
     named = groups_of(structure, run.config.gated)
-    found = methods.score(name, task_of(run, base, structure.only(*named)), run.key)
+    # (Of what stands for whole branches other groups are told apart.)
+    kept = dict.fromkeys([*named, *(n for w in named for n in members(structure, w))])
+    task = task_of(run, base, structure.only(*kept))
+    found = methods.score(name, task, run.key)
+    found = {group: found[group] for group in named}
     return chosen(run, base, structure, found)
 
 
 def fitted(run: Run, base: Decoder):
     """What a Taylor score keeps, with what reads heads and feed-forward units fitted to
-    what it made in the base (`methods.LeastSquares`)."""
+    what it made in the base, of which other units are closed by now
+    (`methods.LeastSquares`)."""
     keep = by_score(run, base, "taylor")
     structure = structure_of(base, run.config.gated)
     read = [n for n in keep if n.endswith((".heads", ".hidden"))]
@@ -120,11 +137,11 @@ def fitted(run: Run, base: Decoder):
             f"{', '.join(run.config.gated)}"
         )
     others = {n: jnp.float32(flags) for n, flags in keep.items() if n not in read}
-    graph, whole = nnx.split(base)
-    start = nnx.state(l0jax.nnx.fold(base, others, structure.groups))
-    fit = methods.LeastSquares(task_of(run, base, structure.only(*read)))
-    key = run.named("positions")
-    params = fit({n: keep[n] for n in read}, key, params=start, base=whole)
+    start = l0jax.nnx.fold(base, others, structure.groups)
+    graph, _ = nnx.split(start)
+    of_read = models.structure(base).only(*read)
+    fit = methods.LeastSquares(task_of(run, start, of_read))
+    params = fit({n: keep[n] for n in read}, run.named("positions"))
     return keep, run.shrunk(nnx.merge(graph, params), keep)
 
 

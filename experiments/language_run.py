@@ -110,8 +110,8 @@ def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0,
         recipe.learning_rate,
-        max(round(recipe.warm_up * steps), 1),
-        steps,
+        warm_up := max(round(recipe.warm_up * steps), 1),
+        max(steps, warm_up + 1),
         recipe.learning_rate / 10,
     )
 
@@ -268,11 +268,21 @@ class Run:
                 f"{whole:.2g} s: measure on a quieter machine, after removing "
                 f"{self.folder / LATENCY}"
             )
-        apart = [
-            dataclasses.replace(table, seconds=table.seconds - table.seconds[0] + rest)
-            for table in tables
-        ]
-        return costs.interpolated(apart, LATENCY)
+        apart = [table.seconds - table.seconds[0] + rest for table in tables]
+        for name, seconds in zip(named, apart, strict=True):
+            if not (seconds > 0).all():
+                raise ValueError(
+                    f"with a part of {name} the model was measured to be faster than "
+                    "without any by more than can be: measure on a quieter machine, "
+                    f"after removing {self.folder / LATENCY}"
+                )
+        return costs.interpolated(
+            [
+                dataclasses.replace(table, seconds=seconds)
+                for table, seconds in zip(tables, apart, strict=True)
+            ],
+            LATENCY,
+        )
 
     def measured(self, base: Decoder, structure: Structure, name: str) -> costs.Table:
         """Seconds with none, with parts and with all of the units of a group."""
@@ -317,6 +327,12 @@ class Run:
         structure = structure_of(base, config.gated)
         begun, self.spent = time.perf_counter(), 0
         keep, small = self.how.choose(self, base)
+        share = counted(structure, keep, cost) / counted(structure, {}, cost)
+        if not config.shape and share > config.left * (1 + 1e-6):
+            raise ValueError(
+                f"{self.method} leaves {share:.4g} of the {config.cost}, more than the "
+                f"{config.left:g} that may be left"
+            )
         teacher = base if config.distil else None
         recipe, epochs = config.tune, config.tune.epochs - self.spent
         if self.how.scratch:
@@ -327,12 +343,6 @@ class Run:
         seconds = time.perf_counter() - begun
         storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
         compared = report(base, tuned, self.example(1), batch_sizes=(1, 32), calls=9)
-        share = counted(structure, keep, cost) / counted(structure, {}, cost)
-        if not config.shape and share > config.left * (1 + 1e-6):
-            raise ValueError(
-                f"{self.method} leaves {share:.4g} of the {config.cost}, more than the "
-                f"{config.left:g} that may be left"
-            )
         sizes = [list(each) for each in tuned.sizes]
         return {
             "method": self.method,

@@ -143,11 +143,14 @@ def check(config: Config, known: Collection[str]) -> None:
         )
     if not 0 < config.left < 1:
         raise ValueError(f"left must lie in (0, 1), got {config.left}")
-    if not 0 <= config.closing <= config.tune.epochs:
+    if not 1 <= config.closing < config.tune.epochs:
         raise ValueError(
             f"closing is {config.closing} epochs of the {config.tune.epochs} that "
-            "there are after the base; give fewer, or more with tune.epochs"
+            "there are after the base, of which at least one is for what is left; give "
+            "at least 1, and more with tune.epochs"
         )
+    if config.length < 2:
+        raise ValueError(f"length must be at least 2, got {config.length}")
     for name in ("gate_learning_rate", "multiplier_rate", "price"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")

@@ -73,7 +73,12 @@ def density(
     return Amounts(of, dict.fromkeys(sizes if per_group else ("density",), 0.0))
 
 
-def share(structure: Structure, cost: Cost, whole: float | None = None) -> Amounts:
+def share(
+    structure: Structure,
+    cost: Cost,
+    whole: float | None = None,
+    gated: Iterable[str] | None = None,
+) -> Amounts:
     """An expected cost of `l0jax.costs` as a share of the whole network's, called as
     the cost.
 
@@ -82,11 +87,13 @@ def share(structure: Structure, cost: Cost, whole: float | None = None) -> Amoun
         cost: parameters, multiply-accumulates, bytes, seconds…
         whole: the cost that is all; by default that of `structure`. A network that was
             made smaller gives the one it had.
+        gated: names of the groups that have gates; by default all.
     """
     # A member of a sweep is made while the sweep is traced, and these are numbers.
     with jax.ensure_compile_time_eval():
         whole = float(cost(structure, {})) if whole is None else whole
-        closed = {n: jnp.zeros(g.size) for n, g in structure.groups.items()}
+        names = structure.groups if gated is None else gated
+        closed = {name: jnp.zeros(structure.groups[name].size) for name in names}
         least = float(cost(structure, closed)) / whole
     name = cost.__name__
 

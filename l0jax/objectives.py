@@ -12,7 +12,8 @@ The L2 term is that of the weights rescaled so that the gate does not shrink it:
 pays for its norm in proportion to the probability that it is there.
 
 Of gates that are factors of their weights (`l0jax.gates.DGating`) a share s of the
-price is paid by the weights themselves: $c_g |g| \, s \sum_{j \in g} \theta_j^2 / N$.
+price is paid by the weights themselves that the gate multiplies, whatever the unit is
+charged for: $c_g |g| \, s \sum_j \theta_j^2 / N$.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from l0jax.units import Groups, Slot, arrays, charge, free
 
 Objective = Callable[..., Float[Array, ""]]
-"""`(params, what each unit pays, norm_share=0.0) -> scalar`."""
+"""`(params, what each unit pays, norm_share=0.0, there=None) -> scalar`."""
 Charges = Mapping[str, tuple[Slot, ...]]
 
 
@@ -80,8 +81,9 @@ def penalty(
     charges: Charges | None = None,
     detached: bool = False,
 ) -> Objective:
-    r"""The regulariser above, as a function `(params, prob_active, norm_share=0.0) ->
-    scalar`.
+    r"""The regulariser above, as a function `(params, paid, norm_share=0.0, there=None)
+    -> scalar` of what each unit pays, P(z != 0) as a rule; and, where that is no
+    probability, of that it is there, for the norms.
 
     The reference implementation differs in two places that are corrected here. Its
     gated convolution *subtracts* $\lambda$ for the bias, $P(\tfrac{W}{2} b^2 -
@@ -120,19 +122,19 @@ def penalty(
     charges = charges_of(groups) if charges is None else charges
     charged = [slot for slots in charges.values() for slot in slots]
 
-    def objective(params, prob_active, norm_share=0.0):
+    def objective(params, prob_active, norm_share=0.0, there=None):
         total = jnp.zeros(())
         for name, group in groups.items():
             count = charge(jnp.ones_like, params, charges[name], group.size)
             open_ = prob_active[name]
             total = total + (open_ * count).sum() * (lam[name] / examples)
-            if not given(weight_decay) and not given(norm_share):
-                continue
-            norm = charge(jnp.square, params, charges[name], group.size)
             if given(norm_share):
-                paid = norm_share * (count * norm).sum()
+                read = charge(jnp.square, params, group.used_by, group.size)
+                paid = norm_share * (count * read).sum()
                 total = total + paid * (lam[name] / examples)
             if given(weight_decay):
+                norm = charge(jnp.square, params, charges[name], group.size)
+                open_ = open_ if there is None else there[name]
                 if detached:
                     open_ = jax.lax.stop_gradient(open_)
                 total = total + 0.5 * weight_decay * (open_ * norm).sum()

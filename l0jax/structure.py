@@ -148,12 +148,8 @@ class Structure:
         """
         self._check(members)
         sizes = {member: self.groups[member].size for member in members}
-        above = {whole for member in members for whole in self.above(member)}
-        if above:
-            raise ValueError(
-                f"a group of which {min(above)!r} has a unit can't be merged: that "
-                "would stand for a part of it"
-            )
+        for member in members:
+            self._check_apart(member, "merged")
         if len(set(sizes.values())) != 1:
             raise ValueError(f"only groups of one size can be merged, got {sizes}")
         merged = Group(
@@ -177,6 +173,8 @@ class Structure:
             ValueError: unless `into` holds every unit once.
         """
         self._check([name])
+        if name in self.wholes:
+            self._check_apart(name, "split")
         group = self.groups[name]
         if sorted(itertools.chain(*into.values())) != list(range(group.size)):
             raise ValueError(
@@ -254,6 +252,15 @@ class Structure:
         more = {name: tuple((member,) for member in members)}
         return dataclasses.replace(self.add(group), wholes={**self.wholes, **more})
 
+    def _check_apart(self, name: str, edited: str) -> None:
+        """Raises ValueError for a whole, or a group that is a unit of one."""
+        above = (name,) if name in self.wholes else self.above(name)
+        if above:
+            raise ValueError(
+                f"group {name!r} can't be {edited}: the units of {above[0]!r} stand "
+                "for all of groups as they are; edit first, then call whole"
+            )
+
     def above(self, member: str) -> tuple[str, ...]:
         """The wholes of which a group is a unit."""
         return tuple(
@@ -283,8 +290,13 @@ class Structure:
     def extend(
         self, name: str, *, made_by: Iterable[Slot] = (), used_by: Iterable[Slot] = ()
     ) -> "Structure":
-        """A group that lies in more arrays than the program shows."""
+        """A group that lies in more arrays than the program shows.
+
+        Raises:
+            ValueError: if a group is unknown, a whole, or a unit of one.
+        """
         self._check([name])
+        self._check_apart(name, "extended")
         group = self.groups[name]
         longer = dataclasses.replace(
             group,
@@ -385,10 +397,18 @@ class Structure:
         wholes = {}
         for old, units in self.wholes.items():
             (name,) = renamed.get(old, (old,))
-            if name in groups:
-                wholes[name] = tuple(
-                    tuple(new for n in names for new in renamed.get(n, (n,)))
-                    for names in units
+            if name not in groups:
+                continue
+            wholes[name] = tuple(
+                tuple(new for n in names for new in renamed.get(n, (n,)))
+                for names in units
+            )
+            missing = [n for names in wholes[name] for n in names if n not in groups]
+            if missing:
+                raise ValueError(
+                    f"group {missing[0]!r} is left out, and {name!r} has a unit that "
+                    "stands for it: keep both, or leave both out (Learned(only=…) "
+                    "gates some of the groups that there are)"
                 )
         kinds: dict[str, str] = {}
         for old, kind in self.kinds.items():
@@ -513,7 +533,7 @@ def _table(structure: Structure) -> str:
                 structure.kinds.get(name, "by hand"),
                 ", ".join(made) or "-",
                 ", ".join(map(_short, group.used_by)),
-                f"{saved / group.size:,.0f}",
+                f"{saved / max(group.size, 1):,.0f}",
                 f"{100 * saved / max(total, 1):.1f} %",
             ]
         )

@@ -153,9 +153,6 @@ def test_edits_of_members_are_followed(structure):
     for other in (split, renamed.rename({"all": "branches"})):
         assert costs.exact(other, keep) == costs.exact(structure, keep)
     assert structure.only("blocks.0.attention:2").wholes == {}
-    # What is no group any more stays whole, unless its whole goes.
-    outer = structure.only("branches")
-    assert costs.exact(outer, keep) == costs.exact(structure, keep)
 
 
 def test_a_target_is_met_by_branches_and_units(model, structure):
@@ -216,5 +213,44 @@ def test_what_is_no_whole_is_refused(parts, structure):
         parts.add(single).whole("branches", ["single"])
     members = ["blocks.0.attention", "blocks.0.attention:2"]
     pair = parts.whole("one", ["blocks.0.attention:2"])
-    with pytest.raises(ValueError, match="a group of which 'one' has a unit can't be"):
-        pair.merge("both", [members[1], "blocks.1.attention"])
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attention:2' can't be merged"
+    ):
+        pair.merge("both", [members[1], "blocks.1.attention:2"])
+    with pytest.raises(ValueError, match="'branches' can't be split: the units"):
+        structure.split("branches", {"a": [0, 1], "b": [2, 3]})
+    two = pair.whole("two", ["blocks.1.attention:2"])
+    with pytest.raises(ValueError, match="'one' can't be merged"):
+        two.merge("both", ["one", "two"])
+    for name in ("one", members[1]):
+        with pytest.raises(ValueError, match=f"{name!r} can't be extended"):
+            pair.extend(name, used_by=[Slot("norm.scale", 0)])
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attention:2' is left out, and"):
+        structure.only("branches")
+
+
+def test_weights_under_a_whole_are_not_paid_for_twice(model, structure):
+    def made(**told):
+        return train.Training(
+            model,
+            lambda *_: (jnp.zeros(()), {}),
+            structure=structure,
+            gate=gates.HardConcrete(),
+            optimizer=optax.sgd(0.1),
+            **told,
+        )
+
+    for told, name in (
+        ({"price": 0.1}, "a price"),
+        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"target": train.Target("density", 0.5)}, "a density"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is counted by weights, of which"):
+            made(**told)
+    shares = dict.fromkeys(structure.groups, 0.5)
+    assert made(target=train.Target("density", shares)).target is not None
+
+
+def test_a_table_tells_of_groups_that_are_empty(structure):
+    keep = {"branches": np.array([False, True, True, True])}
+    assert "blocks.0.attention:2" in str(structure.shrink(keep))

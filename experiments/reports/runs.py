@@ -25,7 +25,7 @@ class Result:
         method: what chose the units, with what distinguishes it within the run.
         seed: of the run.
         settings: all that decides the result.
-        metrics: errors in per cent, by name.
+        metrics: errors in per cent, losses in nats, by name.
         costs: shares of the whole network that are left, by name.
         seconds: of training, where they are known.
         made: commit, device and versions, where they were recorded.

@@ -133,7 +133,7 @@ class Task:
         step, number = self.flow.reader(slot.path), self.flow.params[slot.path]
         if slot.axis is None or number not in step.ins:
             return None
-        name, params, side = step.eqn.primitive.name, step.eqn.params, 0
+        name, params = step.eqn.primitive.name, step.eqn.params
         if name == "gather" and step.ins[0] == number:
             return _axis_of_lookup(params, slot.axis, length)
         if name != "dot_general":

@@ -206,7 +206,8 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[Array, "batch length vocabulary"]:
-        """Logits of the token after each.
+        """Logits of the token after each. Those of tokens that the model doesn't know
+        are NaN, and of all that come later.
 
         Raises:
             ValueError: if there are more positions than the model knows.
@@ -234,7 +235,16 @@ class Decoder(nnx.Module):
             tokens: those that are new.
             first: the position of the first of them.
             caches: what the blocks remember of those before; see `empty`.
+
+        Raises:
+            ValueError: if there are more positions than the model knows, where it can
+                be told.
         """
+        if isinstance(first, int) and first + tokens.shape[1] > self.length:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens from position {first} on end beyond the "
+                f"{self.length} positions of the model"
+            )
         positions = first + jnp.arange(tokens.shape[1])
         x, after = jnp.take(self.embed[...], tokens, axis=0), []
         for block, cache in zip(self.blocks, caches, strict=True):

@@ -80,14 +80,26 @@ def decide(training: "Training", state: "TrainingState", rule: str | None) -> De
     found = Decision(rule, z, active, undecided(active))
     if target is None:
         return found
+    z = training.structure.nested(z)
+    found = dataclasses.replace(found, z=dict(z))
     keep = {name: np.asarray(values) != 0 for name, values in z.items()}
     budget = training._budget
     assert budget is not None
+    left = budget.left(keep, training.structure)
+    if rule == BUDGET and not budget.fits(left):
+        said = ", ".join(
+            f"{100 * now:.4g} % of {name!r} for {100 * budget.share(name):.4g} %"
+            for name, now in left.items()
+        )
+        warnings.warn(
+            f"the budget is exceeded, for groups with an open gate keep a unit: {said}",
+            stacklevel=3,
+        )
     return dataclasses.replace(
         found,
         target={name: budget.share(name) for name in expected},
         expected={name: float(value) for name, value in expected.items()},
-        decided=budget.left(keep, training.structure),
+        decided=left,
     )
 
 

@@ -72,6 +72,10 @@ class Gating(Protocol):
         """Which share of the price the squared norms of the weights pay."""
         ...
 
+    def there(self, own: Own, step: Step) -> Vectors | None:
+        """P(z != 0), where `terms` are something else."""
+        ...
+
     def project(self, own: Own, step: Step) -> Own:
         """Its arrays after a step, where they may not take any value."""
         ...
@@ -207,6 +211,11 @@ class Learned:
         """As the family has it."""
         return self.at(own, step).norm_share
 
+    def there(self, own, step):
+        """Of gates whose price is no probability."""
+        now = self.at(own, step)
+        return None if now.bounded else gating.prob_active(now, own["logits"])
+
     def project(self, own, step):
         """The family's projection, and the bounds of the temperature."""
         if isinstance(self.temperature, tuple):
@@ -304,6 +313,10 @@ class Chosen:
         """None."""
         return 0.0
 
+    def there(self, own, step):
+        """Nothing is paid."""
+        return None
+
     def project(self, own, step):
         """They stay what they are."""
         return own
@@ -355,6 +368,10 @@ class Ungated:
     def norm_share(self, own, step):
         """None."""
         return 0.0
+
+    def there(self, own, step):
+        """Nothing is paid."""
+        return None
 
     def project(self, own, step):
         """Nothing."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +81,11 @@ class Target:
         return self.how != DECIDED
 
     @property
+    def counts(self) -> bool:
+        """Whether it is of a cost of `l0jax.costs`, or of each group's own units."""
+        return self.cost != "density" or isinstance(self.share, Mapping)
+
+    @property
     def name(self) -> str:
         """Of the cost."""
         return self.cost if isinstance(self.cost, str) else self.cost.__name__
@@ -114,12 +119,12 @@ class Budget:
         assert not isinstance(self.target.cost, str)
         return counted(self.whole, {}, self.target.cost)
 
-    def amounts(self, structure: Structure) -> Amounts:
+    def amounts(self, structure: Structure, gated: Iterable[str]) -> Amounts:
         """What is left in expectation of a network as it is trained, as shares of the
         whole."""
         target = self.target
         if not isinstance(target.cost, str):
-            return constraints.share(structure, target.cost, self.all_of)
+            return constraints.share(structure, target.cost, self.all_of, gated)
         # A unit pays for as many weights as at first, whatever else is gone by now.
         return constraints.density(
             {name: float(np.mean(each)) for name, each in self.sizes.items()},
@@ -131,6 +136,7 @@ class Budget:
         """What is added to the loss, and its multipliers, if anything is."""
         target = self.target
         if not target.pushes:
+            constraints.quadratic(amounts, target.share)  # Refuses what can't be met.
             return None
         named: dict[str, Any] = {"warm_up": target.warm_up}
         if target.how == "lagrangian":

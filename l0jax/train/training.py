@@ -277,6 +277,18 @@ class Training:
                     raise ValueError(
                         f"a {name} is given, but no gate is learned; give gate="
                     )
+        wholes = [name for name in self.gated if name in self.structure.wholes]
+        for name, given in (
+            ("a price", self.price is not None),
+            ("weight_decay", objectives.given(self.weight_decay)),
+            ("a density", self.target is not None and not self.target.counts),
+        ):
+            if self.learns and wholes and given:
+                raise ValueError(
+                    f"{name} is counted by weights, of which those under {wholes[0]!r} "
+                    "would count twice: give a target that is a cost of l0jax.costs, "
+                    "let the optimizer decay, or leave that group out"
+                )
         if self.learns and not self.structure.groups:
             raise ValueError(
                 "there is no group of units to gate:\n" + str(self.structure)
@@ -315,7 +327,7 @@ class Training:
         self._budget: Budget | None = None
         if self.target is not None:
             self._budget = Budget(self.target, self.whole, self._sizes)
-            self._amounts = self._budget.amounts(self.structure)
+            self._amounts = self._budget.amounts(self.structure, self._gated)
             self._constraint = self._budget.constraint(self._amounts)
         # Of traced settings, a member's in a sweep, there is no hash.
         try:
@@ -487,7 +499,8 @@ class Training:
         cost = jnp.zeros((), value.dtype)
         if self._objective is not None:
             share = self.gating.norm_share(own, state.step)
-            paid = self._objective(params, terms, share)
+            there = self.gating.there(own, state.step)
+            paid = self._objective(params, terms, share, there)
             cost = cost + paid.astype(value.dtype)
         if self.penalty is not None:
             cost = cost + jnp.asarray(self.penalty(params)).astype(value.dtype)
