@@ -14,12 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import l0jax.nnx
-from experiments.harness import loop, run_folder
+from experiments import language_latency
+from experiments.harness import loop
 from experiments.language_settings import LATENCY, Config, Recipe
 from experiments.tasks.text import Text
 from l0jax import costs, gating, models, storage, train
 from l0jax.models.decoder import Decoder, Sizes, generate
-from l0jax.report import measure_latency, report
+from l0jax.report import report
 from l0jax.structure import Structure
 from l0jax.train.targets import counted
 
@@ -248,54 +249,15 @@ class Run:
         return Trained(run.training, run.state)
 
     def cost(self, base: Decoder) -> costs.Cost:
-        """Of what a share is left. Seconds are measured once for each base, of models
-        with a part of the units of one group, and are taken to add up.
+        """Of what a share is left.
 
         Raises:
-            ValueError: if they add up to more than those of the whole.
+            ValueError: as `language_latency.cost`.
         """
         if self.config.cost != LATENCY:
             return costs.COSTS[self.config.cost]
-        structure = models.structure(base)
-        named = [n for n in structure.groups if n.endswith((".heads", ".hidden"))]
-        tables = [self.measured(base, structure, name) for name in named]
-        whole = np.mean([table.seconds[-1] for table in tables])
-        saved = sum(table.seconds[-1] - table.seconds[0] for table in tables)
-        rest = (whole - saved) / len(tables)
-        if not rest > 0:
-            raise ValueError(
-                f"what heads and feed-forward units take adds up to {saved:.2g} s of "
-                f"{whole:.2g} s: measure on a quieter machine, after removing "
-                f"{self.folder / LATENCY}"
-            )
-        apart = [table.seconds - table.seconds[0] + rest for table in tables]
-        for name, seconds in zip(named, apart, strict=True):
-            if not (seconds > 0).all():
-                raise ValueError(
-                    f"with a part of {name} the model was measured to be faster than "
-                    "without any by more than can be: measure on a quieter machine, "
-                    f"after removing {self.folder / LATENCY}"
-                )
-        return costs.interpolated(
-            [
-                dataclasses.replace(table, seconds=seconds)
-                for table, seconds in zip(tables, apart, strict=True)
-            ],
-            LATENCY,
-        )
-
-    def measured(self, base: Decoder, structure: Structure, name: str) -> costs.Table:
-        """Seconds with none, with parts and with all of the units of a group."""
-        folder = self.folder / LATENCY / f"{self.seed}-{name}"
-        found = run_folder.latency(folder)
-        if found is None:
-            size = structure.groups[name].size
-            sizes = {name: {round(part * size / 4) for part in range(5)}}
-            tokens = jnp.zeros((1, self.config.length), jnp.int32)
-            found = measure_latency(base, structure, tokens, sizes=sizes)
-            folder.mkdir(parents=True, exist_ok=True)
-            run_folder.keep_latency(folder, found)
-        return found
+        folder = self.folder / LATENCY / str(self.seed)
+        return language_latency.cost(base, self.config.length, folder)
 
     def said_by(self, teacher: Decoder) -> np.ndarray:
         """Logarithms of the probabilities that a model gives to each next character."""

@@ -10,7 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import compare, language_model, language_report, language_run
+from experiments import (
+    compare,
+    language_latency,
+    language_model,
+    language_report,
+)
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
 from experiments.language_run import Run, Windows, loss, structure_of, windows_of
@@ -157,7 +162,7 @@ def test_seconds_are_a_budget(method, tmp_path, monkeypatch):
         seconds = [30.0 + each * n + there * (n > 0) for n in counts]
         return costs.Table((name,), (counts,), np.array(seconds) - 14.0)
 
-    monkeypatch.setattr(language_run, "measure_latency", measured)
+    monkeypatch.setattr(language_latency, "measure_latency", measured)
     line = of(
         tmp_path / "run",
         method=(method,),
@@ -171,6 +176,34 @@ def test_seconds_are_a_budget(method, tmp_path, monkeypatch):
     # (Interpolated between none, parts and all.)
     assert line["costs"]["latency"] >= rest / 25.6
     assert sum(heads) + sum(hidden) < 2 * (TINY.heads + TINY.hidden)
+
+
+def test_seconds_that_can_t_be_are_refused(tmp_path, monkeypatch):
+    model = Decoder(5, 8, [(2, 1, 2, 4, 8)], 8, rngs=nnx.Rngs(0))
+
+    def measured(seconds):
+        def found(base, structure, tokens, sizes):
+            ((name, counts),) = sizes.items()
+            shape = sorted(counts)
+            return costs.Table(
+                (name,), (tuple(shape),), np.linspace(*seconds, len(shape))
+            )
+
+        return found
+
+    for seconds, said in (((1.0, 9.0), "adds up to 16 s of 9 s"), ((1.0, 1.2), None)):
+        monkeypatch.setattr(language_latency, "measure_latency", measured(seconds))
+        folder = tmp_path / str(seconds[1])
+        if said is None:
+            cost = language_latency.cost(model, 8, folder)
+            structure = models.structure(model)
+            assert float(cost(structure, {})) == pytest.approx(1.2, rel=1e-5)
+            closed = {"block0.hidden": jnp.zeros(8)}
+            assert float(cost(structure, closed)) == pytest.approx(1.0, rel=1e-5)
+            continue
+        with pytest.raises(ValueError, match=said) as error:
+            language_latency.cost(model, 8, folder)
+        assert str(folder) in str(error.value)
 
 
 @pytest.mark.slow

@@ -213,9 +213,7 @@ def test_what_is_no_whole_is_refused(parts, structure):
         parts.add(single).whole("branches", ["single"])
     members = ["blocks.0.attention", "blocks.0.attention:2"]
     pair = parts.whole("one", ["blocks.0.attention:2"])
-    with pytest.raises(
-        ValueError, match=r"blocks\.0\.attention:2' can't be merged"
-    ):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention:2' can't be merged"):
         pair.merge("both", [members[1], "blocks.1.attention:2"])
     with pytest.raises(ValueError, match="'branches' can't be split: the units"):
         structure.split("branches", {"a": [0, 1], "b": [2, 3]})
