@@ -30,7 +30,11 @@ def build(name):
 
 def kernels(state):
     """The first, one in the middle, and the last."""
-    found = [path for path, a in units.arrays(state).items() if a.ndim > 1]
+    found = [
+        path
+        for path, a in units.arrays(state).items()
+        if a.ndim > 1 and a.dtype == jnp.float32
+    ]
     return dict.fromkeys([found[0], found[len(found) // 2], found[-1]])
 
 
