@@ -319,9 +319,10 @@ def test_gates_of_values_are_gates_of_weights():
 
     task = methods.task(model, models.structure(model), inputs, following, 6, nats)
     one = sensitivity._one_example(task)
-    each = sensitivity._slopes(one)(task.open_gates, task.params, inputs, following)
-    of_weights = jax.grad(
-        lambda z: task.gated_loss(z, task.params, inputs, following).mean()
+    slopes = jax.jit(sensitivity._slopes(one))
+    each = slopes(task.open_gates, task.params, inputs, following)
+    of_weights = jax.jit(
+        jax.grad(lambda z: task.gated_loss(z, task.params, inputs, following).mean())
     )(task.open_gates)
     assert set(each) == set(task.structure.groups)
     for name, slopes in each.items():
