@@ -11,6 +11,7 @@ against what is left.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness import csv_lines
@@ -76,23 +78,30 @@ def frontier(results: list[Result]) -> Figure:
     axes_of = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
     for axes, ((task, cost), methods) in zip(axes_of, panels.items(), strict=False):
         for at, (method, its) in enumerate(methods.items()):
-            x = np.mean([100 * r.costs[cost] for r in its if cost in r.costs])
-            y, half = mean_and_half_width(r.metrics[metric] for r in its)
-            axes.errorbar(
-                x,
-                y,
-                half if len(its) > 1 else None,
-                marker="osD^vP*X"[at // len(COLOURS) % 8],
-                color=COLOURS[at % len(COLOURS)],
-                linestyle="none",
-                capsize=2,
-                label=method,
-            )
+            point(axes, at, method, its, cost, metric)
         axes.set_title(task)
         axes.set_xlabel(f"{cost} left, %")
         axes.set_ylabel(f"{metric}, {METRICS[metric][0]}")
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def point(
+    axes: Axes, at: int, method: str, its: Sequence[Result], cost: str, metric: str
+) -> None:
+    """The mean over seeds of a method, the `at`-th one, with its 95 % interval."""
+    x = np.mean([100 * r.costs[cost] for r in its if cost in r.costs])
+    y, half = mean_and_half_width(r.metrics[metric] for r in its)
+    axes.errorbar(
+        x,
+        y,
+        half if len(its) > 1 else None,
+        marker="osD^vP*X"[at // len(COLOURS) % 8],
+        color=COLOURS[at % len(COLOURS)],
+        linestyle="none",
+        capsize=2,
+        label=method,
+    )
 
 
 def cli() -> None:

@@ -151,16 +151,12 @@ def relocated(run: Run, base: Decoder):
     config = run.config
     keep = by_score(run, base, "taylor")
     steps = run.steps(config.tune, config.closing)
-    trained = run.trained(
+    trained = run.closing(
         f"{run.method}-closing",
         base,
-        config.tune,
-        config.closing,
-        base if config.distil else None,
         structure=structure_of(base, config.gated),
         gate=train.Chosen(keep, relocation.Closing(share=1.0), steps),
     )
-    run.spent += config.closing
     whole = trained.whole_model
     small = trained.training.finish(trained.state)
     run.check_same(whole, small)
@@ -212,19 +208,15 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         how="quadratic" if pushed else "decided",
         rate=config.multiplier_rate,
     )
-    trained = run.trained(
+    trained = run.closing(
         f"{run.method}-gates",
         base,
-        config.tune,
-        config.closing,
-        base if config.distil else None,
         structure=structure,
         gate=train.Learned(gate, config.keep_prob, temperature, only=named),
         gate_optimizer=optax.adam(config.gate_learning_rate),
         target=target,
         price=None if pushed else config.price,
     )
-    run.spent += config.closing
     training, state = trained.training, trained.state
     decision = training.decide(state)
     keep = training.full({n: np.asarray(z) != 0 for n, z in decision.z.items()})

@@ -18,10 +18,11 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.compare import point
 from experiments.harness import csv_lines, json_lines
 from experiments.reports import runs
 from experiments.reports.printing import markdown, mean_and_half_width
-from experiments.reports.style import COLOURS, STYLE
+from experiments.reports.style import STYLE
 
 Line = Mapping[str, Any]
 AGAINST = "uniform"
@@ -75,18 +76,7 @@ def losses(results: Sequence[runs.Result]) -> Figure:
     for axes, cost in zip(panels, costs, strict=True):
         axes.axhline(base, color="grey", linestyle=":", label="base")
         for at, ((_, method), its) in enumerate(methods.items()):
-            x = np.mean([100 * r.costs[cost] for r in its])
-            y, half = mean_and_half_width(r.metrics["test loss"] for r in its)
-            axes.errorbar(
-                x,
-                y,
-                half if len(its) > 1 else None,
-                marker="osD^vP*X"[at // len(COLOURS) % 8],
-                color=COLOURS[at % len(COLOURS)],
-                linestyle="none",
-                capsize=2,
-                label=method,
-            )
+            point(axes, at, method, its, cost, "test loss")
         axes.set_xlabel(f"{cost}, % of the base's")
         axes.set_xlim(0, max(105, axes.get_xlim()[1]))
     panels[0].set_ylabel("test loss, nats a character")

@@ -17,7 +17,7 @@ import l0jax.nnx
 from experiments import language_latency
 from experiments.harness import loop
 from experiments.language_settings import LATENCY, Config, Recipe
-from experiments.tasks.text import Text
+from experiments.tasks.text import Text, windows_of
 from l0jax import costs, gating, models, storage, train
 from l0jax.models.decoder import Decoder, Sizes, generate
 from l0jax.report import report
@@ -53,21 +53,6 @@ class Windows(NamedTuple):
 
     tokens: Any
     teacher: Any = None
-
-
-def windows_of(numbers: np.ndarray, length: int, step: int) -> np.ndarray:
-    """Pieces of a text, each with the character after it.
-
-    Raises:
-        ValueError: if the text is shorter than one.
-    """
-    if len(numbers) <= length:
-        raise ValueError(
-            f"the text has {len(numbers)} characters, fewer than a window of "
-            f"{length} and the one after it; give a smaller length"
-        )
-    starts = np.arange(0, len(numbers) - length, step)
-    return numbers[starts[:, None] + np.arange(length + 1)]
 
 
 def loss(model: Decoder, batch: Windows) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -130,6 +115,7 @@ class Run:
 
     Attributes:
         spent: epochs of training that the method has spent on its choice.
+        resumed: whether a training went on from a checkpoint.
     """
 
     def __init__(
@@ -144,7 +130,8 @@ class Run:
         self.config, self.text, self.folder = config, text, folder
         self.method, self.how, self.seed = name, how, seed
         self.key = jax.random.key(seed)
-        self.spent = 0
+        self.spent, self.resumed = 0, False
+        self._said: np.ndarray | None = None
         length = config.length
         self.windows = windows_of(text.train, length, max(length // 2, 1))
         self.windows = self.windows.astype(
@@ -183,15 +170,24 @@ class Run:
         Raises:
             FileNotFoundError: if it was to be there and isn't.
         """
-        if self.config.base_from is not None:
-            stored = storage.load(self.config.base_from / f"base-{self.seed}")
+        folder = (self.config.base_from or self.folder) / f"base-{self.seed}"
+        # (Written when it has been trained.)
+        if self.config.base_from or (folder / storage.ARCHITECTURE).exists():
+            stored = storage.load(folder)
             assert isinstance(stored, Decoder)
             return stored
         model = self.new(self.named("weights"))
         recipe = self.config.base
         trained = self.trained("base", model, recipe, recipe.epochs).whole_model
-        storage.save(trained, self.folder / f"base-{self.seed}")
+        storage.save(trained, folder)
         return trained
+
+    def closing(self, name: str, base: Decoder, **how: Any) -> "Trained":
+        """The base after the epochs in which units close."""
+        config = self.config
+        self.spent += config.closing
+        teacher = base if config.distil else None
+        return self.trained(name, base, config.tune, config.closing, teacher, **how)
 
     def trained(
         self,
@@ -209,7 +205,7 @@ class Run:
             model: as it begins.
             recipe: of the weights' optimiser, over `epochs` epochs.
             epochs: passes over the windows.
-            teacher: whose predictions it learns from too.
+            teacher: whose predictions it learns from too; always the base.
             **how: arguments of `train.Training`.
         """
         config = self.config
@@ -228,7 +224,9 @@ class Run:
             compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
             **how,
         )
-        said = None if teacher is None else self.said_by(teacher)
+        if teacher is not None and self._said is None:
+            self._said = self.said_by(teacher)
+        said = None if teacher is None else self._said
         run = loop.Run(
             training,
             self.named(name),
@@ -241,6 +239,7 @@ class Run:
             show=config.progress,
         )
         run.restore()
+        self.resumed |= run.epoch > 0
         for _ in run:
             run.say(f"{run.means['nats']:.3f} nats")
             run.training, run.state = run.training.compact(
@@ -287,7 +286,7 @@ class Run:
         base = self.base()
         cost = self.cost(base)
         structure = structure_of(base, config.gated)
-        begun, self.spent = time.perf_counter(), 0
+        begun, self.spent, self.resumed = time.perf_counter(), 0, False
         keep, small = self.how.choose(self, base)
         share = counted(structure, keep, cost) / counted(structure, {}, cost)
         if not config.shape and share > config.left * (1 + 1e-6):
@@ -302,7 +301,8 @@ class Run:
         cut = self.nats(small, "validation")
         name = f"{self.method}-tune"
         tuned = self.trained(name, small, recipe, epochs, teacher).whole_model
-        seconds = time.perf_counter() - begun
+        # Of what went on where it was killed nobody knows all seconds.
+        seconds = None if self.resumed else time.perf_counter() - begun
         storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
         compared = report(base, tuned, self.example(1), batch_sizes=(1, 32), calls=9)
         sizes = [list(each) for each in tuned.sizes]

@@ -285,7 +285,6 @@ def exact(
     """
     keep = keep or {}
     check_lengths(keep, structure.groups)
-    keep = structure.nested(keep)
     if emptied(structure, keep) and knows(structure, keep):
         keep = left(dict(structure.arrays), keep, structure.groups)
         structure = _without(structure, unread(structure, keep))

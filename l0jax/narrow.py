@@ -78,7 +78,6 @@ def narrow(
                 f"the parameters hold no array at {path!r}, but {type(leaf).__name__}"
             )
     units.check_lengths(keep, structure.groups)
-    keep = structure.nested(keep)
     unknown = _lost_unknown(structure, keep)
     if unknown is not None:
         name, path, axis = unknown

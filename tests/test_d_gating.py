@@ -92,6 +92,19 @@ def test_with_two_factors_it_solves_the_group_lasso():
     np.testing.assert_array_equal(decided == 0, zero)
 
 
+def test_weight_decay_counts_all_units_as_there():
+    """What factors pay is no probability."""
+    start = jnp.float32(np.linspace(0.5, 1.5, 12).reshape(4, WEIGHTS))
+    _, training, state = descended(lambda w: w.sum() * 0, start, 3, 0.1, steps=1)
+    decayed = training.replace(weight_decay=0.3)
+    batch, norm = jnp.zeros(1), np.square(np.asarray(state.params["w"])).sum()
+    penalties = [
+        float(each.total(state, batch, state.params, state.gates)[1][0]["penalty"])
+        for each in (training, decayed)
+    ]
+    assert penalties[1] - penalties[0] == pytest.approx(0.5 * 0.3 * norm, rel=1e-4)
+
+
 def test_a_target_can_decide_but_not_push():
     def loss(w):
         return 0.5 * jnp.square(w - 1).sum()

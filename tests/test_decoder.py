@@ -148,6 +148,10 @@ def test_it_runs_in_low_precision_beside_parameters_in_full(model):
         (lambda m: generate(m, np.full((1, 2), 11), 1), "from 11 to 11.*0 to 10"),
         (lambda m: generate(m, np.full((1, 2), -1), 1), "from -1 to -1.*0 to 10"),
         (lambda m: generate(m, np.zeros((1, 9), int), 4), "9 tokens and 4 more are 13"),
+        (
+            lambda m: m.follow(jnp.zeros((1, 2), int), 11, m.empty(1)),
+            "2 tokens from position 11 on end beyond the 12",
+        ),
         (lambda m: generate(m, np.zeros((1, 2), int), 0), "count must be at least 1"),
         (
             lambda m: generate(m, np.zeros((1, 2), int), 1, temperature=0.0),

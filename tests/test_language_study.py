@@ -18,7 +18,7 @@ from experiments import (
 )
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
-from experiments.language_run import Run, Windows, loss, structure_of, windows_of
+from experiments.language_run import Run, Windows, loss, structure_of
 from experiments.language_settings import Config, Recipe
 from experiments.reports import runs
 from experiments.tasks import text
@@ -297,12 +297,12 @@ def test_a_teacher_is_followed():
 
 
 def test_windows_hold_the_text_and_what_follows():
-    found = windows_of(np.arange(100), 16, 8)
+    found = text.windows_of(np.arange(100), 16, 8)
     assert found.shape == (11, 17)
     np.testing.assert_array_equal(found[:, 0], np.arange(0, 84, 8))
     assert (np.diff(found, axis=1) == 1).all()
     with pytest.raises(ValueError, match="16 characters, fewer than a window"):
-        windows_of(np.arange(16), 16, 8)
+        text.windows_of(np.arange(16), 16, 8)
 
 
 def test_gates_of_values_are_gates_of_weights():

@@ -130,6 +130,27 @@ def test_detached_decay_closes_no_gates():
     jax.tree.map(np.testing.assert_array_equal, logits, of(undecayed)[1][1])
 
 
+def test_factors_are_priced_with_the_weights_that_they_multiply():
+    """Whatever a unit is charged for: a map pays for its filter, and its gate
+    multiplies what reads it."""
+    lam = {"maps": 10.0, "features": 0.5}
+    objective = objectives.penalty(GROUPS, lam, 40, charges=CHARGES)
+    found = objective(PARAMS, ACTIVE, 0.25) - objective(PARAMS, ACTIVE)
+    squares = np.square(np.float64(PARAMS["dense"]["kernel"])).sum(1)
+    # (Rows j and j + 3 are of map j; it is charged for 5 weights, a feature for 2.)
+    expected = 0.25 / 40 * (10.0 * 5 * squares.sum() + 0.5 * 2 * squares.sum())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_norms_count_by_what_is_there_where_the_price_is_no_probability():
+    objective = objectives.penalty(GROUPS, 0.0, 1, weight_decay=0.3, charges=CHARGES)
+    there = {name: jnp.ones(len(p)) for name, p in ACTIVE.items()}
+    paid = {name: 7 * p for name, p in ACTIVE.items()}
+    found = objective(PARAMS, paid, 0.0, there)
+    np.testing.assert_allclose(found, objective(PARAMS, there), rtol=1e-6)
+    assert abs(found - objective(PARAMS, paid)) > 0.1
+
+
 def test_gradient_in_the_weights_is_decay_by_probability():
     decay = 0.3
     objective = objectives.penalty(GROUPS, 5.0, 40, weight_decay=decay, charges=CHARGES)

@@ -12,6 +12,7 @@ from flax import nnx
 import l0jax
 from l0jax import costs, gates, train
 from l0jax.models.decoder import Decoder
+from l0jax.train.targets import fill
 from l0jax.units import Certain, Group, Slot
 from tests.optimizers import adam
 
@@ -78,7 +79,8 @@ def test_what_is_left_is_what_is_left_of_the_parts(model, parts, structure, seed
 
 
 @pytest.mark.parametrize("cost", [costs.params, costs.macs, costs.weights])
-def test_expected_costs_are_the_means_of_draws(structure, cost):
+def test_expected_costs_are_the_means_of_draws(parts, structure, cost):
+    """Counted of the parts, which know nothing of wholes."""
     rng = np.random.default_rng(1)
     names = ("branches", *BRANCHES)
     p = {n: rng.uniform(0.2, 0.9, structure.groups[n].size) for n in names}
@@ -86,7 +88,10 @@ def test_expected_costs_are_the_means_of_draws(structure, cost):
     found = []
     for _ in range(1_500):
         flags = {n: np.float64(rng.random(len(each)) < each) for n, each in p.items()}
-        found.append(float(cost(structure, Certain(flags))))
+        there = flags.pop("branches")
+        for name, open_ in zip(BRANCHES, there, strict=True):
+            flags[name] = flags[name] * open_
+        found.append(float(cost(parts, Certain(flags))))
     error = 5 * np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found) - expected) < error
     # (Were gates of wholes forgotten anywhere, it would be further off.)
@@ -225,6 +230,80 @@ def test_what_is_no_whole_is_refused(parts, structure):
             pair.extend(name, used_by=[Slot("norm.scale", 0)])
     with pytest.raises(ValueError, match=r"'blocks\.0\.attention:2' is left out, and"):
         structure.only("branches")
+
+
+@pytest.mark.parametrize("how", ["quadratic", "decided"])
+def test_a_target_below_what_some_gates_can_remove_is_refused(model, structure, how):
+    """Those of one group leave most of the model."""
+    gate = train.Learned(gates.HardConcrete(), only=("blocks.0.feed_forward",))
+    target = train.Target(costs.params, 0.3, how=how)
+    with pytest.raises(ValueError, match=r"no gates alone is 0\.8"):
+        train.Training(
+            model,
+            lambda *_: (jnp.zeros(()), {}),
+            structure=structure,
+            gate=gate,
+            target=target,
+            optimizer=optax.sgd(0.1),
+        )
+
+
+def test_a_later_branch_may_fit_where_an_earlier_one_does_not():
+    """Branches of one group cost differently; units of others all the same."""
+    price = {("branches", 0): 5, ("branches", 1): 1, ("units", 0): 3, ("units", 1): 3}
+    start = {"branches": np.zeros(2, bool), "units": np.zeros(2, bool)}
+
+    def fits(keep):
+        return sum(c for (n, at), c in price.items() if keep[n][at]) <= 2
+
+    kept = fill([*price], start, fits, ("branches",))
+    assert kept["branches"].tolist() == [False, True]
+    assert fill([*price], start, fits)["branches"].tolist() == [False, False]
+
+
+def test_the_budget_takes_a_branch_that_fits_after_one_that_does_not(model, structure):
+    alone = [
+        costs.exact(structure, {"branches": np.arange(4) == at}, costs.params)
+        for at in range(4)
+    ]
+    whole = costs.exact(structure, cost=costs.params)
+    cheapest = int(np.argmin(alone))
+    assert alone.count(alone[cheapest]) == 1
+    training = train.Training(
+        model,
+        lambda *_: (jnp.zeros(()), {}),
+        structure=structure,
+        gate=train.Learned(gates.HardConcrete(), only=("branches",)),
+        target=train.Target(costs.params, alone[cheapest] / whole),
+        optimizer=optax.sgd(0.1),
+    )
+    state = training.start(jax.random.key(0))
+    # Closed all of them, so that none is kept for its group; the cheapest is last.
+    wanted = -3.0 - 0.1 * (np.arange(4) == cheapest)
+    state.gates["logits"]["branches"] = jnp.float32(wanted)
+    kept = training.decide(state).z["branches"] != 0
+    np.testing.assert_array_equal(kept, np.arange(4) == cheapest)
+
+
+def test_trainings_of_other_wholes_are_other_programs(model, parts, structure):
+    """Of the same groups by name and place, stated by hand and as a whole."""
+    by_hand = parts.add(structure.groups["branches"])
+
+    def made(of):
+        return train.Training(
+            model,
+            optax.l2_loss,
+            structure=of,
+            gate=gates.HardConcrete(),
+            target=train.Target(costs.macs, 0.5),
+            optimizer=optax.sgd(0.1),
+        )
+
+    one, other, again = (made(of) for of in (structure, by_hand, structure))
+    again = again.replace(target=one.target, optimizer=one.optimizer)
+    again.gate_optimizer = other.gate_optimizer = one.gate_optimizer
+    other = other.replace(target=one.target, optimizer=one.optimizer)
+    assert again == one != other
 
 
 def test_weights_under_a_whole_are_not_paid_for_twice(model, structure):

@@ -62,6 +62,21 @@ def load(name: str) -> Text:
     return Text(name, alphabet, *parts)
 
 
+def windows_of(numbers: np.ndarray, length: int, step: int) -> np.ndarray:
+    """Pieces of a text, each with the character after it.
+
+    Raises:
+        ValueError: if the text is shorter than one.
+    """
+    if len(numbers) <= length:
+        raise ValueError(
+            f"the text has {len(numbers)} characters, fewer than a window of "
+            f"{length} and the one after it; give a smaller length"
+        )
+    starts = np.arange(0, len(numbers) - length, step)
+    return numbers[starts[:, None] + np.arange(length + 1)]
+
+
 def _encoded(text: str, alphabet: str) -> Characters:
     number = {character: at for at, character in enumerate(alphabet)}
     unknown = sorted({*text} - number.keys())

@@ -60,11 +60,9 @@ class Norm(nnx.Module):
         width: of the stream.
         over: by which the sum of squares is divided; a smaller stream is divided by
             what the whole one was, of which zeros are gone.
-        rngs: none is needed.
     """
 
-    def __init__(self, width: int, over: int, *, rngs: nnx.Rngs):
-        del rngs
+    def __init__(self, width: int, over: int):
         self.over = over
         self.scale = nnx.Param(jnp.ones(width))
 
@@ -139,9 +137,9 @@ class Block(nnx.Module):
     def __init__(
         self, width: int, sizes: Sizes, depth: int, over: int, *, rngs: nnx.Rngs
     ):
-        self.norm1 = Norm(width, over, rngs=rngs)
+        self.norm1 = Norm(width, over)
         self.attention = Attention(width, sizes, depth, rngs=rngs)
-        self.norm2 = Norm(width, over, rngs=rngs)
+        self.norm2 = Norm(width, over)
         self.feed_forward = FeedForward(width, sizes.hidden, depth, rngs=rngs)
 
     def __call__(
@@ -168,8 +166,6 @@ class Decoder(nnx.Module):
         blocks: what is there in each block.
         length: most positions there may be.
         over: by which norms divide the sum of squares; by default the width.
-        depth: number of blocks by which initial weights are scaled; by default that of
-            `blocks`.
         rngs: where the initial weights come from.
 
     Raises:
@@ -200,7 +196,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List(
             [Block(width, each, len(sizes), over, rngs=rngs) for each in sizes]
         )
-        self.norm = Norm(width, over, rngs=rngs)
+        self.norm = Norm(width, over)
         self.head = _kernel(rngs, width, (width, vocabulary))
 
     def __call__(
