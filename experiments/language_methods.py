@@ -204,7 +204,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         of = "density", {name: counts[name] / sizes[name] for name in named}
     target = train.Target(
         *of,
-        warm_up=steps // 2 if pushed else 0,
+        warm_up=round(config.reached * steps) if pushed else 0,
         how="quadratic" if pushed else "decided",
         rate=config.multiplier_rate,
     )
@@ -228,7 +228,9 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
 
 def task_of(run: Run, base: Decoder, structure: Structure) -> methods.Task:
     """What scores look at: windows of the training text."""
-    windows = jnp.asarray(run.windows[: run.config.judged_by], jnp.int32)
+    windows = jnp.asarray(
+        run.windows(run.config.tune)[: run.config.judged_by], jnp.int32
+    )
 
     def nats(logits, following):
         found = optax.softmax_cross_entropy_with_integer_labels(logits, following)
@@ -240,19 +242,27 @@ def task_of(run: Run, base: Decoder, structure: Structure) -> methods.Task:
     )
 
 
-METHODS: dict[str, Method] = {
-    "uniform": Method(uniform),
-    "scratch": Method(from_scratch, scratch=True),
+SCORES: dict[str, Method] = {
     **{
         name: Method(functools.partial(scored, name=name))
         for name in ("random", "outgoing_l2", "variance", "taylor")
     },
     "taylor_least_squares": Method(fitted),
     "soft_relocation": Method(relocated),
+}
+"""What a number for each unit decides."""
+GATES: dict[str, Method] = {
     "l0_hard_concrete": Method(functools.partial(gated, gate=gates.HardConcrete())),
     "l0_bernoulli": Method(functools.partial(gated, gate=gates.Bernoulli())),
     "l0_mixture": Method(
         functools.partial(gated, gate=gates.Mixture(gates.make_pair("beta")))
     ),
     "d_gating": Method(functools.partial(gated, gate=gates.DGating())),
+}
+"""What is learned with the weights."""
+METHODS: dict[str, Method] = {
+    "uniform": Method(uniform),
+    "scratch": Method(from_scratch, scratch=True),
+    **SCORES,
+    **GATES,
 }

@@ -1,6 +1,7 @@
 """One way to a smaller language model: from the base to what is left of it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.95, weight_decay=recipe.weight_decay, mask=matrices),
+        optax.adamw(rate, b2=0.99, weight_decay=recipe.weight_decay, mask=matrices),
     )
 
 
@@ -131,12 +132,8 @@ class Run:
         self.method, self.how, self.seed = name, how, seed
         self.key = jax.random.key(seed)
         self.spent, self.resumed = 0, False
-        self._said: np.ndarray | None = None
+        self._said: dict[float, np.ndarray] = {}
         length = config.length
-        self.windows = windows_of(text.train, length, max(length // 2, 1))
-        self.windows = self.windows.astype(
-            np.uint8 if len(text.alphabet) < 257 else int
-        )
         self.held_out = {
             part: windows_of(getattr(text, part), length, length)
             for part in ("validation", "test")
@@ -160,9 +157,17 @@ class Run:
             vocabulary, config.width, blocks, config.length, rngs=nnx.Rngs(key)
         )
 
+    def windows(self, recipe: Recipe) -> np.ndarray:
+        """Of the training text."""
+        length = self.config.length
+        found = windows_of(
+            self.text.train, length, max(round(recipe.apart * length), 1)
+        )
+        return found.astype(np.uint8 if len(self.text.alphabet) < 257 else int)
+
     def steps(self, recipe: Recipe, epochs: int) -> int:
         """Of so many epochs."""
-        return len(self.windows) // recipe.batch_size * epochs
+        return len(self.windows(recipe)) // recipe.batch_size * epochs
 
     def base(self) -> Decoder:
         """The trained base of this seed.
@@ -224,13 +229,15 @@ class Run:
             compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
             **how,
         )
-        if teacher is not None and self._said is None:
-            self._said = self.said_by(teacher)
-        said = None if teacher is None else self._said
+        windows, said = self.windows(recipe), None
+        if teacher is not None:
+            if recipe.apart not in self._said:
+                self._said[recipe.apart] = self.said_by(teacher, windows)
+            said = self._said[recipe.apart]
         run = loop.Run(
             training,
             self.named(name),
-            Windows(self.windows, said),
+            Windows(windows, said),
             epochs=epochs,
             batch_size=recipe.batch_size,
             folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
@@ -258,9 +265,9 @@ class Run:
         folder = self.folder / LATENCY / str(self.seed)
         return language_latency.cost(base, self.config.length, folder)
 
-    def said_by(self, teacher: Decoder) -> np.ndarray:
+    def said_by(self, teacher: Decoder, windows: np.ndarray) -> np.ndarray:
         """Logarithms of the probabilities that a model gives to each next character."""
-        parts = np.array_split(self.windows, max(len(self.windows) // 32, 1))
+        parts = np.array_split(windows, max(len(windows) // 32, 1))
         split = nnx.split(teacher)
         return np.concatenate([np.asarray(_said(split, part)) for part in parts])
 
@@ -297,7 +304,9 @@ class Run:
         teacher = base if config.distil else None
         recipe, epochs = config.tune, config.tune.epochs - self.spent
         if self.how.scratch:
-            recipe, epochs = config.base, config.base.epochs + config.tune.epochs
+            recipe = config.base
+            as_much = config.tune.epochs * recipe.apart / config.tune.apart
+            epochs = recipe.epochs + math.ceil(as_much)
         cut = self.nats(small, "validation")
         name = f"{self.method}-tune"
         tuned = self.trained(name, small, recipe, epochs, teacher).whole_model

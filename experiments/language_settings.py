@@ -18,9 +18,11 @@ the stream, whole branches; queries of all heads, and dimensions of heads."""
 class Recipe:
     """Adam with decoupled weight decay, warmed up, then along a cosine to a tenth."""
 
-    epochs: int = 8
+    epochs: int = 6
     """passes over the windows of the training text"""
-    batch_size: int = 32
+    apart: float = 0.5
+    """what lies between the beginnings of two windows, as a share of their length"""
+    batch_size: int = 16
     """windows of a step"""
     learning_rate: float = 1.5e-3
     """at its highest"""
@@ -50,7 +52,7 @@ class Config:
     """of a head, even"""
     hidden: int = 512
     """feed-forward units of a block"""
-    length: int = 256
+    length: int = 128
     """characters of a window, and positions of the model"""
     gated: tuple[str, ...] = ("heads", "hidden", "stream")
     """what may go: heads, hidden, stream, branches, queries, rotations, values"""
@@ -65,12 +67,14 @@ class Config:
     own"""
     base: Recipe = Recipe()
     """how the base is trained"""
-    tune: Recipe = Recipe(epochs=3, learning_rate=5e-4, warm_up=0.02)
+    tune: Recipe = Recipe(epochs=3, apart=1.0, learning_rate=5e-4, warm_up=0.02)
     """how it is trained after that, for choosing and for tuning what is left; all
-    methods take as many epochs of this, but for new networks, which also take those of
-    the base"""
+    methods take as many epochs of this, but for new networks, which take as much text
+    as the base and all that is after it, by the recipe of the base"""
     closing: int = 2
     """epochs of these in which gates are trained or units close"""
+    reached: float = 0.5
+    """share of the closing over which the expected cost falls to what may be left"""
     distil: bool = False
     """what is trained after the base also learns from what the base says"""
     gate_learning_rate: float = 2e-2
@@ -101,8 +105,8 @@ QUICK: dict[str, Any] = {
     **{"text": "reference", "layers": 2, "width": 48, "heads": 3, "dim": 16},
     **{"hidden": 96, "length": 64, "judged_by": 16, "closing": 1},
     "method": ("l0_hard_concrete", "taylor", "uniform"),
-    "base": Recipe(epochs=1, learning_rate=3e-3),
-    "tune": Recipe(epochs=2, learning_rate=1e-3, warm_up=0.02),
+    "base": Recipe(epochs=1, batch_size=32, learning_rate=3e-3),
+    "tune": Recipe(epochs=2, batch_size=32, learning_rate=1e-3, warm_up=0.02),
 }
 OF_BASE = (
     *("text", "layers", "width", "heads", "queries", "dim", "hidden", "length"),
@@ -149,6 +153,8 @@ def check(config: Config, known: Collection[str]) -> None:
             "there are after the base, of which at least one is for what is left; give "
             "at least 1, and more with tune.epochs"
         )
+    if not 0 <= config.reached <= 1:
+        raise ValueError(f"reached must lie in [0, 1], got {config.reached}")
     if config.length < 2:
         raise ValueError(f"length must be at least 2, got {config.length}")
     for name in ("gate_learning_rate", "multiplier_rate", "price"):
@@ -168,6 +174,8 @@ def check(config: Config, known: Collection[str]) -> None:
                 f"{name}.batch_size is {recipe.batch_size}, which can't be split "
                 f"evenly over {config.devices} devices"
             )
+        if not 0 < recipe.apart <= 1:
+            raise ValueError(f"{name}.apart must lie in (0, 1], got {recipe.apart}")
         if not recipe.learning_rate > 0 or not 0 <= recipe.warm_up < 1:
             raise ValueError(
                 f"{name} needs a learning rate above 0 and a warm-up in [0, 1), got "

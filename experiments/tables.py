@@ -9,6 +9,7 @@ The README quotes the table between its two markers, and the same command fills 
 import argparse
 import re
 
+from experiments import language_rows
 from experiments.reports import places
 from experiments.reports.benchmark_tables import benchmarks, zoo
 from experiments.reports.mnist_tables import (
@@ -85,6 +86,8 @@ or not what they lead to is left; removal leaves fewer.
 {wide()}
 
 {relocations()}
+
+{language_rows.section()}
 
 {edges()}
 

@@ -1,7 +1,10 @@
 """Files with one JSON object in each line, as results are recorded in."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,24 @@ def merge(
 ) -> None:
     """Puts entries into the file in the order of their identities, each in the place of
     an older one of the same."""
-    fresh = {identity(entry): entry for entry in [*read(file), *new]}
-    write(file, [fresh[each] for each in sorted(fresh)])
+    with _alone(file):
+        fresh = {identity(entry): entry for entry in [*read(file), *new]}
+        write(file, [fresh[each] for each in sorted(fresh)])
 
 
 def add(file: Path, entry: Mapping[str, Any]) -> None:
     """One entry more, at the end."""
-    write(file, [*read(file), entry])
+    with _alone(file):
+        write(file, [*read(file), entry])
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """While this lasts no other process changes the file in the same way."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

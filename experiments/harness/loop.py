@@ -134,6 +134,8 @@ class Run:
                     if self.first_step_at is None:
                         jax.block_until_ready(self.state.step)
                         self.first_step_at = time.time()
+                    # One piece is on its way while the bar tells of those before.
+                    jax.block_until_ready(found[-2:-1])
                     bar.update(len(part))
                 totals = functools.reduce(train.Totals.plus, found)
                 self._check(totals, epoch)

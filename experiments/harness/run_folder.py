@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -73,7 +74,10 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
     # What changes the random draws is part of the record.
     draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
     record = config | made_by() | draws
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    # (A kill leaves the old file or the new one.)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    part.replace(file)
 
 
 def check_base(

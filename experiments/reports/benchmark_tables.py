@@ -14,6 +14,7 @@ BENCHMARKED = {
     "transformers": "Reading a language model of 7 billion parameters",
     "against_torch_pruning": "Beside Torch-Pruning",
     "compaction": "Training that compacts",
+    "decoder": "A language model with gates, and at half of its size",
     "sweeps": "Many runs in one program",
     "selection": "Choosing channels",
     "relocation": "Closing units softly",

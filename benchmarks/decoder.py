@@ -1,0 +1,164 @@
+"""A language model of `experiments.language_model` at full size: what gates cost a
+step, and what half of the parameters saves in training, in a call and in generation.
+
+    python -m benchmarks.decoder             # prints ratios and limits
+    python -m benchmarks.decoder --record    # and writes benchmarks/results/
+
+What is compared takes turns in one process, as in the other benchmarks. The tokens are
+random: no step depends on what they say. Eight minutes on two cores.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import l0jax
+from benchmarks import measure
+from benchmarks.measure import entry, milliseconds, ratio, take_turns
+from experiments.language_methods import within_budget
+from experiments.language_run import Windows, groups_of, loss, structure_of
+from experiments.language_settings import Config
+from l0jax import costs, gates, train
+from l0jax.models.decoder import Decoder, Sizes, generate
+from l0jax.nnx import shrink
+
+CONFIG = Config()
+STEPS, CHARACTERS, PROMPT = 8, 65, 16
+
+
+def base() -> Decoder:
+    """With random weights."""
+    sizes = Sizes(CONFIG.heads, 1, CONFIG.dim // 2, CONFIG.dim, CONFIG.hidden)
+    blocks = [sizes] * CONFIG.layers
+    return Decoder(
+        CHARACTERS, CONFIG.width, blocks, CONFIG.length, rngs=nnx.Rngs(params=0)
+    )
+
+
+def half(model: Decoder) -> Decoder:
+    """With the first heads, hidden units and units of the stream, as many as half of
+    the parameters allow."""
+    structure = structure_of(model, CONFIG.gated)
+    named = groups_of(structure, CONFIG.gated)
+    scores = {n: -np.arange(float(structure.groups[n].size)) for n in named}
+    keep = within_budget(structure, scores, costs.params, 0.5)
+    return shrink(model, keep, structure)
+
+
+def stepper(model: Decoder, gated: bool) -> Callable[[], None]:
+    """Runs `STEPS` training steps, compiled before."""
+    structure = structure_of(model, CONFIG.gated)
+    how: dict[str, Any] = {"structure": structure.only()}
+    if gated:
+        named = tuple(groups_of(structure, CONFIG.gated))
+        how = {
+            "structure": structure,
+            "gate": train.Learned(gates.HardConcrete(), 0.95, only=named),
+            "gate_optimizer": optax.adam(1e-2),
+            "target": train.Target(costs.params, 0.5, how="quadratic", rate=0.01),
+        }
+    training = train.Training(model, loss, optimizer=optax.adamw(1e-3), **how)
+    key, batch = jax.random.key(0), CONFIG.tune.batch_size
+    shape = (STEPS * batch, CONFIG.length + 1)
+    data = Windows(jax.random.randint(key, shape, 0, CHARACTERS, jnp.int32))
+    order = np.arange(STEPS * batch).reshape(STEPS, batch)
+    kept = [training.epoch(training.start(key), data, order)[0]]
+    jax.block_until_ready(kept)
+
+    def go():
+        kept[0], _ = training.epoch(kept[0], data, order)
+        jax.block_until_ready(kept)
+
+    return go
+
+
+def caller(model: Decoder, batch: int) -> Callable[[], None]:
+    """Calls a model with whole windows, compiled before."""
+    graph, state = nnx.split(model)
+    call = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
+    tokens = jnp.zeros((batch, CONFIG.length), jnp.int32)
+
+    def go():
+        jax.block_until_ready(call(state, tokens))
+
+    go()
+    return go
+
+
+def writer(model: Decoder, batch: int) -> Callable[[], None]:
+    """Goes on from a prompt to the end of the window, with a cache, compiled before."""
+    prompt = jnp.zeros((batch, PROMPT), jnp.int32)
+
+    def go():
+        jax.block_until_ready(generate(model, prompt, CONFIG.length - PROMPT))
+
+    go()
+    return go
+
+
+def of_steps(turns: int) -> list[dict]:
+    whole = base()
+    seconds = take_turns(
+        {
+            "plain": stepper(whole, gated=False),
+            "gated": stepper(whole, gated=True),
+            "half": stepper(half(whole), gated=False),
+        },
+        turns,
+    )
+    detail = milliseconds(seconds, STEPS)
+    gated, smaller = ratio(seconds, "gated", "plain"), ratio(seconds, "half", "plain")
+    return [
+        entry("decoder step with gates over one without", gated, 1.15, "×", detail),
+        entry(
+            "decoder step with half of the parameters over that of the whole",
+            smaller,
+            None,
+            "×",
+            f"what compaction makes of the rest of training; {detail}",
+        ),
+    ]
+
+
+def of_calls(turns: int) -> list[dict]:
+    whole = base()
+    small = half(whole)
+    found = []
+    for batch in (1, 32):
+        tokens = jax.ShapeDtypeStruct((batch, CONFIG.length), jnp.int32)
+        macs = [
+            costs.exact(l0jax.trace(each, tokens), cost=costs.macs)
+            for each in (small, whole)
+        ]
+        for what, make in (("a call", caller), ("generation with a cache", writer)):
+            seconds = take_turns(
+                {"half": make(small, batch), "whole": make(whole, batch)}, turns
+            )
+            found.append(
+                entry(
+                    f"{what} at batch {batch}, half of the parameters over the whole",
+                    ratio(seconds, "half", "whole"),
+                    None,
+                    "×",
+                    f"{macs[0] / macs[1]:.2f}× the multiply-accumulates; "
+                    f"{milliseconds(seconds, 1)}",
+                )
+            )
+    return found
+
+
+def main(arguments) -> list[dict]:
+    begun = time.perf_counter()
+    found = of_steps(arguments.turns) + of_calls(4 * arguments.turns + 1)
+    print(f"{time.perf_counter() - begun:.0f} s")
+    return found
+
+
+if __name__ == "__main__":
+    measure.run(__doc__, "decoder", main, turns=7)

@@ -1,0 +1,122 @@
+"""Rows of language models: recorded as they come, and said with intervals."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import language_model, language_rows
+from experiments.harness import json_lines, run_folder
+from experiments.language_settings import UNTOLD, Config
+from experiments.reports import places, runs
+
+LOSSES = {
+    "uniform": (1.60, 1.62, 1.61),
+    "scratch": (1.58, 1.60, 1.62),
+    "random": (1.70, 1.71, 1.72),
+    "taylor": (1.59, 1.60, 1.62),
+    "l0_hard_concrete": (1.56, 1.59, 1.58),
+    "d_gating": (1.65, 1.66, 1.67),
+}
+
+
+def line(method, seed, **changes):
+    config = Config(method=(method,))
+    found = LOSSES[method][seed]
+    return {
+        "study": "language_model",
+        "task": "tiny_shakespeare decoder",
+        "settings": run_folder.settings_of(config, UNTOLD),
+        "method": method,
+        "seed": seed,
+        "metrics": {
+            "base test loss": 1.5,
+            "base validation loss": 1.52 + seed / 100,
+            "validation loss": found - 0.01,
+            "test loss": found,
+        },
+        "costs": {"params": 0.5, "seconds at batch 1": 0.6},
+        "blocks": [[3, 1, 16, 32, 250]] * config.layers,
+        "prompt": "To be",
+        "goes on": ", or not",
+        "base goes on": ", or not to be",
+        "seconds": 10.0,
+        "made": {"commit": None},
+    } | changes
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_nothing_is_said_of_what_was_not_run(place):
+    assert language_rows.section() == ""
+
+
+def test_rows_are_recorded_as_they_come(place, monkeypatch):
+    asked = []
+
+    def run(config):
+        (method,), (seed,) = config.method, config.seeds
+        asked.append((method, seed, config.out.name, config.base_from))
+        return {"results": [line(method, seed)]}
+
+    monkeypatch.setattr(language_model, "main", run)
+    named = ("taylor", "uniform")
+    language_rows.run("half", (1, 0), named)
+    file = language_rows.folder_of("half") / runs.LINES
+    there = [(found["method"], found["seed"]) for found in json_lines.read(file)]
+    assert there == [("uniform", 0), ("uniform", 1), ("taylor", 0), ("taylor", 1)]
+    assert asked[0] == ("taylor", 1, "half", None)
+    language_rows.run("seconds", (0,), named[:1])
+    assert asked[-1] == ("taylor", 0, "seconds", language_rows.RUNS / "half")
+    # An older result makes place.
+    changed = line("uniform", 0, seconds=None)
+    language_rows.record("half", [changed])
+    assert json_lines.read(file)[0] == changed
+    assert len(json_lines.read(file)) == 4
+
+
+def test_the_best_gates_are_compared_seed_by_seed(place):
+    lines = [line(method, seed) for method in LOSSES for seed in range(3)]
+    language_rows.record("half", lines)
+    said = language_rows.section()
+    assert "The base ends at 1.520 to 1.540 nats" in said
+    assert "Of the gates `l0_hard_concrete` is best" in said
+    for other in ("taylor", "uniform", "scratch"):
+        apart = np.subtract(LOSSES["l0_hard_concrete"], LOSSES[other])
+        half = stats.t.ppf(0.975, 2) * apart.std(ddof=1) / np.sqrt(3)
+        assert f"{apart.mean():+.3f} ± {half:.3f} from `{other}` (3 seeds)" in said
+    assert "from `random`" not in said
+    for file in ("figures/losses.png", "figures/left.png", "texts.md", "runs.csv"):
+        assert f"](experiments/results/language-half/{file})" in said
+        assert (place / "experiments/results/language-half" / file).exists()
+
+
+def test_rows_are_settings_that_can_be_run():
+    for config in language_rows.ROWS.values():
+        language_model.check(config, language_model.METHODS)
+        assert set(config.method) <= language_model.METHODS.keys()
+        assert len(config.seeds) >= 3
+    assert len({config.base for config in language_rows.ROWS.values()}) == 1
+
+
+def _add(file, first):
+    for at in range(first, first + 20):
+        json_lines.add(file, {"at": at})
+
+
+def test_several_processes_add_to_one_file(tmp_path):
+    file = tmp_path / "new" / "lines.jsonl"
+    starts = (0, 20, 40)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_add, args=(file, at)) for at in starts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(found["at"] for found in json_lines.read(file)) == [*range(60)]
