@@ -15,16 +15,14 @@ and few epochs.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from experiments import channel_pruning
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import OF_BASE, UNTOLD, Config
-from experiments.harness import command_line, json_lines, run_folder
-from experiments.harness.loop import Diverged
-from experiments.tasks.dataset import DataError
+from experiments.harness import json_lines, rows, run_folder
 from experiments.tasks.images import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "channel_pruning.jsonl"
@@ -141,34 +139,17 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
         record([{"row": name, "config": told, **line} for line in found])
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Which rows to run."""
-
-    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """names of rows"""
-    seeds: tuple[int, ...] | None = None
-    """only these seeds; None is all of the row's"""
-    methods: tuple[str, ...] = ()
-    """only these methods; none named is all of the row's"""
-    list: bool = False
-    """print the names and settings, and run nothing"""
-
-
-def main(arguments: Arguments) -> None:
+def main(arguments: rows.OfMethods) -> None:
     """Runs rows by name."""
-    if arguments.rows or not arguments.list:
-        command_line.check_names(arguments.rows, ROWS)
-    if arguments.list:
-        for name, config in ROWS.items():
-            print(f"{name}: {run_folder.settings_of(config, UNTOLD)}")
-    for name in arguments.rows:
-        for seed in arguments.seeds or ROWS[name].seeds:
-            try:
-                run(name, (seed,), arguments.methods)
-            except (ValueError, Diverged, DataError, OSError) as error:
-                raise SystemExit(f"experiments.channel_rows: {error}") from None
+
+    def one(name: str, seed: int) -> None:
+        run(name, (seed,), arguments.methods)
+
+    def told(config: Config) -> Any:
+        return run_folder.settings_of(config, UNTOLD)
+
+    rows.run(arguments, "experiments.channel_rows", ROWS, one, told)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(tyro.cli(rows.OfMethods, description=__doc__))

@@ -13,18 +13,16 @@ of the first.
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from experiments import language_model, language_report
-from experiments.harness import command_line, json_lines, run_folder
-from experiments.harness.loop import Diverged
+from experiments.harness import json_lines, rows, run_folder
 from experiments.language_methods import GATES, METHODS, SCORES
 from experiments.language_settings import LATENCY, UNTOLD, Config
 from experiments.reports import places, runs
 from experiments.reports.printing import mean_and_half_width
-from experiments.tasks.dataset import DataError
 
 RUNS = Path("runs") / "language_rows"
 HALF = "half"
@@ -154,33 +152,17 @@ def _mean(results: Sequence[runs.Result]) -> float:
     return mean_and_half_width(r.metrics["validation loss"] for r in results)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Which rows to run."""
-
-    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """names of rows"""
-    seeds: tuple[int, ...] | None = None
-    """only these seeds; None is all of the row's"""
-    methods: tuple[str, ...] = ()
-    """only these methods; none named is all of the row's"""
-    list: bool = False
-    """print the names and settings, and run nothing"""
-
-
-def main(arguments: Arguments) -> None:
+def main(arguments: rows.OfMethods) -> None:
     """Runs rows by name."""
-    if arguments.rows or not arguments.list:
-        command_line.check_names(arguments.rows, ROWS)
-    if arguments.list:
-        for name, config in ROWS.items():
-            print(f"{name}: {run_folder.settings_of(config, UNTOLD)}")
-    for name in arguments.rows:
-        try:
-            run(name, arguments.seeds or ROWS[name].seeds, arguments.methods)
-        except (ValueError, Diverged, DataError, OSError) as error:
-            raise SystemExit(f"experiments.language_rows: {error}") from None
+
+    def one(name: str, seed: int) -> None:
+        run(name, (seed,), arguments.methods)
+
+    def told(config: Config) -> Any:
+        return run_folder.settings_of(config, UNTOLD)
+
+    rows.run(arguments, "experiments.language_rows", ROWS, one, told)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(tyro.cli(rows.OfMethods, description=__doc__))

@@ -12,17 +12,14 @@ On one core a seed takes 2 to 4 minutes with the MLP and 9 with LeNet-5.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import tyro
 
 from experiments import mnist
-from experiments.harness import command_line, json_lines
-from experiments.harness.loop import Diverged
-from experiments.tasks.dataset import DataError
+from experiments.harness import json_lines, rows
 
 RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
 RUNS = Path("runs") / "rows"
@@ -198,33 +195,14 @@ def run(name: str, seed: int) -> dict:
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Which rows to run."""
-
-    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """names of rows"""
-    seeds: tuple[int, ...] | None = None
-    """only these seeds; None is all of the row's"""
-    list: bool = False
-    """print the names and settings, and run nothing"""
-
-
-def main(arguments: Arguments) -> None:
+def main(arguments: rows.Arguments) -> None:
     """Runs rows by name."""
-    if arguments.rows or not arguments.list:
-        command_line.check_names(arguments.rows, ROWS)
-    if arguments.list:
-        for name, row in ROWS.items():
-            print(f"{name}: {mnist.scientific(row.config)}")
-    for name in arguments.rows:
-        for seed in arguments.seeds or ROWS[name].seeds:
-            print(f"== {name}, seed {seed}", file=sys.stderr)
-            try:
-                run(name, seed)
-            except (ValueError, Diverged, DataError, OSError) as error:
-                raise SystemExit(f"experiments.mnist_rows: {error}") from None
+
+    def told(row: Row) -> Any:
+        return mnist.scientific(row.config)
+
+    rows.run(arguments, "experiments.mnist_rows", ROWS, run, told)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(tyro.cli(rows.Arguments, description=__doc__))

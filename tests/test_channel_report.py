@@ -9,6 +9,7 @@ from test_channel_pruning import CONFIG, tiny  # noqa: F401
 from experiments import channel_pruning, channel_report, channel_rows, mnist_rows
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
+from experiments.harness.rows import OfMethods
 from experiments.tasks.dataset import DataError
 
 
@@ -64,7 +65,7 @@ def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
         channel_rows, "ROWS", {"comparison": small, "discrimination-1": other}
     )
     for _ in range(2):
-        channel_rows.main(channel_rows.Arguments(("comparison", "discrimination-1")))
+        channel_rows.main(OfMethods(("comparison", "discrimination-1")))
     found = channel_rows.results()
     assert [(e["row"], e["method"], e["seed"]) for e in found] == [
         ("comparison", "random", 0),
@@ -83,7 +84,7 @@ def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
 def test_only_some_methods_and_seeds(file, monkeypatch):
     small = dataclasses.replace(CONFIG, method=("filter_l1", "random"), seeds=(0, 1))
     monkeypatch.setattr(channel_rows, "ROWS", {"comparison": small})
-    arguments = channel_rows.Arguments(("comparison",), (1,), ("random",))
+    arguments = OfMethods(("comparison",), (1,), methods=("random",))
     channel_rows.main(arguments)
     assert [(e["method"], e["seed"]) for e in channel_rows.results()] == [("random", 1)]
 
@@ -93,12 +94,12 @@ def test_only_some_methods_and_seeds(file, monkeypatch):
 )
 def test_unknown_rows_are_named(names, words):
     with pytest.raises(SystemExit, match=words) as error:
-        channel_rows.main(channel_rows.Arguments(names))
+        channel_rows.main(OfMethods(names))
     assert "comparison" in str(error.value)
 
 
 def test_rows_are_listed(capsys):
-    channel_rows.main(channel_rows.Arguments(list=True))
+    channel_rows.main(OfMethods(list=True))
     printed = capsys.readouterr().out.splitlines()
     assert [text.split(":")[0] for text in printed] == list(channel_rows.ROWS)
 
@@ -207,7 +208,7 @@ def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
     other = dataclasses.replace(CONFIG, ratio=0.25)
     monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, "other": other})
     with pytest.raises(SystemExit, match="channel_rows comparison --seeds 3` first"):
-        channel_rows.main(channel_rows.Arguments(("other",), (3,)))
+        channel_rows.main(OfMethods(("other",), (3,)))
 
 
 def test_committed_results_are_those_of_the_rows():
@@ -243,7 +244,7 @@ def test_data_that_are_not_there_are_told_in_a_line(monkeypatch):
     monkeypatch.setattr(channel_pruning.data, "load", no_data)
     for module, row in ((channel_rows, "comparison"), (mnist_rows, "mlp-uniform")):
         with pytest.raises(SystemExit, match=r"^experiments\.\w+: .* is not prepared$"):
-            module.main(module.Arguments(rows=(row,)))
+            module.main(OfMethods(rows=(row,)))
 
 
 def test_what_is_off_the_budget_is_marked():

@@ -8,6 +8,7 @@ from scipy import stats
 
 from experiments import language_model, language_rows
 from experiments.harness import json_lines, run_folder
+from experiments.harness.rows import OfMethods
 from experiments.language_settings import UNTOLD, Config
 from experiments.reports import places, runs
 
@@ -120,3 +121,14 @@ def test_several_processes_add_to_one_file(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert sorted(found["at"] for found in json_lines.read(file)) == [*range(60)]
+
+
+def test_the_command_runs_rows(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(language_rows, "run", lambda *asked: ran.append(asked))
+    language_rows.main(OfMethods(("half",), (2,), methods=("uniform",)))
+    assert ran == [("half", (2,), ("uniform",))]
+    language_rows.main(OfMethods(list=True))
+    printed = capsys.readouterr().out.splitlines()
+    assert [text.split(":")[0] for text in printed] == list(language_rows.ROWS)
+    assert len(ran) == 1

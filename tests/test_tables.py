@@ -21,6 +21,7 @@ from experiments import (
     relocation_report,
     tables,
 )
+from experiments.harness.rows import Arguments
 from experiments.reports import (
     benchmark_tables,
     mnist_tables,
@@ -226,7 +227,7 @@ def ran(place, monkeypatch):
 @pytest.mark.parametrize("names", [("nope",), ("units", "nope")])
 def test_an_unknown_row_is_named_before_any_is_run(names, ran):
     with pytest.raises(SystemExit) as stop:
-        mnist_rows.main(mnist_rows.Arguments(rows=names))
+        mnist_rows.main(Arguments(rows=names))
     said = str(stop.value.code)
     assert all(word in said for word in ("'nope'", *ROWS))
     assert ran == []
@@ -234,23 +235,23 @@ def test_an_unknown_row_is_named_before_any_is_run(names, ran):
 
 def test_without_a_row_it_says_which_there_are(ran):
     with pytest.raises(SystemExit) as stop:
-        mnist_rows.main(mnist_rows.Arguments())
+        mnist_rows.main(Arguments())
     assert all(word in str(stop.value.code) for word in ("give one", *ROWS))
     assert ran == []
 
 
 def test_the_list_shows_all_settings_and_runs_nothing(ran, capsys):
-    mnist_rows.main(mnist_rows.Arguments(list=True))
+    mnist_rows.main(Arguments(list=True))
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{n}: {mnist.scientific(r.config)}" for n, r in ROWS.items()]
     assert ran == []
 
 
 def test_rows_are_run_with_their_seeds_or_those_asked_for(ran):
-    mnist_rows.main(mnist_rows.Arguments(rows=("other", "units")))
+    mnist_rows.main(Arguments(rows=("other", "units")))
     assert ran == [("other", 5), ("units", 0), ("units", 1)]
     ran.clear()
-    mnist_rows.main(mnist_rows.Arguments(rows=("units", "curve"), seeds=(3,)))
+    mnist_rows.main(Arguments(rows=("units", "curve"), seeds=(3,)))
     assert ran == [("units", 3), ("curve", 3)]
 
 

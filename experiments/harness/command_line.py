@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -35,14 +35,3 @@ def parse(
         quick: Annotated[bool, tyro.conf.arg(help=about)] = False
 
     return tyro.cli(Flags, default=Flags(default), description=description).config
-
-
-def check_names(names: Sequence[str], there: Iterable[str]) -> None:
-    """Ends the program, with the names of rows that there are, unless all of `names`
-    are among them and there is at least one."""
-    known = list(there)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"unknown row {unknown[0]!r}; there is {', '.join(known)}")
-    if not names:
-        raise SystemExit(f"give one or more rows of {', '.join(known)}")
