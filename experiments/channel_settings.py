@@ -132,14 +132,8 @@ def check(config: Config, known: Collection[str]) -> None:
         raise ValueError(f"width must be above 0, got {config.width}")
     selection_of(config)
     for name in ("base", "heads", "gate", "tune"):
-        recipe = getattr(config, name)
         # Without any tuning the errors right after pruning are what is asked for.
-        for field, least in (("epochs", name != "tune"), ("batch_size", 1)):
-            if getattr(recipe, field) < least:
-                raise ValueError(
-                    f"{name}.{field} must be at least {int(least)}, got "
-                    f"{getattr(recipe, field)}"
-                )
+        getattr(config, name).check(name, int(name != "tune"))
 
 
 def epochs_after(config: Config) -> int:

@@ -43,9 +43,9 @@ from experiments.tasks.images import (
     normalised,
     optimizer_of,
     recalibrated,
+    smoothed,
 )
 from l0jax import costs, gates, gating, models, objectives, storage, train, units
-from l0jax.methods.task import cross_entropy
 from l0jax.models import pre_activation
 from l0jax.structure import Structure
 from l0jax.units import Group, Groups
@@ -137,8 +137,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             if unknown
             else "give at least one variant and one seed"
         )
-    if config.recipe.epochs < 1:
-        raise ValueError(f"recipe.epochs must be >= 1, got {config.recipe.epochs}")
+    config.recipe.check("recipe")
     told, defaults = (run_folder.settings_of(c, UNTOLD) for c in (config, Config()))
     changed = [field for field in told if told[field] != defaults[field]]
     if config.record and changed:
@@ -270,7 +269,7 @@ def training_of(
         pixels, labels = batch
         x = normalised(pixels, images)
         x = augmented(key, x) if recipe.augment else x
-        return cross_entropy(model(x), labels).mean(), {}
+        return smoothed(model(x), labels, recipe.smoothing), {}
 
     # Weight decay counts by the gates, and is no part of the optimiser.
     undecayed = dataclasses.replace(recipe, weight_decay=0.0)
@@ -280,6 +279,7 @@ def training_of(
         undecayed,
         learning_rate=recipe.learning_rate if rate is None else rate,
         drops=(),
+        cycle=None,
     )
     return train.Training(
         model,

@@ -290,6 +290,8 @@ BAD = {
         ["nothing to choose by"],
     ),
     "epochs": ({"base": Recipe(epochs=0)}, ["base.epochs must be at least 1"]),
+    "cycle": ({"base": Recipe(cycle=1.0)}, ["base.cycle must lie in [0, 1), got 1"]),
+    "labels": ({"tune": Recipe(smoothing=1.0)}, ["tune.smoothing must lie in [0, 1)"]),
     "no tuning": ({"tune": Recipe(epochs=-1)}, ["tune.epochs must be at least 0"]),
     "losses": ({"losses": 5}, ["5 additional losses"]),
     "examples": ({"examples": 10}, ["10 training images don't fill a batch of 64"]),

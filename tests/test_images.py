@@ -95,6 +95,45 @@ def test_a_penalty_is_part_of_the_loss():
     assert np.abs(found.head.kernel[...] - plain.head.kernel[...]).max() > 1e-3
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 5), (0.3, 10), (0.5, 7), (0.9, 10)])
+def test_one_cycle_rises_to_its_highest_rate_and_ends_at_none(share, steps):
+    rate = module.one_cycle(0.4, share, steps)
+    rates = np.array([rate(step) for step in range(steps + 1)])
+    top = round(share * steps)
+    assert rates.argmax() == top
+    assert rates[top] == pytest.approx(0.4)
+    assert rates[steps] == 0
+    assert (rates[:steps] > 0).all()
+    np.testing.assert_allclose(np.diff(rates[: top + 1], 2), 0, atol=1e-6)
+    np.testing.assert_allclose(np.diff(rates[top:], 2), 0, atol=1e-6)
+    recipe = dataclasses.replace(RECIPE, cycle=share, weight_decay=0.0, momentum=0.0)
+    sgd = module.optimizer_of(dataclasses.replace(recipe, learning_rate=0.4), steps)
+    state = sgd.init(jnp.ones(()))
+    for step in range(steps):
+        moved, state = sgd.update(jnp.ones(()), state, jnp.ones(()))
+        assert -float(moved) == pytest.approx(rates[step], abs=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_smoothed_labels_are_those_of_optax(share):
+    logits = 3 * jax.random.normal(KEY, (6, 5))
+    labels = jnp.arange(6, dtype=jnp.int32) % 5
+    told = optax.smooth_labels(jax.nn.one_hot(labels, 5), share)
+    expected = optax.softmax_cross_entropy(logits, told).mean()
+    found = module.smoothed(logits, labels, share)
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_recipe_s_labels_are_smoothed():
+    recipe = dataclasses.replace(RECIPE, epochs=1, smoothing=0.5)
+    trainer = Trainer(network(), images(), recipe, KEY)
+    plain = Trainer(
+        network(), images(), dataclasses.replace(recipe, smoothing=0.0), KEY
+    )
+    apart = np.abs(trained(trainer).head.kernel[...] - trained(plain).head.kernel[...])
+    assert apart.max() > 1e-3
+
+
 def test_additional_losses_move_the_weights_first():
     """Algorithm S1 with plain SGD: one gradient for all losses, in two steps that are
     their sum; with the heads' own statistics."""

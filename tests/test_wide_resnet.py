@@ -156,7 +156,7 @@ def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
 BAD = {
     "variant": ({"variant": ("magic",)}, "unknown variant 'magic'; there is all"),
     "none": ({"variant": ()}, "at least one variant"),
-    "epochs": ({"recipe": Recipe(epochs=0)}, "recipe.epochs must be >= 1, got 0"),
+    "epochs": ({"recipe": Recipe(epochs=0)}, "recipe.epochs must be at least 1, got 0"),
     "target": ({"target": 1.5}, r"target of 'macs' must lie in \(0, 1\], got 1.5"),
     "what has no gates": ({"target": 0.01}, "what has no gates alone is"),
     "decay": ({"recipe": Recipe(weight_decay=-1.0)}, "'weight_decay' must be >= 0"),

@@ -48,8 +48,33 @@ class Recipe:
     """times the weights is added to their gradient"""
     drops: tuple[float, ...] = (0.4, 0.6)
     """shares of the epochs after which the learning rate is divided by ten"""
+    cycle: float | None = None
+    """in the place of drops a single cycle (Smith and Topin 2018): over this share of
+    the steps the rate rises from 0, over the others it falls to 0, in lines"""
+    smoothing: float = 0.0
+    """share of each label that all classes have in equal parts (Szegedy et al. 2016)"""
     augment: bool = True
     """crop and flip at random"""
+
+    def check(self, name: str, least: int = 1) -> None:
+        """Raises ValueError, which names the recipe, for what can't be trained.
+
+        Args:
+            name: of the recipe.
+            least: epochs that there must be.
+        """
+        for field, lowest in (("epochs", least), ("batch_size", 1)):
+            if getattr(self, field) < lowest:
+                raise ValueError(
+                    f"{name}.{field} must be at least {lowest}, got "
+                    f"{getattr(self, field)}"
+                )
+        if self.cycle is not None and not 0 <= self.cycle < 1:
+            raise ValueError(f"{name}.cycle must lie in [0, 1), got {self.cycle}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(
+                f"{name}.smoothing must lie in [0, 1), got {self.smoothing}"
+            )
 
 
 class Images(NamedTuple):
@@ -108,14 +133,42 @@ def augmented(
     return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
+def smoothed(
+    logits: Float[Array, "batch classes"], labels: Int32[Array, " batch"], share: float
+) -> Float[Array, ""]:
+    """The mean cross-entropy, of labels of which all classes have a share in equal
+    parts."""
+    told = cross_entropy(logits, labels)
+    # The mean of what each class would cost is what equal parts cost.
+    alike = -jax.nn.log_softmax(logits).mean(-1)
+    return ((1 - share) * told + share * alike).mean()
+
+
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """SGD, whose learning rate drops at shares of so many steps."""
-    drops = {int(share * steps): 0.1 for share in recipe.drops}
-    rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops)
+    """SGD with the learning rates of a recipe of so many steps."""
+    if recipe.cycle is None:
+        drops = {int(share * steps): 0.1 for share in recipe.drops}
+        rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops)
+    else:
+        rate = one_cycle(recipe.learning_rate, recipe.cycle, steps)
     return optax.chain(
         optax.add_decayed_weights(recipe.weight_decay),
         optax.sgd(rate, momentum=recipe.momentum, nesterov=True),
     )
+
+
+def one_cycle(highest: float, share: float, steps: int) -> optax.Schedule:
+    """A line up, and one down to 0 after the last step.
+
+    Args:
+        highest: rate.
+        share: of the steps before it is reached.
+        steps: of the training.
+    """
+    rising = round(share * steps)
+    up = optax.linear_schedule(highest / (rising + 1), highest, rising)
+    down = optax.linear_schedule(highest, 0.0, max(steps - rising, 1))
+    return optax.join_schedules([up, down], [rising])
 
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -169,7 +222,7 @@ class Trainer(Generic[Model]):
         self.recipe, self.data = recipe, _on_device(images)
         self.training = train.Training(
             both,
-            functools.partial(_loss, self.heads, recipe.augment, colours_of(images)),
+            functools.partial(_loss, self.heads, recipe, colours_of(images)),
             optimizer=optimizer_of(decayed, steps),
             **how,
         )
@@ -234,14 +287,15 @@ def colours_of(images: Images) -> Images:
     return images._replace(images=images.images[:0], labels=images.labels[:0])
 
 
-def _loss(heads: tuple[str, ...], augment: bool, of: Images, model, batch, key):
+def _loss(heads: tuple[str, ...], recipe: Recipe, of: Images, model, batch, key):
     """The network's own loss and the additional ones."""
     pixels, labels = batch
     x = normalised(pixels, of)
-    if augment:
+    if recipe.augment:
         x = augmented(key, x)
+
     if not heads:
-        return cross_entropy(model(x), labels).mean(), {}
+        return smoothed(model(x), labels, recipe.smoothing), {}
     graph, params, before = nnx.split(model, nnx.Param, ...)
 
     def run(params, x):
@@ -257,7 +311,7 @@ def _loss(heads: tuple[str, ...], augment: bool, of: Images, model, batch, key):
     logits, statistics = jax.tree.unflatten(tree, outs)
     nnx.update(model, statistics)
     found = [logits, *(head(y) for head, y in zip(model.heads, reached, strict=True))]
-    losses = [cross_entropy(each, labels).mean() for each in found]
+    losses = [smoothed(each, labels, recipe.smoothing) for each in found]
     return sum(losses[1:], losses[0]), {}
 
 
@@ -317,7 +371,7 @@ def recalibrated(model: Model, of: Images, batch_size: int = 128) -> Model:
     colours = colours_of(of)
     training = train.Training(
         model,
-        functools.partial(_loss, (), False, colours),
+        functools.partial(_loss, (), Recipe(augment=False), colours),
         optimizer=optax.identity(),
     )
     state = training.start(jax.random.key(0))
