@@ -18,7 +18,7 @@ the stream, whole branches; queries of all heads, and dimensions of heads."""
 class Recipe:
     """Adam with decoupled weight decay, warmed up, then along a cosine to a tenth."""
 
-    epochs: int = 6
+    epochs: int = 2
     """passes over the windows of the training text"""
     apart: float = 0.5
     """what lies between the beginnings of two windows, as a share of their length"""
@@ -67,11 +67,11 @@ class Config:
     own"""
     base: Recipe = Recipe()
     """how the base is trained"""
-    tune: Recipe = Recipe(epochs=3, apart=1.0, learning_rate=5e-4, warm_up=0.02)
+    tune: Recipe = Recipe(epochs=2, apart=1.0, learning_rate=5e-4, warm_up=0.02)
     """how it is trained after that, for choosing and for tuning what is left; all
     methods take as many epochs of this, but for new networks, which take as much text
     as the base and all that is after it, by the recipe of the base"""
-    closing: int = 2
+    closing: int = 1
     """epochs of these in which gates are trained or units close"""
     reached: float = 0.5
     """share of the closing over which the expected cost falls to what may be left"""

@@ -1,0 +1,336 @@
+"""What an accelerator makes of gates: one command, at most 25 minutes.
+
+    python -m benchmarks.gpu                # all of it, into runs/gpu.jsonl
+    python -m benchmarks.gpu --only device steps
+    python -m benchmarks.gpu --small        # the same at small size, for any machine
+    python -m benchmarks.gpu --record       # and writes benchmarks/results/gpu.jsonl
+
+- `device`: what it is, and how many operations a second it brings to large products;
+- `steps`: training steps of known networks, plain and gated, in float32 and bfloat16:
+  examples a second, and which share of what the device brings they use;
+- `sweeps`: 1 to 256 MLPs with gates in one program;
+- `widths`: calls of ResNet-50 without half of its inner channels, with the widths as
+  they come and rounded up.
+
+Every measurement is a line that is written when it is there; a second start goes on
+after the last one, and none begins when the minutes are over. The data are random: no
+step depends on what they show.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import l0jax
+from benchmarks.measure import RESULTS
+from experiments.harness import json_lines
+from l0jax import costs, gates, models, train
+
+Line = dict[str, Any]
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+CALLS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the list is."""
+
+    product: int = 8192
+    """rows and columns of what is multiplied to see what the device brings"""
+    steps: int = 20
+    """of a program"""
+    networks: tuple[tuple[str, int], ...] = (
+        ("mlp", 128),
+        ("lenet5", 128),
+        ("resnet20", 512),
+        ("resnet56", 512),
+        ("wrn28_10", 256),
+        ("resnet50", 128),
+    )
+    """names and batches"""
+    members: tuple[int, ...] = (1, 16, 64, 256)
+    """of sweeps"""
+    narrowed: tuple[str, int] = ("resnet50", 64)
+    """name and batch"""
+    rounded: tuple[int, ...] = (1, 8, 16, 32, 64)
+    """to multiples of which widths are rounded up"""
+
+
+SMALL = Sizes(
+    product=128,
+    steps=2,
+    networks=(("mlp", 8), ("lenet5", 8)),
+    members=(1, 3),
+    narrowed=("resnet20", 2),
+    rounded=(1, 8),
+)
+
+
+def seconds_of(go: Callable[[], Any]) -> tuple[float, float]:
+    """The median time of some calls, and that of the first one, which compiles."""
+    found = []
+    for _ in range(CALLS + 1):
+        begun = time.perf_counter()
+        jax.block_until_ready(go())
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found[1:]), found[0]
+
+
+# ------------------------------------------------------------------------- the device
+
+
+def device(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+    """Operations a second of a square product; a multiply-accumulate counts as two."""
+    for name, dtype in DTYPES.items():
+
+        def measured(dtype: Any = dtype) -> Line:
+            side = sizes.product
+            array = jnp.ones((side, side), dtype or jnp.float32) / side
+            product = jax.jit(lambda a, b: a @ b)
+            seconds, _ = seconds_of(lambda: product(array, array))
+            return {"seconds": seconds, "operations a second": 2 * side**3 / seconds}
+
+        yield f"product in {name}", measured
+
+
+# ------------------------------------------------------------------------------- steps
+
+
+def network(name: str) -> tuple[Any, tuple[int, ...], int]:
+    """A network with random weights, the shape of its examples, and its classes."""
+    if name == "mlp":
+        return models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0)), (784,), 10
+    if name == "lenet5":
+        return models.LeNet5(rngs=nnx.Rngs(0)), (28, 28, 1), 10
+    kind, architecture = models.PRESETS[name]
+    made: Any = models.make(kind, architecture, rngs=nnx.Rngs(0))
+    return made, tuple(made.example.shape[1:]), made.architecture["classes"]
+
+
+def loss(model: Any, batch: Any) -> tuple[Any, dict]:
+    """Mean cross-entropy."""
+    images, labels = batch
+    logits = model(images).astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return nats.mean(), {}
+
+
+def examples(shape: tuple[int, ...], classes: int, count: int) -> tuple[Any, Any]:
+    """Random images and labels."""
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (count, *shape))
+    return images, jax.random.randint(key, (count,), 0, classes, jnp.int32)
+
+
+def training_of(model: Any, gated: bool, compute: Any) -> train.Training:
+    """Gates on every unit, or none."""
+    structure = models.structure(model)
+    how: dict[str, Any] = {"structure": structure.only()}
+    if gated:
+        how = {
+            "structure": structure,
+            "gate": gates.HardConcrete(),
+            "target": train.Target(costs.macs, 0.5),
+        }
+    sgd = optax.sgd(0.01, momentum=0.9, nesterov=True)
+    return train.Training(model, loss, optimizer=sgd, compute=compute, **how)
+
+
+def steps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+    """Every network, plain and gated, in both dtypes."""
+    for name, batch in sizes.networks:
+        for dtype, compute in DTYPES.items():
+            for gated in (False, True):
+
+                def measured(
+                    name: str = name,
+                    batch: int = batch,
+                    compute: Any = compute,
+                    gated: bool = gated,
+                ) -> Line:
+                    model, shape, classes = network(name)
+                    macs = costs.exact(models.structure(model), cost=costs.macs)
+                    training = training_of(model, gated, compute)
+                    data = examples(shape, classes, batch)
+                    order = np.tile(np.arange(batch), (sizes.steps, 1))
+                    kept = [training.start(jax.random.key(0))]
+
+                    def go() -> Any:
+                        kept[0], totals = training.epoch(kept[0], data, order)
+                        return totals
+
+                    seconds, first = seconds_of(go)
+                    rate = batch * sizes.steps / seconds
+                    # Forward, and backward twice as much.
+                    return {
+                        "batch": batch,
+                        "milliseconds a step": 1e3 * seconds / sizes.steps,
+                        "examples a second": rate,
+                        "operations a second": 6 * macs * rate,
+                        "seconds with compilation": first,
+                    }
+
+                kind = "gated" if gated else "plain"
+                yield f"step of {name}, {kind}, {dtype}", measured
+
+
+# ------------------------------------------------------------------------------ sweeps
+
+
+def sweeps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+    """Many MLPs with gates in one program."""
+    for members in sizes.members:
+
+        def measured(members: int = members) -> Line:
+            model, shape, classes = network("mlp")
+            training = train.Training(
+                model,
+                loss,
+                structure=models.structure(model),
+                gate=gates.HardConcrete(),
+                price=1e-5,
+                optimizer=optax.adam(1e-3),
+            )
+            batch = 128
+            data = examples(shape, classes, batch)
+            prices = jnp.geomspace(1e-6, 1e-4, members)
+            sweep = train.Sweep(lambda price: training.replace(price=price), prices)
+            kept = [sweep.start([*map(jax.random.key, range(members))])]
+            order = np.tile(np.arange(batch), (members, sizes.steps, 1))
+
+            def go() -> Any:
+                kept[0], totals = sweep.epoch(kept[0], data, order)
+                return totals
+
+            seconds, first = seconds_of(go)
+            return {
+                "members": members,
+                "milliseconds a step": 1e3 * seconds / sizes.steps,
+                "members' steps a second": members * sizes.steps / seconds,
+                "seconds with compilation": first,
+            }
+
+        yield f"sweep of {members} MLPs", measured
+
+
+# ------------------------------------------------------------------------------ widths
+
+
+def widths(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+    """A network whole, and without about half of the channels that one layer reads."""
+    name, batch = sizes.narrowed
+
+    def called(rounded: int | None) -> Line:
+        model, shape, _ = network(name)
+        if rounded is not None:
+            model = halved(model, rounded)
+        graph, state = nnx.split(model)
+        state = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state)
+        call = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+        images = jnp.ones((batch, *shape), jnp.bfloat16)
+        seconds, first = seconds_of(lambda: call(state, images))
+        macs = costs.exact(models.structure(model), cost=costs.macs)
+        return {
+            "batch": batch,
+            "milliseconds": 1e3 * seconds,
+            "macs": macs,
+            "operations a second": 2 * macs * batch / seconds,
+            "seconds with compilation": first,
+        }
+
+    yield f"call of {name}, bfloat16, whole", lambda: called(None)
+    for rounded in sizes.rounded:
+        of = "as they come" if rounded == 1 else f"multiples of {rounded}"
+        yield f"call of {name}, bfloat16, half, {of}", lambda r=rounded: called(r)
+
+
+def halved(model: Any, rounded: int) -> Any:
+    """Without the last channels of each group that a single layer reads. Shares are
+    drawn around a half, as gates would leave them."""
+    structure = models.structure(model)
+    rng = np.random.default_rng(0)
+    keep = {}
+    for name, group in structure.groups.items():
+        share = rng.uniform(0.4, 0.6)
+        if name in structure.inputs or len(group.used_by) > 1:
+            continue
+        count = -(-max(round(share * group.size), 1) // rounded) * rounded
+        keep[name] = np.arange(group.size) < min(count, group.size)
+    return l0jax.nnx.shrink(model, keep, structure)
+
+
+PARTS = {"device": device, "steps": steps, "sweeps": sweeps, "widths": widths}
+
+
+def run(
+    file: Path, sizes: Sizes, parts: tuple[str, ...], minutes: float, show: bool = True
+) -> list[Line]:
+    """Measures what is missing in the file, while there is time; all its lines.
+
+    Args:
+        file: of the lines.
+        sizes: of the list.
+        parts: of `PARTS`, in the order in which they are measured.
+        minutes: after which no measurement begins.
+        show: whether there is a progress bar.
+    """
+    begun = time.monotonic()
+    of = jax.devices()[0]
+    machine = {
+        "device": of.device_kind,
+        "platform": of.platform,
+        "jax": jax.__version__,
+    }
+    there = {line["what"] for line in json_lines.read(file)}
+    wanted = [(p, *each) for p in parts for each in PARTS[p](sizes)]
+    missing = [(p, what, go) for p, what, go in wanted if what not in there]
+    for part, what, go in (bar := tqdm(missing, disable=not show)):
+        bar.set_postfix_str(what)
+        if time.monotonic() - begun > 60 * minutes:
+            print(f"{minutes:g} minutes are over: {what} and what follows are left")
+            break
+        line: Line = {"part": part, "what": what, **machine}
+        try:
+            line |= go()
+        except jax.errors.JaxRuntimeError as error:
+            # Too large for this device, most likely: that is what was found.
+            line["error"] = str(error).splitlines()[0][:200]
+        json_lines.add(file, line)
+    return json_lines.read(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs") / "gpu.jsonl")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--small", action="store_true", help="for any machine")
+    parser.add_argument("--record", action="store_true", help="write it down")
+    arguments = parser.parse_args()
+    sizes = SMALL if arguments.small else Sizes()
+    if arguments.record and (
+        arguments.small or jax.default_backend() not in ("gpu", "tpu")
+    ):
+        raise SystemExit("only full sizes on a GPU or TPU are recorded")
+    lines = run(arguments.out, sizes, tuple(arguments.only), arguments.minutes)
+    for line in lines:
+        print(line)
+    if arguments.record:
+        json_lines.write(RESULTS / "gpu.jsonl", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The list for accelerators runs from end to end at small size, and goes on."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from benchmarks import gpu
+from experiments.harness import json_lines
+
+PARTS = tuple(gpu.PARTS)
+
+
+@pytest.mark.slow
+def test_the_list_runs_and_goes_on(tmp_path, monkeypatch):
+    file = tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    found = gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False)
+    assert {line["part"] for line in found} == set(PARTS)
+    assert not any("error" in line for line in found)
+    for line in found:
+        assert line["device"] == jax.devices()[0].device_kind
+        numbers = {n: v for n, v in line.items() if isinstance(v, float)}
+        assert numbers
+        assert all(value > 0 for value in numbers.values())
+    kinds = [line["what"] for line in found if line["part"] == "steps"]
+    assert len(kinds) == len(set(kinds)) == 4 * len(gpu.SMALL.networks)
+    whole, *narrowed = (line["macs"] for line in found if line["part"] == "widths")
+    assert all(0.3 * whole < macs < 0.8 * whole for macs in narrowed)
+    monkeypatch.setattr(gpu, "seconds_of", lambda _: pytest.fail("it is there"))
+    assert gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False) == found
+
+
+@pytest.mark.parametrize("part", ["device", "sweeps"])
+def test_measurements_are_lines(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    small = dataclasses.replace(gpu.SMALL, members=(2,))
+    found = gpu.run(tmp_path / "gpu.jsonl", small, (part,), 10.0, show=False)
+    assert found
+    assert all(line["part"] == part for line in found)
+
+
+def test_none_begins_when_the_minutes_are_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "seconds_of", lambda _: pytest.fail("it is too late"))
+    file = tmp_path / "gpu.jsonl"
+    assert gpu.run(file, gpu.SMALL, ("device",), -1.0, show=False) == []
+    assert "product in float32 and what follows are left" in capsys.readouterr().out
+
+
+def test_what_a_device_can_t_do_is_a_line(tmp_path, monkeypatch):
+    def fails(go):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+
+    monkeypatch.setattr(gpu, "seconds_of", fails)
+    file = tmp_path / "gpu.jsonl"
+    found = gpu.run(file, gpu.SMALL, ("device",), 1.0, show=False)
+    assert [line["error"] for line in found] == [
+        "RESOURCE_EXHAUSTED: out of memory"
+    ] * 2
+    assert json_lines.read(file) == found
