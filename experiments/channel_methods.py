@@ -199,7 +199,9 @@ def from_scratch(run: Run, base: nnx.Module, structure: Structure):
         kind, sizes = models.name_of(small), small.architecture
         return keep, models.make(kind, sizes, rngs=nnx.Rngs(key))
     # Of a module of the user's only the whole one can be made: a part of a new one.
-    return shrunk(network(run.config, run.dataset, key), keep, structure)
+    return shrunk(
+        network(run.config.model, run.config.width, run.dataset, key), keep, structure
+    )
 
 
 # ----------------------------------------------------- what trains while units close

@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
             "or more with after or tune.epochs"
         )
     if config.left is not None:
-        model = network(config, dataset, jax.random.key(0))
+        model = network(config.model, config.width, dataset, jax.random.key(0))
         shape = (1, *images.images.shape[1:])
         ratio_of(config, prunable(model, jnp.zeros(shape, jnp.float32)))
     # What can be known is refused by now: a refused run leaves no folder.

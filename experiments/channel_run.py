@@ -52,17 +52,18 @@ class Method:
 # ------------------------------------------------------------------------ the network
 
 
-def network(config: Config, dataset: data.Dataset, key: PRNGKeyArray) -> Any:
-    """The base network before training."""
+def network(name: str, width: float, dataset: data.Dataset, key: PRNGKeyArray) -> Any:
+    """A network of `l0jax.models.PRESETS` with its channels times `width`, or
+    `module:function` of one's own, before training."""
     shape = dataset.train.images.shape[1:]
-    if ":" in config.model:
-        make = data.named(config.model)
+    if ":" in name:
+        make = data.named(name)
         return make(shape=shape, classes=dataset.classes, rngs=nnx.Rngs(key))
-    kind, architecture = models.PRESETS[config.model]
+    kind, architecture = models.PRESETS[name]
     sizes = {"stem", "stages", "inner", "widths", "last"}
     wider = {
-        name: _scaled(value, config.width) if name in sizes else value
-        for name, value in architecture.items()
+        what: _scaled(value, width) if what in sizes else value
+        for what, value in architecture.items()
     }
     wider |= {"classes": dataset.classes, "shape": shape}
     return models.make(kind, wider, rngs=nnx.Rngs(key))
@@ -287,7 +288,8 @@ class Run:
 
     def base(self) -> Any:
         """The trained network that all methods of this seed prune."""
-        model = network(self.config, self.dataset, self.named("weights"))
+        config, key = self.config, self.named("weights")
+        model = network(config.model, config.width, self.dataset, key)
         name = "slimming-base" if self.how.sparse else "base"
         if self.config.base_from is not None:
             return stored(self.config.base_from / f"{name}-{self.seed}", model)

@@ -106,16 +106,7 @@ def check(config: Config, known: Collection[str]) -> None:
             )
     if not config.method or not config.seeds:
         raise ValueError("give at least one method and one seed")
-    if ":" in config.model:
-        if config.width != 1:
-            raise ValueError(
-                f"width is {config.width}, but {config.model!r} is no preset whose "
-                "channels could be multiplied"
-            )
-    elif config.model not in models.PRESETS:
-        raise ValueError(
-            f"unknown model {config.model!r}; there is {', '.join(models.PRESETS)}"
-        )
+    check_network(config.model, config.width)
     count_left(1, config.ratio)
     if config.left is not None and not 0 < config.left < 1:
         raise ValueError(f"left must lie in (0, 1), got {config.left}")
@@ -128,12 +119,26 @@ def check(config: Config, known: Collection[str]) -> None:
         raise ValueError(f"keep_prob must lie in (0, 1), got {config.keep_prob}")
     if not config.epsilon > 0:
         raise ValueError(f"epsilon must be above 0, got {config.epsilon}")
-    if not config.width > 0:
-        raise ValueError(f"width must be above 0, got {config.width}")
     selection_of(config)
     for name in ("base", "heads", "gate", "tune"):
         # Without any tuning the errors right after pruning are what is asked for.
         getattr(config, name).check(name, int(name != "tune"))
+
+
+def check_network(name: str, width: float) -> None:
+    """Raises ValueError for a network that there is not, or of no such width."""
+    if ":" in name:
+        if width != 1:
+            raise ValueError(
+                f"width is {width}, but {name!r} is no preset whose channels could be "
+                "multiplied"
+            )
+    elif name not in models.PRESETS:
+        raise ValueError(
+            f"unknown model {name!r}; there is {', '.join(models.PRESETS)}"
+        )
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
 
 
 def epochs_after(config: Config) -> int:

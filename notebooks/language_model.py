@@ -150,7 +150,7 @@ decision = training.decide(state)
 gated = training.whole_model(state, decision)
 small = training.finish(state, decision)
 count = {
-    name: costs.exact(models.structure(each))
+    name: costs.exact(models.structure(each), cost=costs.params)
     for name, each in (("base", base), ("small", small))
 }
 print(f"{count['small'] / count['base']:.1%} of {count['base']:,} parameters are left")

@@ -74,7 +74,9 @@ def test_gates_fill_the_budget_that_others_have(folder):
     """They leave the most that fits into what a uniformly pruned network costs."""
     names = ("filter_l1", "l0_hard_concrete", "l0_mixture", "l0_bernoulli")
     lines = {r["method"]: r for r in run(folder, method=names)["results"]}
-    model = channel_run.network(CONFIG, data.load("digits", 0.1), jax.random.key(0))
+    model = channel_run.network(
+        CONFIG.model, CONFIG.width, data.load("digits", 0.1), jax.random.key(0)
+    )
     structure = channel_run.prunable(model)
     for name in names:
         line = lines[name]
@@ -319,7 +321,9 @@ def test_widths_are_scaled():
     images = np.zeros((2, *shape), np.uint8)
     split = channel_pruning.data.Split(images, np.zeros(2, np.int32))
     of = channel_pruning.data.Dataset("x", split, split, split, 7, 255.0)
-    found = channel_run.network(config, of, jax.random.key(0)).architecture
+    found = channel_run.network(
+        config.model, config.width, of, jax.random.key(0)
+    ).architecture
     assert found["stem"] == 4
     assert list(found["stages"]) == [4, 8, 16]
     assert found["classes"] == 7

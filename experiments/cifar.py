@@ -1,0 +1,146 @@
+"""A network on images, from new weights to its last epoch: what a recipe is worth.
+
+    python -m experiments.cifar                               # ResNet-20 on CIFAR-10
+    python -m experiments.cifar --recipe.epochs 60 --recipe.learning-rate 0.4
+    python -m experiments.cifar --model resnet56 --seeds 0 1 2 --record
+
+Recipes are chosen on the images that are held out; the test images say what the chosen
+one is worth. Runs are resumed where they were killed, and are lines of `runs.jsonl`,
+which `experiments.compare` reads. With `--record` they are also put into
+`experiments/results/cifar`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments.channel_run import network
+from experiments.channel_settings import check_network
+from experiments.harness import json_lines, run_folder
+from experiments.harness.loop import Diverged
+from experiments.reports import places, runs
+from experiments.tasks import data
+from experiments.tasks.images import Recipe, Trainer, check_filled, errors, images_of
+from l0jax import costs, gating, storage, trace
+
+RECORDED = places.RESULTS / "cifar"
+GOOD = Recipe(
+    epochs=30, batch_size=128, learning_rate=0.2, weight_decay=5e-4, cycle=0.2
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a network on images."""
+
+    dataset: str = "cifar10"
+    """a data set of `experiments.tasks.data`"""
+    model: str = "resnet20"
+    """a network of `l0jax.models.PRESETS`, or `module:function` of one's own"""
+    width: float = 1.0
+    """factor by which all channels of a preset are multiplied"""
+    validation: float = 0.1
+    """share of the training images that is held out"""
+    examples: int | None = None
+    """training images that are used; by default all"""
+    recipe: Recipe = GOOD
+    """how it is trained"""
+    seeds: tuple[int, ...] = (0,)
+    """of weights and the order of the images"""
+    test: bool = True
+    """say what the errors of the test images are"""
+    out: Path | None = None
+    """run folder; None is runs/<dataset>-<model>-<digest of the configuration>"""
+    record: bool = False
+    """put the results into experiments/results"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+UNTOLD = ("seeds", "test", "out", "record", "progress")
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Runs what is missing; all lines of the folder."""
+    check_network(config.model, config.width)
+    config.recipe.check("recipe")
+    if not config.seeds:
+        raise ValueError("give at least one seed")
+    dataset = data.load(config.dataset, config.validation)
+    images = images_of(dataset, config.examples)
+    check_filled(images, config.recipe.batch_size)
+    settings = run_folder.settings_of(config, UNTOLD)
+    model = config.model.replace(":", "-")
+    folder = config.out or run_folder.default(f"{config.dataset}-{model}", settings)
+    run_folder.prepare(folder, settings, settings, resume=True)
+    file = folder / runs.LINES
+    for seed in config.seeds:
+        if not any(line["seed"] == seed for line in json_lines.read(file)):
+            line = one(config, dataset, folder, seed)
+            json_lines.add(file, {"settings": settings, **line})
+    if config.record:
+        json_lines.merge(RECORDED / runs.LINES, json_lines.read(file), identity)
+    return json_lines.read(file)
+
+
+def identity(line: Mapping[str, Any]) -> tuple[str, str, int]:
+    """Which result it is."""
+    return line["task"], str(line["settings"]), line["seed"]
+
+
+def one(
+    config: Config, dataset: data.Dataset, folder: Path, seed: int
+) -> dict[str, Any]:
+    """A run with one seed."""
+    key = jax.random.key(seed)
+    model = network(config.model, config.width, dataset, gating.key_for(key, "weights"))
+    images = images_of(dataset, config.examples)
+    example = jnp.zeros((1, *images.images.shape[1:]), jnp.float32)
+    trainer = Trainer(model, images, config.recipe, gating.key_for(key, "base"))
+    checkpoints = folder / "checkpoints" / str(seed)
+    begun = time.perf_counter()
+    done = trainer.run(checkpoints, f"{config.model} seed {seed}", config.progress)
+    # Of what went on where it was killed nobody knows all seconds.
+    seconds = None if done else time.perf_counter() - begun
+    trained = trainer.trained()
+    storage.save(trained, folder / f"{config.model.replace(':', '-')}-{seed}")
+    found = errors(trained, dataset, images)
+    structure = trace(trained, example)
+    return {
+        "study": "cifar",
+        "task": f"{config.dataset} {config.model}",
+        "method": "trained",
+        "seed": seed,
+        "metrics": {f"{part} error": found[part] for part in shown(config)},
+        "costs": {},
+        "params": costs.exact(structure, cost=costs.params),
+        "macs": costs.exact(structure, cost=costs.macs),
+        "seconds": seconds,
+        "made": run_folder.made_by(),
+    }
+
+
+def shown(config: Config) -> tuple[str, ...]:
+    """The parts whose errors are told."""
+    return ("validation", "test") if config.test else ("validation",)
+
+
+def cli() -> None:
+    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    try:
+        found = main(config)
+    except (ValueError, Diverged, data.DataError, OSError) as error:
+        raise SystemExit(f"experiments.cifar: {error}") from None
+    for line in found:
+        said = (f"{name} {value:.2f} %" for name, value in line["metrics"].items())
+        print(f"{line['task']} seed {line['seed']}: {', '.join(said)}")
+
+
+if __name__ == "__main__":
+    cli()
