@@ -22,8 +22,9 @@ import l0jax
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
 from experiments.language_methods import within_budget
-from experiments.language_run import Windows, groups_of, loss, structure_of
+from experiments.language_run import groups_of, structure_of
 from experiments.language_settings import Config
+from experiments.language_training import Windows, loss
 from l0jax import costs, gates, train
 from l0jax.models.decoder import Decoder, Sizes, generate
 from l0jax.nnx import shrink

@@ -5,19 +5,20 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 import l0jax.nnx
 from experiments import language_latency
 from experiments.harness import loop
 from experiments.language_settings import LATENCY, Config, Recipe
+from experiments.language_training import Windows, adam, loss, said_by
 from experiments.tasks.text import Text, windows_of
 from l0jax import costs, gating, models, storage, train
 from l0jax.models.decoder import Decoder, Sizes, generate
@@ -48,36 +49,6 @@ class Method:
     scratch: bool = False
 
 
-class Windows(NamedTuple):
-    """A text in windows that overlap by half, and what a teacher says of each next
-    character."""
-
-    tokens: Any
-    teacher: Any = None
-
-
-def loss(model: Decoder, batch: Windows) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Nats a character; with a teacher the mean of that and of the divergence from what
-    it says (Hinton, Vinyals and Dean 2015, at a temperature of 1)."""
-    tokens = batch.tokens.astype(jnp.int32)
-    logits = model(tokens[:, :-1]).astype(jnp.float32)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    if batch.teacher is None:
-        return nats, {"nats": nats}
-    said = batch.teacher.astype(jnp.float32)
-    apart = optax.losses.kl_divergence_with_log_targets(
-        jax.nn.log_softmax(logits), said
-    ).mean()
-    return (nats + apart) / 2, {"nats": nats, "from the base": apart}
-
-
-@jax.jit
-def _said(graph_and_state: Any, tokens: Array) -> Array:
-    model = nnx.merge(*graph_and_state)
-    logits = model(tokens[:, :-1].astype(jnp.int32))
-    return jax.nn.log_softmax(logits).astype(jnp.float16)
-
-
 def structure_of(model: Decoder, gated: tuple[str, ...]) -> Structure:
     """All units of a decoder, with its branches among them if these are gated."""
     structure = models.structure(model)
@@ -90,25 +61,6 @@ def structure_of(model: Decoder, gated: tuple[str, ...]) -> Structure:
 def groups_of(structure: Structure, gated: tuple[str, ...]) -> list[str]:
     """The names of the groups of some kinds."""
     return [name for name in structure.groups if name.split(".")[-1] in gated]
-
-
-def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """Of the weights."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        recipe.learning_rate,
-        warm_up := max(round(recipe.warm_up * steps), 1),
-        max(steps, warm_up + 1),
-        recipe.learning_rate / 10,
-    )
-
-    def matrices(tree: Any) -> Any:
-        return jax.tree.map(lambda array: array.ndim > 1, tree)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.99, weight_decay=recipe.weight_decay, mask=matrices),
-    )
 
 
 class Run:
@@ -183,7 +135,7 @@ class Run:
             return stored
         model = self.new(self.named("weights"))
         recipe = self.config.base
-        trained = self.trained("base", model, recipe, recipe.epochs).whole_model
+        trained = self.trained("base", model, recipe).whole_model
         storage.save(trained, folder)
         return trained
 
@@ -192,15 +144,18 @@ class Run:
         config = self.config
         self.spent += config.closing
         teacher = base if config.distil else None
-        return self.trained(name, base, config.tune, config.closing, teacher, **how)
+        return self.trained(
+            name, base, config.tune, teacher, last=config.closing, **how
+        )
 
     def trained(
         self,
         name: str,
         model: Decoder,
         recipe: Recipe,
-        epochs: int,
         teacher: Decoder | None = None,
+        first: int = 0,
+        last: int | None = None,
         **how: Any,
     ) -> "Trained":
         """A model after training, from its checkpoints if there are some.
@@ -208,13 +163,15 @@ class Run:
         Args:
             name: of the checkpoints.
             model: as it begins.
-            recipe: of the weights' optimiser, over `epochs` epochs.
-            epochs: passes over the windows.
+            recipe: how it is trained.
             teacher: whose predictions it learns from too; always the base.
+            first: epochs of the recipe that are over.
+            last: epochs of the recipe after which it ends, by default all.
             **how: arguments of `train.Training`.
         """
         config = self.config
-        steps = self.steps(recipe, epochs)
+        epochs = (recipe.epochs if last is None else last) - first
+        whole, over = self.steps(recipe, recipe.epochs), self.steps(recipe, first)
         mesh = None
         if config.devices > 1:
             devices = np.asarray(jax.devices()[: config.devices])
@@ -224,7 +181,7 @@ class Run:
         training = train.Training(
             model,
             loss,
-            optimizer=adam(recipe, max(steps, 1)),
+            optimizer=adam(recipe, max(whole, 1), over),
             mesh=mesh,
             compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
             **how,
@@ -232,7 +189,7 @@ class Run:
         windows, said = self.windows(recipe), None
         if teacher is not None:
             if recipe.apart not in self._said:
-                self._said[recipe.apart] = self.said_by(teacher, windows)
+                self._said[recipe.apart] = said_by(teacher, windows)
             said = self._said[recipe.apart]
         run = loop.Run(
             training,
@@ -265,12 +222,6 @@ class Run:
         folder = self.folder / LATENCY / str(self.seed)
         return language_latency.cost(base, self.config.length, folder)
 
-    def said_by(self, teacher: Decoder, windows: np.ndarray) -> np.ndarray:
-        """Logarithms of the probabilities that a model gives to each next character."""
-        parts = np.array_split(windows, max(len(windows) // 32, 1))
-        split = nnx.split(teacher)
-        return np.concatenate([np.asarray(_said(split, part)) for part in parts])
-
     def nats(self, model: Decoder, part: str) -> float:
         """The loss of a part that was held out, in windows that don't overlap."""
         training = train.Training(
@@ -302,14 +253,14 @@ class Run:
                 f"{config.left:g} that may be left"
             )
         teacher = base if config.distil else None
-        recipe, epochs = config.tune, config.tune.epochs - self.spent
+        recipe, over = config.tune, self.spent
         if self.how.scratch:
-            recipe = config.base
-            as_much = config.tune.epochs * recipe.apart / config.tune.apart
-            epochs = recipe.epochs + math.ceil(as_much)
+            as_much = config.tune.epochs * config.base.apart / config.tune.apart
+            epochs = config.base.epochs + math.ceil(as_much)
+            recipe = dataclasses.replace(config.base, epochs=epochs)
         cut = self.nats(small, "validation")
         name = f"{self.method}-tune"
-        tuned = self.trained(name, small, recipe, epochs, teacher).whole_model
+        tuned = self.trained(name, small, recipe, teacher, first=over).whole_model
         # Of what went on where it was killed nobody knows all seconds.
         seconds = None if self.resumed else time.perf_counter() - begun
         storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
@@ -334,7 +285,7 @@ class Run:
                     for size in (1, 32)
                 },
             },
-            "epochs": {"choosing": self.spent, "tuning": epochs},
+            "epochs": {"choosing": over, "tuning": recipe.epochs - over},
             "width": tuned.embed.shape[1],
             "blocks": sizes,
             "prompt": self.text.decode(self.prompt[0]),

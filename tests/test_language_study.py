@@ -15,11 +15,13 @@ from experiments import (
     language_latency,
     language_model,
     language_report,
+    language_training,
 )
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
-from experiments.language_run import Run, Windows, loss, structure_of
+from experiments.language_run import Run, structure_of
 from experiments.language_settings import Config, Recipe
+from experiments.language_training import Windows, loss
 from experiments.reports import runs
 from experiments.tasks import text
 from l0jax import costs, methods, models, storage
@@ -371,3 +373,13 @@ def test_what_cant_be_run_is_refused_and_leaves_nothing(changes, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         language_model.main(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("begun", [0, 3, 7])
+def test_what_follows_the_closing_goes_on_along_the_same_rates(begun):
+    recipe = Recipe(learning_rate=0.5, warm_up=0.2)
+    whole = optax.warmup_cosine_decay_schedule(0.0, 0.5, 2, 10, 0.05)
+    adam = language_training.adam(recipe, 10, begun)
+    state = adam.init(jnp.zeros(()))
+    moved, _ = adam.update(jnp.ones(()), state, jnp.zeros(()))
+    assert -float(moved) == pytest.approx(float(whole(begun)), rel=1e-4)
