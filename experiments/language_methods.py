@@ -197,6 +197,8 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         temperature = optax.exponential_decay(begin, steps, factor)
     named = tuple(groups_of(structure, config.gated))
     pushed = gate.bounded
+    # (Gates that aren't pushed are factors about 1, the others have logits.)
+    rate = config.gate_learning_rate * (1 if pushed else 0.1)
     of: Any = run.cost(base), config.left
     if config.shape:
         sizes = {name: structure.groups[name].size for name in named}
@@ -213,7 +215,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         base,
         structure=structure,
         gate=train.Learned(gate, config.keep_prob, temperature, only=named),
-        gate_optimizer=optax.adam(config.gate_learning_rate),
+        gate_optimizer=optax.adam(rate),
         target=target,
         price=None if pushed else config.price,
     )

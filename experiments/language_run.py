@@ -144,9 +144,8 @@ class Run:
         config = self.config
         self.spent += config.closing
         teacher = base if config.distil else None
-        return self.trained(
-            name, base, config.tune, teacher, last=config.closing, **how
-        )
+        recipe = dataclasses.replace(config.tune, epochs=config.closing)
+        return self.trained(name, base, recipe, teacher, **how)
 
     def trained(
         self,
@@ -154,8 +153,6 @@ class Run:
         model: Decoder,
         recipe: Recipe,
         teacher: Decoder | None = None,
-        first: int = 0,
-        last: int | None = None,
         **how: Any,
     ) -> "Trained":
         """A model after training, from its checkpoints if there are some.
@@ -165,13 +162,10 @@ class Run:
             model: as it begins.
             recipe: how it is trained.
             teacher: whose predictions it learns from too; always the base.
-            first: epochs of the recipe that are over.
-            last: epochs of the recipe after which it ends, by default all.
             **how: arguments of `train.Training`.
         """
         config = self.config
-        epochs = (recipe.epochs if last is None else last) - first
-        whole, over = self.steps(recipe, recipe.epochs), self.steps(recipe, first)
+        steps = self.steps(recipe, recipe.epochs)
         mesh = None
         if config.devices > 1:
             devices = np.asarray(jax.devices()[: config.devices])
@@ -181,7 +175,7 @@ class Run:
         training = train.Training(
             model,
             loss,
-            optimizer=adam(recipe, max(whole, 1), over),
+            optimizer=adam(recipe, max(steps, 1)),
             mesh=mesh,
             compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
             **how,
@@ -195,7 +189,7 @@ class Run:
             training,
             self.named(name),
             Windows(windows, said),
-            epochs=epochs,
+            epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
             loop=mesh is not None,
@@ -253,14 +247,15 @@ class Run:
                 f"{config.left:g} that may be left"
             )
         teacher = base if config.distil else None
-        recipe, over = config.tune, self.spent
+        spent = self.spent
+        recipe = dataclasses.replace(config.tune, epochs=config.tune.epochs - spent)
         if self.how.scratch:
             as_much = config.tune.epochs * config.base.apart / config.tune.apart
             epochs = config.base.epochs + math.ceil(as_much)
             recipe = dataclasses.replace(config.base, epochs=epochs)
         cut = self.nats(small, "validation")
         name = f"{self.method}-tune"
-        tuned = self.trained(name, small, recipe, teacher, first=over).whole_model
+        tuned = self.trained(name, small, recipe, teacher).whole_model
         # Of what went on where it was killed nobody knows all seconds.
         seconds = None if self.resumed else time.perf_counter() - begun
         storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
@@ -285,7 +280,7 @@ class Run:
                     for size in (1, 32)
                 },
             },
-            "epochs": {"choosing": over, "tuning": recipe.epochs - over},
+            "epochs": {"choosing": spent, "tuning": recipe.epochs},
             "width": tuned.embed.shape[1],
             "blocks": sizes,
             "prompt": self.text.decode(self.prompt[0]),

@@ -73,12 +73,12 @@ class Config:
     as the base and all that is after it, by the recipe of the base"""
     closing: int = 1
     """epochs of these in which gates are trained or units close"""
-    reached: float = 0.5
+    reached: float = 0.3
     """share of the closing over which the expected cost falls to what may be left"""
     distil: bool = False
     """what is trained after the base also learns from what the base says"""
-    gate_learning_rate: float = 2e-2
-    """of Adam, for the gates"""
+    gate_learning_rate: float = 0.2
+    """of Adam, for the logits of gates; a tenth of it for factors (D-Gating)"""
     multiplier_rate: float = 5e-2
     """of gradient ascent, for the multiplier of the target"""
     keep_prob: float = 0.95

@@ -49,18 +49,15 @@ def _said(graph_and_state: Any, tokens: Array) -> Array:
     return jax.nn.log_softmax(logits).astype(jnp.float16)
 
 
-def adam(recipe: Recipe, steps: int, begun: int = 0) -> optax.GradientTransformation:
-    """Of the weights, in a training of so many steps, of which some were done."""
-    whole = optax.warmup_cosine_decay_schedule(
+def adam(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """Of the weights."""
+    rate = optax.warmup_cosine_decay_schedule(
         0.0,
         recipe.learning_rate,
         warm_up := max(round(recipe.warm_up * steps), 1),
         max(steps, warm_up + 1),
         recipe.learning_rate / 10,
     )
-
-    def rate(step: Any) -> Any:
-        return whole(step + begun)
 
     def matrices(tree: Any) -> Any:
         return jax.tree.map(lambda array: array.ndim > 1, tree)

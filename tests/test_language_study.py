@@ -15,7 +15,6 @@ from experiments import (
     language_latency,
     language_model,
     language_report,
-    language_training,
 )
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
@@ -373,13 +372,3 @@ def test_what_cant_be_run_is_refused_and_leaves_nothing(changes, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         language_model.main(config)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("begun", [0, 3, 7])
-def test_what_follows_the_closing_goes_on_along_the_same_rates(begun):
-    recipe = Recipe(learning_rate=0.5, warm_up=0.2)
-    whole = optax.warmup_cosine_decay_schedule(0.0, 0.5, 2, 10, 0.05)
-    adam = language_training.adam(recipe, 10, begun)
-    state = adam.init(jnp.zeros(()))
-    moved, _ = adam.update(jnp.ones(()), state, jnp.zeros(()))
-    assert -float(moved) == pytest.approx(float(whole(begun)), rel=1e-4)
