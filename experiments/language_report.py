@@ -85,43 +85,49 @@ def losses(results: Sequence[runs.Result]) -> Figure:
 
 
 def left(lines: Sequence[Line]) -> Figure:
-    """Heads and feed-forward units of each block that are left, in the mean over
-    seeds."""
+    """Heads and feed-forward units of each block that are left, and the stream's, in
+    the mean over seeds."""
     settings = lines[0]["settings"]
-    kinds = {
-        "heads": (0, settings["heads"]),
-        "feed-forward units": (4, settings["hidden"]),
+    panels = {
+        "heads": (settings["heads"], lambda line: [b[0] for b in line["blocks"]]),
+        "feed-forward units": (
+            settings["hidden"],
+            lambda line: [b[4] for b in line["blocks"]],
+        ),
+        "stream": (settings["width"], lambda line: [line["width"]]),
     }
     methods = by_method(lines)
+    blocks = len(lines[0]["blocks"])
     height = 0.34 * len(methods) + 1.2
-    figure = Figure(figsize=(9, height), layout="constrained")
-    for axes, (kind, (at, size)) in zip(
-        figure.subplots(1, 2, sharey=True), kinds.items(), strict=True
-    ):
-        shares = np.array(
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes_of = figure.subplots(1, 3, sharey=True, width_ratios=(blocks, blocks, 1.5))
+    for axes, (kind, (size, counts)) in zip(axes_of, panels.items(), strict=True):
+        found = np.array(
             [
-                np.mean(
-                    [[b[at] / size for b in line["blocks"]] for line in its], axis=0
-                )
+                np.mean([counts(line) for line in its], axis=0)
                 for its in methods.values()
             ]
         )
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), share in np.ndenumerate(shares):
+        axes.imshow(found / size, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), count in np.ndenumerate(found):
             axes.text(
                 column,
                 row,
-                f"{share * size:.3g}",
+                f"{count:.3g}",
                 ha="center",
                 va="center",
                 fontsize="small",
-                color="white" if share > 0.6 else "black",
+                color="white" if count > 0.6 * size else "black",
             )
         axes.grid(visible=False)
-        axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
+        axes.set_xticks([])
         axes.set_yticks(range(len(methods)), methods)
-        axes.set_xlabel("block")
-        axes.set_title(f"{kind} left, of {size}")
+        axes.set_title(f"{kind} left, of {size}" if len(found[0]) > 1 else kind)
+        if len(found[0]) > 1:
+            axes.set_xticks(range(blocks), range(1, blocks + 1))
+            axes.set_xlabel("block")
+        else:
+            axes.set_xlabel(f"of {size}")
     return figure
 
 

@@ -39,6 +39,7 @@ def line(method, seed, **changes):
         },
         "costs": {"params": 0.5, "seconds at batch 1": 0.6},
         "blocks": [[3, 1, 16, 32, 250]] * config.layers,
+        "width": 137,
         "prompt": "To be",
         "goes on": ", or not",
         "base goes on": ", or not to be",
