@@ -1,4 +1,4 @@
-"""What an accelerator makes of gates: one command, at most 25 minutes.
+"""What an accelerator makes of gates: one command, some 25 minutes.
 
     python -m benchmarks.gpu                # all of it, into runs/gpu.jsonl
     python -m benchmarks.gpu --only device steps
@@ -6,19 +6,21 @@
     python -m benchmarks.gpu --record       # and writes benchmarks/results/gpu.jsonl
 
 - `device`: what it is, and how many operations a second it brings to large products;
-- `steps`: training steps of known networks, plain and gated, in float32 and bfloat16:
-  examples a second, and which share of what the device brings they use;
+- `steps`: training steps of known networks, plain and gated, in float32 (as JAX
+  multiplies by default, which is TF32 on today's GPUs) and bfloat16: examples a second,
+  and which share they use of what the device brings in bfloat16;
 - `sweeps`: 1 to 256 MLPs with gates in one program;
 - `widths`: calls of ResNet-50 without half of its inner channels, with the widths as
   they come and rounded up.
 
-Every measurement is a line that is written when it is there; a second start goes on
-after the last one, and none begins when the minutes are over. The data are random: no
-step depends on what they show.
+Every measurement is a line that is written when it is there. A second start measures
+what is missing on this device at this size, and what failed; none begins when the
+minutes are over. The data are random: no step depends on what they show.
 """
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import l0jax
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, entry
 from experiments.harness import json_lines
 from l0jax import costs, gates, models, train
 
@@ -276,10 +278,11 @@ PARTS = {"device": device, "steps": steps, "sweeps": sweeps, "widths": widths}
 def run(
     file: Path, sizes: Sizes, parts: tuple[str, ...], minutes: float, show: bool = True
 ) -> list[Line]:
-    """Measures what is missing in the file, while there is time; all its lines.
+    """Measures what is missing in the file, while there is time; all that is there of
+    this device at these sizes, the newest of each.
 
     Args:
-        file: of the lines.
+        file: of the lines, also of other devices and sizes.
         sizes: of the list.
         parts: of `PARTS`, in the order in which they are measured.
         minutes: after which no measurement begins.
@@ -287,12 +290,12 @@ def run(
     """
     begun = time.monotonic()
     of = jax.devices()[0]
-    machine = {
-        "device": of.device_kind,
-        "platform": of.platform,
-        "jax": jax.__version__,
+    machine: Line = {
+        **{"device": of.device_kind, "platform": of.platform, "jax": jax.__version__},
+        # (As JSON has them, to be compared with what was stored.)
+        "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
     }
-    there = {line["what"] for line in json_lines.read(file)}
+    there = {line["what"] for line in of_machine(file, machine) if "error" not in line}
     wanted = [(p, *each) for p in parts for each in PARTS[p](sizes)]
     missing = [(p, what, go) for p, what, go in wanted if what not in there]
     for part, what, go in (bar := tqdm(missing, disable=not show)):
@@ -307,7 +310,49 @@ def run(
             # Too large for this device, most likely: that is what was found.
             line["error"] = str(error).splitlines()[0][:200]
         json_lines.add(file, line)
-    return json_lines.read(file)
+    newest = {line["what"]: line for line in of_machine(file, machine)}
+    return [newest[what] for _, what, _ in wanted if what in newest]
+
+
+def of_machine(file: Path, machine: Line) -> list[Line]:
+    """The lines of this device, at these sizes."""
+    return [
+        line
+        for line in json_lines.read(file)
+        if machine == {n: line.get(n) for n in machine}
+    ]
+
+
+NUMBERS = {
+    "device": ("operations a second", 1e-12, " T operations/s"),
+    "steps": ("examples a second", 1.0, " examples/s"),
+    "sweeps": ("members' steps a second", 1.0, " members' steps/s"),
+    "widths": ("milliseconds", 1.0, " ms"),
+}
+"""The number of each part that its line in a table begins with."""
+IN_DETAIL = ("milliseconds a step", "batch", "macs", "seconds with compilation")
+
+
+def entries(lines: list[Line]) -> list[dict]:
+    """As other benchmarks are recorded."""
+    most = [
+        line["operations a second"]
+        for line in lines
+        if line["what"] == "product in bfloat16" and "error" not in line
+    ]
+    found = []
+    for line in lines:
+        what = f"{line['what']}, on {line['device']}"
+        if "error" in line:
+            found.append(entry(what, float("nan"), None, "", line["error"]))
+            continue
+        name, factor, unit = NUMBERS[line["part"]]
+        detail = [f"{n} {line[n]:,.4g}" for n in IN_DETAIL if n in line]
+        if most and line["part"] in ("steps", "widths"):
+            share = line["operations a second"] / most[0]
+            detail.append(f"{share:.1%} of the product in bfloat16")
+        found.append(entry(what, factor * line[name], None, unit, ", ".join(detail)))
+    return found
 
 
 def main() -> None:
@@ -326,10 +371,11 @@ def main() -> None:
     ):
         raise SystemExit("only full sizes on a GPU or TPU are recorded")
     lines = run(arguments.out, sizes, tuple(arguments.only), arguments.minutes)
-    for line in lines:
-        print(line)
+    found = entries(lines)
+    for e in found:
+        print(f"{e['what']}: {e['value']}; {e['detail']}")
     if arguments.record:
-        json_lines.write(RESULTS / "gpu.jsonl", lines)
+        json_lines.write(RESULTS / "gpu.jsonl", found)
 
 
 if __name__ == "__main__":

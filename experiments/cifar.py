@@ -54,7 +54,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     """of weights and the order of the images"""
     test: bool = True
-    """say what the errors of the test images are"""
+    """say what the errors of the test images are; without, they are stored only"""
     out: Path | None = None
     """run folder; None is runs/<dataset>-<model>-<digest of the configuration>"""
     record: bool = False
@@ -75,6 +75,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     dataset = data.load(config.dataset, config.validation)
     images = images_of(dataset, config.examples)
     check_filled(images, config.recipe.batch_size)
+    # What can be known is refused by now: a refused run leaves no folder.
+    network(config.model, config.width, dataset, jax.random.key(0))
     settings = run_folder.settings_of(config, UNTOLD)
     model = config.model.replace(":", "-")
     folder = config.out or run_folder.default(f"{config.dataset}-{model}", settings)
@@ -117,18 +119,13 @@ def one(
         "task": f"{config.dataset} {config.model}",
         "method": "trained",
         "seed": seed,
-        "metrics": {f"{part} error": found[part] for part in shown(config)},
+        "metrics": {f"{part} error": found[part] for part in ("validation", "test")},
         "costs": {},
         "params": costs.exact(structure, cost=costs.params),
         "macs": costs.exact(structure, cost=costs.macs),
         "seconds": seconds,
         "made": run_folder.made_by(),
     }
-
-
-def shown(config: Config) -> tuple[str, ...]:
-    """The parts whose errors are told."""
-    return ("validation", "test") if config.test else ("validation",)
 
 
 def cli() -> None:
@@ -138,7 +135,11 @@ def cli() -> None:
     except (ValueError, Diverged, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.cifar: {error}") from None
     for line in found:
-        said = (f"{name} {value:.2f} %" for name, value in line["metrics"].items())
+        said = [
+            f"{name} {value:.2f} %"
+            for name, value in line["metrics"].items()
+            if config.test or name != "test error"
+        ]
         print(f"{line['task']} seed {line['seed']}: {', '.join(said)}")
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import run_folder
+from experiments.harness.alone import alone
 from experiments.language_settings import LATENCY
 from l0jax import costs, models
 from l0jax.models.decoder import Decoder
@@ -61,12 +62,13 @@ def measured(
     base: Decoder, structure: Structure, name: str, length: int, folder: Path
 ) -> costs.Table:
     """Seconds with none, with parts and with all of the units of a group."""
-    found = run_folder.latency(folder)
-    if found is None:
-        size = structure.groups[name].size
-        sizes = {name: {round(part * size / PARTS) for part in range(PARTS + 1)}}
-        tokens = jnp.zeros((1, length), jnp.int32)
-        found = measure_latency(base, structure, tokens, sizes=sizes)
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.keep_latency(folder, found)
-    return found
+    # Two that measure at the same time would slow each other.
+    with alone(folder):
+        found = run_folder.latency(folder)
+        if found is None:
+            size = structure.groups[name].size
+            sizes = {name: {round(part * size / PARTS) for part in range(PARTS + 1)}}
+            tokens = jnp.zeros((1, length), jnp.int32)
+            found = measure_latency(base, structure, tokens, sizes=sizes)
+            run_folder.keep_latency(folder, found)
+        return found

@@ -4,7 +4,8 @@
 
 - `table.md`, `runs.csv`: losses with 95 % intervals over seeds, and what is left;
 - `figures/losses.png`: loss against the share that is left, and against seconds;
-- `figures/left.png`: which heads and feed-forward units of which block are left;
+- `figures/left.png`: which heads and feed-forward units of which block are left, and
+  how much of the stream;
 - `texts.md`: how the models go on.
 """
 
@@ -34,9 +35,7 @@ def write(folder: Path) -> None:
     if not lines:
         return
     found = [*runs.of_folder(folder)]
-    there = {result.method for result in found}
-    against = AGAINST if AGAINST in there else None
-    (folder / "table.md").write_text(markdown(*runs.lines(found, against)) + "\n")
+    (folder / "table.md").write_text(table(found) + "\n")
     each = [result.row() for result in found]
     columns = list(dict.fromkeys(name for row in each for name in row))
     csv_lines.write(folder / "runs.csv", each, columns)
@@ -46,6 +45,12 @@ def write(folder: Path) -> None:
     with matplotlib.style.context(["default", STYLE]):
         losses(found).savefig(figures / "losses.png")
         left(lines).savefig(figures / "left.png")
+
+
+def table(results: Sequence[runs.Result]) -> str:
+    """A line for each method, and how far it is from uniform narrowing."""
+    there = {result.method for result in results}
+    return markdown(*runs.lines(results, AGAINST if AGAINST in there else None))
 
 
 def texts(lines: Sequence[Line]) -> str:
@@ -88,20 +93,21 @@ def left(lines: Sequence[Line]) -> Figure:
     """Heads and feed-forward units of each block that are left, and the stream's, in
     the mean over seeds."""
     settings = lines[0]["settings"]
+    heads, hidden, width = (settings[n] for n in ("heads", "hidden", "width"))
     panels = {
-        "heads": (settings["heads"], lambda line: [b[0] for b in line["blocks"]]),
-        "feed-forward units": (
-            settings["hidden"],
-            lambda line: [b[4] for b in line["blocks"]],
+        f"heads left, of {heads}": (heads, lambda line: _of_blocks(line, 0)),
+        f"feed-forward units left, of {hidden}": (
+            hidden,
+            lambda line: _of_blocks(line, 4),
         ),
-        "stream": (settings["width"], lambda line: [line["width"]]),
+        f"stream, of {width}": (width, lambda line: [line["width"]]),
     }
     methods = by_method(lines)
     blocks = len(lines[0]["blocks"])
     height = 0.34 * len(methods) + 1.2
     figure = Figure(figsize=(10, height), layout="constrained")
     axes_of = figure.subplots(1, 3, sharey=True, width_ratios=(blocks, blocks, 1.5))
-    for axes, (kind, (size, counts)) in zip(axes_of, panels.items(), strict=True):
+    for axes, (title, (size, counts)) in zip(axes_of, panels.items(), strict=True):
         found = np.array(
             [
                 np.mean([counts(line) for line in its], axis=0)
@@ -122,13 +128,15 @@ def left(lines: Sequence[Line]) -> Figure:
         axes.grid(visible=False)
         axes.set_xticks([])
         axes.set_yticks(range(len(methods)), methods)
-        axes.set_title(f"{kind} left, of {size}" if len(found[0]) > 1 else kind)
-        if len(found[0]) > 1:
-            axes.set_xticks(range(blocks), range(1, blocks + 1))
-            axes.set_xlabel("block")
-        else:
-            axes.set_xlabel(f"of {size}")
+        axes.set_title(title)
+    for axes in axes_of[:2]:
+        axes.set_xticks(range(blocks), range(1, blocks + 1))
+        axes.set_xlabel("block")
     return figure
+
+
+def _of_blocks(line: Line, at: int) -> list[int]:
+    return [block[at] for block in line["blocks"]]
 
 
 def main() -> None:

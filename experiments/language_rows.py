@@ -15,14 +15,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from experiments import language_model, language_report
 from experiments.harness import json_lines, rows, run_folder
+from experiments.harness.alone import alone
 from experiments.language_methods import GATES, METHODS, SCORES
 from experiments.language_settings import LATENCY, UNTOLD, Config
 from experiments.reports import places, runs
-from experiments.reports.printing import mean_and_half_width
 
 RUNS = Path("runs") / "language_rows"
 HALF = "half"
@@ -59,27 +60,41 @@ def folder_of(row: str) -> Path:
     return places.ROOT / "experiments" / "results" / f"language-{row}"
 
 
-def run(row: str, seeds: Sequence[int], methods: Sequence[str]) -> None:
-    """Runs what is missing of a row, and records it as it comes."""
-    base_from = None if row == HALF else RUNS / HALF
-    config = dataclasses.replace(ROWS[row], out=RUNS / row, base_from=base_from)
-    for seed in seeds:
-        for method in methods or config.method:
-            one = dataclasses.replace(config, method=(method,), seeds=(seed,))
-            record(row, language_model.main(one)["results"])
+def run(row: str, seed: int, methods: Sequence[str]) -> None:
+    """Runs what is missing of a row, and records it as it comes.
+
+    Raises:
+        FileNotFoundError: if the first row has not trained the base of this seed.
+    """
+    config = dataclasses.replace(ROWS[row], seeds=(seed,), out=RUNS / row)
+    if row != HALF:
+        config = dataclasses.replace(config, base_from=RUNS / HALF)
+        if not (RUNS / HALF / f"base-{seed}").exists():
+            raise FileNotFoundError(
+                f"{row} takes the bases of {HALF}; run `python -m "
+                f"experiments.language_rows {HALF} --seeds {seed}` first"
+            )
+    for method in methods or config.method:
+        one = dataclasses.replace(config, method=(method,))
+        record(row, language_model.main(one)["results"])
 
 
 def record(row: str, new: Sequence[dict[str, Any]]) -> None:
     """Puts results into those of a row, each in the place of an older one of the same
-    method and seed, and draws them."""
-    order = list(METHODS)
-
-    def identity(line):
-        return order.index(line["method"]), line["seed"]
-
+    method and seed, and draws them. Results of other settings go: they are no seeds of
+    these."""
+    known = {name: at for at, name in enumerate(METHODS)}
     folder = folder_of(row)
-    json_lines.merge(folder / runs.LINES, new, identity)
-    language_report.write(folder)
+    file = folder / runs.LINES
+    with alone(folder / "figures"):
+        there = json_lines.read(file)
+        settings = new[0]["settings"]
+        alike = [line for line in there if line["settings"] == settings]
+        lines = {(line["method"], line["seed"]): line for line in [*alike, *new]}
+        # Methods that another version of this file knows are kept, at the end.
+        order = sorted(lines, key=lambda it: (known.get(it[0], len(known)), *it))
+        json_lines.write(file, [lines[each] for each in order])
+        language_report.write(folder)
 
 
 def section() -> str:
@@ -96,7 +111,7 @@ def section() -> str:
         parts += [
             f"### {row}",
             told(row, lines),
-            (folder / "table.md").read_text().strip(),
+            language_report.table(list(runs.of_folder(folder))),
             statements(list(runs.of_folder(folder))),
             f"![loss against what is left]({inside}/figures/losses.png)",
             f"![what is left of each block]({inside}/figures/left.png)",
@@ -121,52 +136,60 @@ def told(row: str, lines: Sequence[dict[str, Any]]) -> str:
         f"What may go: {', '.join(of['gated'])}. {100 * of['left']:g} % of the "
         f"{of['cost']} may be left. Epochs after the base: {tune['epochs']}, of which "
         f"{of['closing']} for gates and closing.",
-        "Everything was chosen on the validation text.",
+        "All learn from the base too." if of["distil"] else "",
+        "Everything was chosen on the validation text. Seconds are medians of nine "
+        "calls at the end of each run, when other work may have run beside it.",
     )
-    return " ".join(said)
+    return " ".join(filter(None, said))
 
 
 def statements(results: Sequence[runs.Result]) -> str:
     """How the best gates stand beside the best score, uniform narrowing and a new
-    network; which is best is decided on the validation text."""
-    there: dict[str, list[runs.Result]] = {}
+    network. Which is best is decided on the validation text, over the seeds that all of
+    a kind have."""
+    there: dict[str, dict[int, runs.Result]] = {}
     for result in results:
-        there.setdefault(result.method, []).append(result)
+        there.setdefault(result.method, {})[result.seed] = result
 
     def best(of: Collection[str]) -> str | None:
-        known = [name for name in of if name in there]
-        return min(known, key=lambda name: _mean(there[name]), default=None)
+        known = [there[name] for name in of if name in there]
+        shared = set.intersection(*map(set, known)) if known else set()
+        losses = {
+            its[seed].method: np.mean(
+                [its[seed].metrics["validation loss"] for seed in shared]
+            )
+            for its in known
+            for seed in shared
+        }
+        return min(losses, key=lambda name: losses[name], default=None)
 
     ours = best(GATES)
-    others = [best(SCORES), *(n for n in ("uniform", "scratch") if n in there)]
     if ours is None:
         return ""
+    others = [best(SCORES), *(n for n in ("uniform", "scratch") if n in there)]
     said = []
     for other in filter(None, others):
-        try:
-            mean, half, seeds = runs.paired(there[ours], there[other], "test loss")
-        except ValueError:  # (No seed in common yet.)
+        if not there[ours].keys() & there[other].keys():
             continue
-        within = f" ± {half:.3f}" if seeds > 1 else ""
-        said.append(f"{mean:+.3f}{within} from `{other}` ({seeds} seeds)")
+        mean, half, seeds = runs.paired(
+            [*there[ours].values()], [*there[other].values()], "test loss"
+        )
+        of = f" ± {half:.3f} ({seeds} seeds)" if seeds > 1 else " (one seed)"
+        said.append(f"{mean:+.3f}{of} from `{other}`")
     if not said:
         return ""
     return (
-        f"Of the gates `{ours}` is best on the validation text. Its test loss differs "
-        f"by {', '.join(said)}: nats, paired by seed, with 95 % intervals; below 0 it "
-        "is better."
+        f"By the validation text `{ours}` is the best of the gates there are. Its test "
+        f"loss differs by {', '.join(said)}: nats, paired by seed, with 95 % intervals "
+        "where there are several; below 0 it is better."
     )
-
-
-def _mean(results: Sequence[runs.Result]) -> float:
-    return mean_and_half_width(r.metrics["validation loss"] for r in results)[0]
 
 
 def main(arguments: rows.OfMethods) -> None:
     """Runs rows by name."""
 
     def one(name: str, seed: int) -> None:
-        run(name, (seed,), arguments.methods)
+        run(name, seed, arguments.methods)
 
     def told(config: Config) -> Any:
         return run_folder.settings_of(config, UNTOLD)

@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 import l0jax.nnx
 from experiments import language_latency
 from experiments.harness import loop
+from experiments.harness.alone import alone
 from experiments.language_settings import LATENCY, Config, Recipe
 from experiments.language_training import Windows, adam, loss, said_by
 from experiments.tasks.text import Text, windows_of
@@ -61,6 +62,20 @@ def structure_of(model: Decoder, gated: tuple[str, ...]) -> Structure:
 def groups_of(structure: Structure, gated: tuple[str, ...]) -> list[str]:
     """The names of the groups of some kinds."""
     return [name for name in structure.groups if name.split(".")[-1] in gated]
+
+
+def from_new_weights(config: Config) -> Recipe:
+    """That of the base, for as much text as the base has seen and what follows it, in
+    whole epochs, rounded up."""
+    as_much = config.tune.epochs * config.base.apart / config.tune.apart
+    epochs = config.base.epochs + math.ceil(as_much)
+    return dataclasses.replace(config.base, epochs=epochs)
+
+
+def _stored(folder: Path) -> Decoder:
+    stored = storage.load(folder)
+    assert isinstance(stored, Decoder)
+    return stored
 
 
 class Run:
@@ -128,11 +143,17 @@ class Run:
             FileNotFoundError: if it was to be there and isn't.
         """
         folder = (self.config.base_from or self.folder) / f"base-{self.seed}"
-        # (Written when it has been trained.)
-        if self.config.base_from or (folder / storage.ARCHITECTURE).exists():
-            stored = storage.load(folder)
-            assert isinstance(stored, Decoder)
-            return stored
+        if self.config.base_from is not None:
+            return _stored(folder)
+        # Other methods of this folder wait for it.
+        with alone(self.folder / "checkpoints"):
+            # (Written when it has been trained.)
+            if (folder / storage.ARCHITECTURE).exists():
+                return _stored(folder)
+            return self.new_base(folder)
+
+    def new_base(self, folder: Path) -> Decoder:
+        """Trains it, and stores it."""
         model = self.new(self.named("weights"))
         recipe = self.config.base
         trained = self.trained("base", model, recipe).whole_model
@@ -250,9 +271,7 @@ class Run:
         spent = self.spent
         recipe = dataclasses.replace(config.tune, epochs=config.tune.epochs - spent)
         if self.how.scratch:
-            as_much = config.tune.epochs * config.base.apart / config.tune.apart
-            epochs = config.base.epochs + math.ceil(as_much)
-            recipe = dataclasses.replace(config.base, epochs=epochs)
+            recipe = from_new_weights(config)
         cut = self.nats(small, "validation")
         name = f"{self.method}-tune"
         tuned = self.trained(name, small, recipe, teacher).whole_model

@@ -74,7 +74,8 @@ class Config:
     closing: int = 1
     """epochs of these in which gates are trained or units close"""
     reached: float = 0.3
-    """share of the closing over which the expected cost falls to what may be left"""
+    """share of the closing over which the expected cost falls to what may be left, for
+    gates of which something is expected"""
     distil: bool = False
     """what is trained after the base also learns from what the base says"""
     gate_learning_rate: float = 0.2

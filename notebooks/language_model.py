@@ -214,9 +214,9 @@ for name, each in (("base", base), ("small", tuned)):
 # %% [markdown]
 # ## 6. At full size
 #
-# `python -m experiments.language_rows half` trained decoders of 2.7 million parameters
-# on all of Shakespeare, and took half of each by every way that this library has, on
-# equal text. What it found is read back from its files.
+# `python -m experiments.language_rows half` trains decoders of 2.7 million parameters
+# on a million characters of Shakespeare, and takes half of each, by gates and
+# otherwise, on equal text. What is recorded of it is read back from its files.
 
 # %%
 folder = language_rows.folder_of("half")

@@ -36,9 +36,20 @@ def test_a_run_is_a_line_and_is_not_made_twice(tmp_path, monkeypatch):
     assert cifar.main(config) == [line]
 
 
-def test_the_test_images_need_not_be_looked_at(tmp_path):
-    (line,) = cifar.main(dataclasses.replace(TINY, out=tmp_path / "run", test=False))
-    assert line["metrics"].keys() == {"validation error"}
+@pytest.mark.parametrize("test", [True, False])
+def test_errors_of_the_test_images_are_told_when_they_are_asked_for(
+    test, tmp_path, monkeypatch, capsys
+):
+    """Whether they were when the run was made doesn't matter."""
+    line = {"task": "cifar10 resnet20", "seed": 0}
+    line["metrics"] = {"validation error": 8.25, "test error": 9.5}
+    config = dataclasses.replace(TINY, test=test)
+    monkeypatch.setattr(cifar.tyro, "cli", lambda *_, **__: config)
+    monkeypatch.setattr(cifar, "main", lambda _: [line])
+    cifar.cli()
+    said = capsys.readouterr().out
+    assert "validation error 8.25 %" in said
+    assert ("test error 9.50 %" in said) == test
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,7 @@ def test_the_test_images_need_not_be_looked_at(tmp_path):
         ({"seeds": ()}, "give at least one seed"),
         ({"examples": 16}, "16 training images don't fill a batch of 32"),
         ({"dataset": "nothing"}, "nothing"),
+        ({"model": "nothing:at_all"}, "nothing"),
         ({"model": "nothing"}, "nothing"),
     ],
 )

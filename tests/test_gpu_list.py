@@ -29,6 +29,23 @@ def test_the_list_runs_and_goes_on(tmp_path, monkeypatch):
     assert all(0.3 * whole < macs < 0.8 * whole for macs in narrowed)
     monkeypatch.setattr(gpu, "seconds_of", lambda _: pytest.fail("it is there"))
     assert gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False) == found
+    said = gpu.entries(found)
+    assert len(said) == len(found)
+    shares = [e["detail"] for e in said if "of the product in bfloat16" in e["detail"]]
+    assert len(shares) == len(kinds) + 1 + len(narrowed)
+
+
+def test_other_devices_and_sizes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    file, other = tmp_path / "gpu.jsonl", dataclasses.replace(gpu.SMALL, product=64)
+    small = gpu.run(file, gpu.SMALL, ("device",), 1.0, show=False)
+    found = gpu.run(file, other, ("device",), 1.0, show=False)
+    assert [line["sizes"]["product"] for line in small] == [128, 128]
+    assert [line["sizes"]["product"] for line in found] == [64, 64]
+    # A line of another device doesn't count as one of this.
+    lines = [line | {"device": "another"} for line in json_lines.read(file)]
+    json_lines.write(file, lines)
+    assert gpu.run(file, other, ("device",), -1.0, show=False) == []
 
 
 @pytest.mark.parametrize("part", ["device", "sweeps"])
@@ -58,3 +75,8 @@ def test_what_a_device_can_t_do_is_a_line(tmp_path, monkeypatch):
         "RESOURCE_EXHAUSTED: out of memory"
     ] * 2
     assert json_lines.read(file) == found
+    assert all("out of memory" in e["detail"] for e in gpu.entries(found))
+    # It is tried again, and the newer line counts.
+    monkeypatch.setattr(gpu, "seconds_of", lambda go: (0.5, 1.0))
+    again = gpu.run(file, gpu.SMALL, ("device",), 1.0, show=False)
+    assert [line["seconds"] for line in again] == [0.5, 0.5]

@@ -9,7 +9,7 @@ from scipy import stats
 from experiments import language_model, language_rows
 from experiments.harness import json_lines, run_folder
 from experiments.harness.rows import OfMethods
-from experiments.language_settings import UNTOLD, Config
+from experiments.language_settings import OF_BASE, UNTOLD, Config
 from experiments.reports import places, runs
 
 LOSSES = {
@@ -68,18 +68,28 @@ def test_rows_are_recorded_as_they_come(place, monkeypatch):
 
     monkeypatch.setattr(language_model, "main", run)
     named = ("taylor", "uniform")
-    language_rows.run("half", (1, 0), named)
+    for seed in (1, 0):
+        language_rows.run("half", seed, named)
     file = language_rows.folder_of("half") / runs.LINES
     there = [(found["method"], found["seed"]) for found in json_lines.read(file)]
     assert there == [("uniform", 0), ("uniform", 1), ("taylor", 0), ("taylor", 1)]
     assert asked[0] == ("taylor", 1, "half", None)
-    language_rows.run("seconds", (0,), named[:1])
+    monkeypatch.setattr(language_rows, "RUNS", place / "runs")
+    with pytest.raises(FileNotFoundError, match="language_rows half --seeds 0` first"):
+        language_rows.run("seconds", 0, named[:1])
+    (place / "runs" / "half" / "base-0").mkdir(parents=True)
+    language_rows.run("seconds", 0, named[:1])
     assert asked[-1] == ("taylor", 0, "seconds", language_rows.RUNS / "half")
     # An older result makes place.
     changed = line("uniform", 0, seconds=None)
     language_rows.record("half", [changed])
     assert json_lines.read(file)[0] == changed
     assert len(json_lines.read(file)) == 4
+    # What other settings gave is no seed of it.
+    other = line("uniform", 1)
+    other["settings"] |= {"left": 0.3}
+    language_rows.record("half", [other])
+    assert json_lines.read(file) == [other]
 
 
 def test_the_best_gates_are_compared_seed_by_seed(place):
@@ -87,15 +97,28 @@ def test_the_best_gates_are_compared_seed_by_seed(place):
     language_rows.record("half", lines)
     said = language_rows.section()
     assert "The base ends at 1.520 to 1.540 nats" in said
-    assert "Of the gates `l0_hard_concrete` is best" in said
+    assert "`l0_hard_concrete` is the best of the gates" in said
     for other in ("taylor", "uniform", "scratch"):
         apart = np.subtract(LOSSES["l0_hard_concrete"], LOSSES[other])
         half = stats.t.ppf(0.975, 2) * apart.std(ddof=1) / np.sqrt(3)
-        assert f"{apart.mean():+.3f} ± {half:.3f} from `{other}` (3 seeds)" in said
+        assert f"{apart.mean():+.3f} ± {half:.3f} (3 seeds) from `{other}`" in said
     assert "from `random`" not in said
     for file in ("figures/losses.png", "figures/left.png", "texts.md", "runs.csv"):
         assert f"](experiments/results/language-half/{file})" in said
         assert (place / "experiments/results/language-half" / file).exists()
+
+
+def test_a_lucky_seed_is_not_compared_with_three(place):
+    """The gates with one seed are better on it, and worse than the others' mean."""
+    lines = [line("l0_hard_concrete", seed) for seed in range(3)]
+    one = line("d_gating", 1)
+    for at, loss in enumerate((1.0, 1.9, 1.0)):
+        lines[at]["metrics"] |= {"validation loss": loss}
+    one["metrics"] |= {"validation loss": 1.8}
+    language_rows.record("half", [*lines, one, line("uniform", 1)])
+    said = language_rows.section()
+    assert "`d_gating` is the best" in said
+    assert "+0.040 (one seed) from `uniform`" in said
 
 
 def test_rows_are_settings_that_can_be_run():
@@ -103,32 +126,38 @@ def test_rows_are_settings_that_can_be_run():
         language_model.check(config, language_model.METHODS)
         assert set(config.method) <= language_model.METHODS.keys()
         assert len(config.seeds) >= 3
-    assert len({config.base for config in language_rows.ROWS.values()}) == 1
+    deciding = [
+        [getattr(config, name) for name in OF_BASE]
+        for config in language_rows.ROWS.values()
+    ]
+    assert all(each == deciding[0] for each in deciding)
 
 
-def _add(file, first):
-    for at in range(first, first + 20):
+def _add(file, first, ready):
+    ready.wait()
+    for at in range(first, first + 100):
         json_lines.add(file, {"at": at})
 
 
 def test_several_processes_add_to_one_file(tmp_path):
     file = tmp_path / "new" / "lines.jsonl"
-    starts = (0, 20, 40)
+    starts = (0, 100, 200)
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_add, args=(file, at)) for at in starts]
+    ready = context.Barrier(len(starts))
+    processes = [context.Process(target=_add, args=(file, at, ready)) for at in starts]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert sorted(found["at"] for found in json_lines.read(file)) == [*range(60)]
+    assert sorted(found["at"] for found in json_lines.read(file)) == [*range(300)]
 
 
 def test_the_command_runs_rows(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(language_rows, "run", lambda *asked: ran.append(asked))
     language_rows.main(OfMethods(("half",), (2,), methods=("uniform",)))
-    assert ran == [("half", (2,), ("uniform",))]
+    assert ran == [("half", 2, ("uniform",))]
     language_rows.main(OfMethods(list=True))
     printed = capsys.readouterr().out.splitlines()
     assert [text.split(":")[0] for text in printed] == list(language_rows.ROWS)

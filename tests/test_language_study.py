@@ -2,6 +2,7 @@
 what the gated one does."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from experiments import (
 )
 from experiments.harness import json_lines
 from experiments.language_methods import METHODS, within_budget
-from experiments.language_run import Run, structure_of
+from experiments.language_run import Run, from_new_weights, structure_of
 from experiments.language_settings import Config, Recipe
 from experiments.language_training import Windows, loss
 from experiments.reports import runs
@@ -295,6 +296,15 @@ def test_a_teacher_is_followed():
     _, metrics = loss(model, Windows(tokens, other))
     by_hand = (np.exp(other) * (other - said)).sum(-1).mean()
     assert metrics["from the base"] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_a_new_network_sees_as_much_text_as_the_others():
+    base, tune = Recipe(epochs=2, apart=0.5), Recipe(epochs=3, apart=1.0)
+    recipe = from_new_weights(dataclasses.replace(TINY, base=base, tune=tune))
+    assert recipe == dataclasses.replace(base, epochs=4)
+    seen = Run(TINY, a_part(), Path(), "scratch", METHODS["scratch"], 0)
+    count = {r.apart: len(seen.windows(r)) for r in (base, tune)}
+    assert 2 * count[0.5] + 3 * count[1.0] == pytest.approx(4 * count[0.5], rel=0.15)
 
 
 def test_windows_hold_the_text_and_what_follows():

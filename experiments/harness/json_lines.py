@@ -1,12 +1,11 @@
 """Files with one JSON object in each line, as results are recorded in."""
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from experiments.harness.alone import alone
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -41,24 +40,12 @@ def merge(
 ) -> None:
     """Puts entries into the file in the order of their identities, each in the place of
     an older one of the same."""
-    with _alone(file):
+    with alone(file.parent):
         fresh = {identity(entry): entry for entry in [*read(file), *new]}
         write(file, [fresh[each] for each in sorted(fresh)])
 
 
 def add(file: Path, entry: Mapping[str, Any]) -> None:
     """One entry more, at the end."""
-    with _alone(file):
+    with alone(file.parent):
         write(file, [*read(file), entry])
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """While this lasts no other process changes the file in the same way."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

@@ -136,8 +136,10 @@ class Run:
                         self.first_step_at = time.time()
                     # One piece is on its way while the bar tells of those before.
                     jax.block_until_ready(found[-2:-1])
-                    bar.update(len(part))
+                    bar.update(len(part) if len(found) > 1 else 0)
                 totals = functools.reduce(train.Totals.plus, found)
+                jax.block_until_ready(totals)
+                bar.update(len(part))
                 self._check(totals, epoch)
                 self.means = totals.means
                 self.seconds, self.epoch = time.perf_counter() - begun, epoch

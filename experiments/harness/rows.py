@@ -52,6 +52,7 @@ def run(
     if arguments.list:
         for name, row in rows.items():
             print(f"{name}: {told(row)}")
+        return
     for name in arguments.rows:
         for seed in arguments.seeds or rows[name].seeds:
             try:

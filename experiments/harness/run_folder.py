@@ -74,10 +74,7 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
     # What changes the random draws is part of the record.
     draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
     record = config | made_by() | draws
-    # (A kill leaves the old file or the new one.)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.replace(file)
+    _put(file, record)
 
 
 def check_base(
@@ -153,7 +150,14 @@ def keep_latency(folder: Path, table: costs.Table) -> None:
         "seconds": table.seconds.tolist(),
         "device": jax.devices()[0].device_kind,
     }
-    (folder / LATENCY).write_text(json.dumps(stored, indent=2) + "\n")
+    _put(folder / LATENCY, stored)
+
+
+def _put(file: Path, content: Any) -> None:
+    """Writes JSON. A kill leaves the old file or the new one."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)
 
 
 class Log:

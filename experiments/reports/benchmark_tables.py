@@ -16,6 +16,7 @@ BENCHMARKED = {
     "compaction": "Training that compacts",
     "decoder": "A language model with gates, and at half of its size",
     "sweeps": "Many runs in one program",
+    "gpu": "On an accelerator",
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
     "mutations": "Damaged files",

@@ -52,7 +52,8 @@ class Recipe:
     """in the place of drops a single cycle (Smith and Topin 2018): over this share of
     the steps the rate rises from 0, over the others it falls to 0, in lines"""
     smoothing: float = 0.0
-    """share of each label that all classes have in equal parts (Szegedy et al. 2016)"""
+    """share of each label that all classes have in equal parts (Szegedy et al. 2016);
+    in training alone: scores look at whole labels"""
     augment: bool = True
     """crop and flip at random"""
 
@@ -165,7 +166,7 @@ def one_cycle(highest: float, share: float, steps: int) -> optax.Schedule:
         share: of the steps before it is reached.
         steps: of the training.
     """
-    rising = round(share * steps)
+    rising = min(round(share * steps), max(steps - 1, 0))
     up = optax.linear_schedule(highest / (rising + 1), highest, rising)
     down = optax.linear_schedule(highest, 0.0, max(steps - rising, 1))
     return optax.join_schedules([up, down], [rising])
