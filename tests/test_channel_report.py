@@ -11,6 +11,7 @@ from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
 from experiments.harness.rows import OfMethods
 from experiments.tasks.dataset import DataError
+from experiments.tasks.images import Recipe
 
 
 def line(method="dcp", seed=0, row="comparison", config=None, **changes):
@@ -211,6 +212,9 @@ def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
         channel_rows.main(OfMethods(("other",), (3,)))
 
 
+RECIPE = dataclasses.asdict(Recipe())
+
+
 def test_committed_results_are_those_of_the_rows():
     for found in channel_rows.results():
         settings = channel_rows.run_folder.settings_of(
@@ -218,7 +222,12 @@ def test_committed_results_are_those_of_the_rows():
             (*channel_rows.UNTOLD, "base_from"),
         )
         # (Settings that were added since have the defaults that they then had.)
-        assert found["config"].items() <= settings.items(), found["row"]
+        config = {
+            name: RECIPE | value if isinstance(value, dict) else value
+            for name, value in found["config"].items()
+        }
+        for name, value in config.items():
+            assert settings[name] == value, found["row"]
         assert found["method"] in channel_rows.ROWS[found["row"]].method
 
 
