@@ -100,13 +100,13 @@ def left(lines: Sequence[Line]) -> Figure:
             hidden,
             lambda line: _of_blocks(line, 4),
         ),
-        f"stream, of {width}": (width, lambda line: [line["width"]]),
+        f"stream of {width}": (width, lambda line: [line["width"]]),
     }
     methods = by_method(lines)
     blocks = len(lines[0]["blocks"])
     height = 0.34 * len(methods) + 1.2
     figure = Figure(figsize=(10, height), layout="constrained")
-    axes_of = figure.subplots(1, 3, sharey=True, width_ratios=(blocks, blocks, 1.5))
+    axes_of = figure.subplots(1, 3, sharey=True, width_ratios=(blocks, blocks, 2))
     for axes, (title, (size, counts)) in zip(axes_of, panels.items(), strict=True):
         found = np.array(
             [
