@@ -5,7 +5,7 @@ step, and what half of the parameters saves in training, in a call and in genera
     python -m benchmarks.decoder --record    # and writes benchmarks/results/
 
 What is compared takes turns in one process, as in the other benchmarks. The tokens are
-random: no step depends on what they say. Eight minutes on two cores.
+random: no step depends on what they say. Three minutes on two cores.
 """
 
 import time
