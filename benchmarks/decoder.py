@@ -22,11 +22,11 @@ import l0jax
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
 from experiments.language_methods import within_budget
-from experiments.language_run import groups_of, structure_of
+from experiments.language_run import groups_of, new_decoder, structure_of
 from experiments.language_settings import Config
 from experiments.language_training import Windows, loss
 from l0jax import costs, gates, train
-from l0jax.models.decoder import Decoder, Sizes, generate
+from l0jax.models.decoder import Decoder, generate
 from l0jax.nnx import shrink
 
 CONFIG = Config()
@@ -35,11 +35,7 @@ STEPS, CHARACTERS, PROMPT = 8, 65, 16
 
 def base() -> Decoder:
     """With random weights."""
-    sizes = Sizes(CONFIG.heads, 1, CONFIG.dim // 2, CONFIG.dim, CONFIG.hidden)
-    blocks = [sizes] * CONFIG.layers
-    return Decoder(
-        CHARACTERS, CONFIG.width, blocks, CONFIG.length, rngs=nnx.Rngs(params=0)
-    )
+    return new_decoder(CONFIG, CHARACTERS, jax.random.key(0))
 
 
 def half(model: Decoder) -> Decoder:

@@ -20,7 +20,6 @@ minutes are over. The data are random: no step depends on what they show.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 import l0jax
 from benchmarks.measure import RESULTS, entry
-from experiments.harness import json_lines
+from experiments.harness import json_lines, run_folder
 from l0jax import costs, gates, models, train
 
 Line = dict[str, Any]
@@ -293,7 +292,7 @@ def run(
     machine: Line = {
         **{"device": of.device_kind, "platform": of.platform, "jax": jax.__version__},
         # (As JSON has them, to be compared with what was stored.)
-        "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
+        "sizes": run_folder.settings_of(sizes),
     }
     there = {line["what"] for line in of_machine(file, machine) if "error" not in line}
     wanted = [(p, *each) for p in parts for each in PARTS[p](sizes)]

@@ -30,9 +30,10 @@ from experiments.tasks.images import Recipe, Trainer, check_filled, errors, imag
 from l0jax import costs, gating, storage, trace
 
 RECORDED = places.RESULTS / "cifar"
-GOOD = Recipe(
+BEGIN = Recipe(
     epochs=30, batch_size=128, learning_rate=0.2, weight_decay=5e-4, cycle=0.2
 )
+"""Where the search for a recipe begins; it was not chosen yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Config:
     """share of the training images that is held out"""
     examples: int | None = None
     """training images that are used; by default all"""
-    recipe: Recipe = GOOD
+    recipe: Recipe = BEGIN
     """how it is trained"""
     seeds: tuple[int, ...] = (0,)
     """of weights and the order of the images"""

@@ -50,6 +50,15 @@ class Method:
     scratch: bool = False
 
 
+def new_decoder(config: Config, vocabulary: int, key: PRNGKeyArray) -> Decoder:
+    """A base before training, for so many characters."""
+    sizes = Sizes(
+        config.heads, config.queries, config.dim // 2, config.dim, config.hidden
+    )
+    blocks = [sizes] * config.layers
+    return Decoder(vocabulary, config.width, blocks, config.length, rngs=nnx.Rngs(key))
+
+
 def structure_of(model: Decoder, gated: tuple[str, ...]) -> Structure:
     """All units of a decoder, with its branches among them if these are gated."""
     structure = models.structure(model)
@@ -114,15 +123,7 @@ class Run:
 
     def new(self, key: PRNGKeyArray) -> Decoder:
         """A base before training."""
-        config = self.config
-        sizes = Sizes(
-            config.heads, config.queries, config.dim // 2, config.dim, config.hidden
-        )
-        blocks = [sizes] * config.layers
-        vocabulary = len(self.text.alphabet)
-        return Decoder(
-            vocabulary, config.width, blocks, config.length, rngs=nnx.Rngs(key)
-        )
+        return new_decoder(self.config, len(self.text.alphabet), key)
 
     def windows(self, recipe: Recipe) -> np.ndarray:
         """Of the training text."""

@@ -1,6 +1,7 @@
 """Commands that run rows of tables by name."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -55,6 +56,7 @@ def run(
         return
     for name in arguments.rows:
         for seed in arguments.seeds or rows[name].seeds:
+            print(f"== {name}, seed {seed}", file=sys.stderr)
             try:
                 one(name, seed)
             except (ValueError, Diverged, DataError, OSError) as error:

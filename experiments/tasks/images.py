@@ -294,7 +294,6 @@ def _loss(heads: tuple[str, ...], recipe: Recipe, of: Images, model, batch, key)
     x = normalised(pixels, of)
     if recipe.augment:
         x = augmented(key, x)
-
     if not heads:
         return smoothed(model(x), labels, recipe.smoothing), {}
     graph, params, before = nnx.split(model, nnx.Param, ...)
