@@ -127,8 +127,8 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "batch length w"]
     ) -> Float[Array, "batch length w"]:
         """What is added to the stream."""
-        inside = jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])
-        return inside @ self.down[...]
+        gate, up = (rowwise(x, kernel[...]) for kernel in (self.gate, self.up))
+        return rowwise(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
@@ -217,7 +217,7 @@ class Decoder(nnx.Module):
         x = jnp.take(self.embed[...], tokens, axis=0)
         for block in self.blocks:
             x, _ = block(x, positions)
-        return self.norm(x) @ self.head[...]
+        return rowwise(self.norm(x), self.head[...])
 
     def follow(
         self,
@@ -321,6 +321,15 @@ def _kernel(rngs: nnx.Rngs, inputs: int, shape: tuple[int, ...]) -> nnx.Param:
     """Weights of variance 1 / inputs."""
     drawn = jax.random.normal(rngs.params(), shape)
     return nnx.Param(drawn / max(inputs, 1) ** 0.5)
+
+
+def rowwise(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """A product with the last axis of an array, taken as rows of a matrix: of these
+    XLA's CPU computes the kernel's gradient five times as fast."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def turned(
