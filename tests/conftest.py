@@ -47,10 +47,11 @@ MEMBERS = 3
 
 def pytest_configure(config):
     """Programs are compiled once for all tests and workers: that is most of the time.
+    Where a folder is given, they stay there for other runs.
 
     (A worker that reads what another one is still writing compiles it again.)
     """
-    if not hasattr(config, "workerinput"):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         # Workers begin with the environment of their parent.

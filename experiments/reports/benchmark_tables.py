@@ -9,6 +9,7 @@ from experiments.reports.printing import markdown
 KEYS = ("what", "value", "limit", "verdict", "detail")
 BENCHMARKED = {
     "steps": "A training step",
+    "pages": "A training step in large pages of memory",
     "structure": "Reading models, counting and removing",
     "reading": "Reading large programs",
     "transformers": "Reading a language model of 7 billion parameters",
