@@ -5,6 +5,7 @@ smaller model, which is then trained. A line in `METHODS` puts it into every com
 table and picture.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,14 @@ from flax import nnx
 
 import l0jax.nnx
 from experiments.family_settings import LEAK
-from experiments.language_run import Keep, Method, Run, groups_of, structure_of
+from experiments.language_run import (
+    Keep,
+    Method,
+    Run,
+    Trained,
+    groups_of,
+    structure_of,
+)
 from experiments.language_settings import LATENCY
 from l0jax import costs, gates, methods, models, train
 from l0jax.methods import relocation
@@ -184,47 +192,78 @@ def from_scratch(run: Run, base: Decoder):
 
 
 def gated(run: Run, base: Decoder, *, gate: gates.Gate):
-    """Gates on all units while the base trains on, within the budget: a constraint on
-    the expected cost, or a price where nothing is expected; in the end the units with
-    the largest logits, as many as fit."""
+    """Gates on all units while the base trains on, with a constraint on the expected
+    cost; in the end the units with the largest logits, as many as fit."""
     config = run.config
-    structure = structure_of(base, config.gated)
     steps = run.steps(config.tune, config.closing)
     temperature = None
     if isinstance(gate, gates.Mixture):
         begin = float(gate.temperature)
         factor = gate.scale_at_leak(LEAK) / begin
         temperature = optax.exponential_decay(begin, steps, factor)
-    named = tuple(groups_of(structure, config.gated))
-    pushed = gate.bounded
-    # (Gates that aren't pushed are factors about 1, the others have logits.)
-    rate = config.gate_learning_rate * (1 if pushed else 0.1)
     of: Any = run.cost(base), config.left
     if config.shape:
-        sizes = {name: structure.groups[name].size for name in named}
+        groups = structure_of(base, config.gated).groups
+        named = groups_of(structure_of(base, config.gated), config.gated)
         counts = shape_of(config.shape, named)
-        of = "density", {name: counts[name] / sizes[name] for name in named}
-    target = train.Target(
-        *of,
-        warm_up=round(config.reached * steps) if pushed else 0,
-        how="quadratic" if pushed else "decided",
-        rate=config.multiplier_rate,
+        of = "density", {name: counts[name] / groups[name].size for name in named}
+    trained = gates_trained(
+        run,
+        base,
+        gate,
+        config.gate_learning_rate,
+        temperature,
+        target=train.Target(
+            *of, warm_up=round(config.reached * steps), rate=config.multiplier_rate
+        ),
     )
-    trained = run.closing(
+    return decided(run, trained, trained.training.decide(trained.state))
+
+
+def factored(run: Run, base: Decoder, *, gate: gates.DGating):
+    """Factors of all units while the base trains on, at a price for the norms of what
+    they multiply (D-Gating, Kolb et al. 2025). No probability is paid, which a target
+    could push; and what is paid for units of one kind doesn't compare with another
+    kind's, so that in the end factors rank the units of a group, as scores do."""
+    config = run.config
+    # (Factors are about 1, where other gates have logits.)
+    rate = config.gate_learning_rate / 10
+    trained = gates_trained(run, base, gate, rate, price=config.price)
+    learned = trained.training.decide(trained.state, "mean")
+    keep = chosen(run, base, structure_of(base, config.gated), learned.z)
+    z = {name: values * keep[name] for name, values in learned.z.items()}
+    return decided(run, trained, dataclasses.replace(learned, z=z))
+
+
+def gates_trained(
+    run: Run,
+    base: Decoder,
+    gate: gates.Gate,
+    rate: float,
+    temperature: optax.Schedule | None = None,
+    **how: Any,
+) -> Trained:
+    """The base and its gates after the epochs in which units close."""
+    structure = structure_of(base, run.config.gated)
+    named = tuple(groups_of(structure, run.config.gated))
+    return run.closing(
         f"{run.method}-gates",
         base,
         structure=structure,
-        gate=train.Learned(gate, config.keep_prob, temperature, only=named),
+        gate=train.Learned(gate, run.config.keep_prob, temperature, only=named),
         gate_optimizer=optax.adam(rate),
-        target=target,
-        price=None if pushed else config.price,
+        **how,
     )
+
+
+def decided(
+    run: Run, trained: Trained, decision: train.Decision
+) -> tuple[Keep, Decoder]:
+    """What is kept, and the smaller model, of gates as they were decided."""
     training, state = trained.training, trained.state
-    decision = training.decide(state)
     keep = training.full({n: np.asarray(z) != 0 for n, z in decision.z.items()})
-    whole = training.whole_model(state, decision)
     small = training.finish(state, decision)
-    run.check_same(whole, small)
+    run.check_same(training.whole_model(state, decision), small)
     return keep, small
 
 
@@ -259,7 +298,7 @@ GATES: dict[str, Method] = {
     "l0_mixture": Method(
         functools.partial(gated, gate=gates.Mixture(gates.make_pair("beta")))
     ),
-    "d_gating": Method(functools.partial(gated, gate=gates.DGating())),
+    "d_gating": Method(functools.partial(factored, gate=gates.DGating())),
 }
 """What is learned with the weights."""
 METHODS: dict[str, Method] = {

@@ -324,7 +324,8 @@ def _kernel(rngs: nnx.Rngs, inputs: int, shape: tuple[int, ...]) -> nnx.Param:
 
 
 def rowwise(
-    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array | np.ndarray, "inputs outputs"],
 ) -> Float[Array, "*batch outputs"]:
     """A product with the last axis of an array, taken as rows of a matrix: of these
     XLA's CPU computes the kernel's gradient five times as fast."""
