@@ -11,11 +11,14 @@
   and which share they use of what the device brings in bfloat16;
 - `sweeps`: 1 to 256 MLPs with gates in one program;
 - `widths`: calls of ResNet-50 without half of its inner channels, with the widths as
-  they come and rounded up.
+  they come and rounded up;
+- `training`: ResNet-56 on CIFAR-10, and pruned by gates to half of its
+  multiply-accumulates, in as many epochs as there is time for.
 
 Every measurement is a line that is written when it is there. A second start measures
 what is missing on this device at this size, and what failed; none begins when the
-minutes are over. The data are random: no step depends on what they show.
+minutes are over. But for the last part the data are random: no step depends on what
+they show.
 """
 
 import argparse
@@ -35,12 +38,17 @@ from tqdm import tqdm
 
 import l0jax
 from benchmarks.measure import RESULTS, entry
+from experiments import channel_pruning, channel_run, channel_settings
 from experiments.harness import json_lines, run_folder
+from experiments.tasks import data
+from experiments.tasks.images import Images, Recipe, Trainer, images_of
 from l0jax import costs, gates, models, train
 
 Line = dict[str, Any]
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 CALLS = 7
+Measurement = tuple[str, Callable[[float], Line]]
+"""What it is, and what measures it in so many seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,12 @@ class Sizes:
     """name and batch"""
     rounded: tuple[int, ...] = (1, 8, 16, 32, 64)
     """to multiples of which widths are rounded up"""
+    trained: tuple[str, str, float] = ("resnet56", "cifar10", 1.0)
+    """name, data set, and factor of the channels"""
+    examples: int | None = None
+    """training images; None is all"""
+    epochs: int = 300
+    """that are trained at most, the base network's and those after it"""
 
 
 SMALL = Sizes(
@@ -75,7 +89,14 @@ SMALL = Sizes(
     members=(1, 3),
     narrowed=("resnet20", 2),
     rounded=(1, 8),
+    trained=("resnet20", "digits", 0.25),
+    examples=256,
+    epochs=4,
 )
+RUNS = Path("runs") / "gpu"
+"""Where trained networks are."""
+FOR_THE_REST = 0.3
+"""Share of the time that is left that goes to compilation, choosing and tests."""
 
 
 def seconds_of(go: Callable[[], Any]) -> tuple[float, float]:
@@ -91,11 +112,11 @@ def seconds_of(go: Callable[[], Any]) -> tuple[float, float]:
 # ------------------------------------------------------------------------- the device
 
 
-def device(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+def device(sizes: Sizes) -> Iterator[Measurement]:
     """Operations a second of a square product; a multiply-accumulate counts as two."""
     for name, dtype in DTYPES.items():
 
-        def measured(dtype: Any = dtype) -> Line:
+        def measured(_: float, dtype: Any = dtype) -> Line:
             side = sizes.product
             array = jnp.ones((side, side), dtype or jnp.float32) / side
             product = jax.jit(lambda a, b: a @ b)
@@ -148,13 +169,14 @@ def training_of(model: Any, gated: bool, compute: Any) -> train.Training:
     return train.Training(model, loss, optimizer=sgd, compute=compute, **how)
 
 
-def steps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+def steps(sizes: Sizes) -> Iterator[Measurement]:
     """Every network, plain and gated, in both dtypes."""
     for name, batch in sizes.networks:
         for dtype, compute in DTYPES.items():
             for gated in (False, True):
 
                 def measured(
+                    _: float,
                     name: str = name,
                     batch: int = batch,
                     compute: Any = compute,
@@ -189,11 +211,11 @@ def steps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
 # ------------------------------------------------------------------------------ sweeps
 
 
-def sweeps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+def sweeps(sizes: Sizes) -> Iterator[Measurement]:
     """Many MLPs with gates in one program."""
     for members in sizes.members:
 
-        def measured(members: int = members) -> Line:
+        def measured(_: float, members: int = members) -> Line:
             model, shape, classes = network("mlp")
             training = train.Training(
                 model,
@@ -228,7 +250,7 @@ def sweeps(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
 # ------------------------------------------------------------------------------ widths
 
 
-def widths(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
+def widths(sizes: Sizes) -> Iterator[Measurement]:
     """A network whole, and without about half of the channels that one layer reads."""
     name, batch = sizes.narrowed
 
@@ -250,10 +272,10 @@ def widths(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Line]]]:
             "seconds with compilation": first,
         }
 
-    yield f"call of {name}, bfloat16, whole", lambda: called(None)
+    yield f"call of {name}, bfloat16, whole", lambda _: called(None)
     for rounded in sizes.rounded:
         of = "as they come" if rounded == 1 else f"multiples of {rounded}"
-        yield f"call of {name}, bfloat16, half, {of}", lambda r=rounded: called(r)
+        yield f"call of {name}, bfloat16, half, {of}", lambda _, r=rounded: called(r)
 
 
 def halved(model: Any, rounded: int) -> Any:
@@ -271,7 +293,79 @@ def halved(model: Any, rounded: int) -> Any:
     return l0jax.nnx.shrink(model, keep, structure)
 
 
-PARTS = {"device": device, "steps": steps, "sweeps": sweeps, "widths": widths}
+# ---------------------------------------------------------------------------- training
+
+
+def training(sizes: Sizes) -> Iterator[Measurement]:
+    """A network from new weights, and then with gates, in the time that is left."""
+    name, dataset, width = sizes.trained
+
+    def measured(left: float) -> Line:
+        found = data.load(dataset, 0.1)
+        images = images_of(found, sizes.examples)
+        model = channel_run.network(name, width, found, jax.random.key(0))
+        seconds = seconds_an_epoch(model, images)
+        epochs = min(int((1 - FOR_THE_REST) * left / seconds), sizes.epochs)
+        after = epochs // 3
+        if after < 2:
+            raise NoTime(
+                f"an epoch takes {seconds:.1f} s, and {left:.0f} s are left, which is "
+                "too little for six"
+            )
+        recipe = Recipe(epochs=epochs - after, weight_decay=5e-4, cycle=0.2)
+        tune = Recipe(learning_rate=0.05, weight_decay=5e-4, cycle=0.2)
+        config = channel_settings.Config(
+            method=("l0_hard_concrete",),
+            dataset=dataset,
+            model=name,
+            width=width,
+            left=0.5,
+            after=after,
+            examples=sizes.examples,
+            base=recipe,
+            gate=dataclasses.replace(tune, epochs=after // 2),
+            tune=tune,
+            out=RUNS / f"{dataset}-{name}-{epochs}",
+        )
+        (line,) = channel_pruning.main(config)["results"]
+        whole, small = line["macs"]
+        return {
+            "epochs": epochs,
+            "seconds an epoch": seconds,
+            "base test error": line["base"]["test"],
+            "test error": line["trained"]["test"],
+            "macs left": small / whole,
+        }
+
+    yield f"{name} on {dataset}, half of its MACs by gates", measured
+
+
+class NoTime(ValueError):
+    """There is not enough left for a measurement."""
+
+
+def seconds_an_epoch(model: Any, images: Images) -> float:
+    """Of training, by some steps."""
+    trainer = Trainer(model, images, Recipe(), jax.random.key(0))
+    batch = [each[: trainer.recipe.batch_size] for each in trainer.data]
+    kept = [trainer.state]
+
+    def go() -> Any:
+        for _ in range(3):
+            kept[0], metrics = trainer.training.step(kept[0], tuple(batch))
+        return metrics
+
+    seconds, _ = seconds_of(go)
+    return seconds / 3 * (len(images.labels) // trainer.recipe.batch_size)
+
+
+PARTS = {
+    "device": device,
+    "steps": steps,
+    "sweeps": sweeps,
+    "widths": widths,
+    "training": training,
+}
 
 
 def run(
@@ -299,13 +393,14 @@ def run(
     missing = [(p, what, go) for p, what, go in wanted if what not in there]
     for part, what, go in (bar := tqdm(missing, disable=not show)):
         bar.set_postfix_str(what)
-        if time.monotonic() - begun > 60 * minutes:
+        left = 60 * minutes - (time.monotonic() - begun)
+        if left < 0:
             print(f"{minutes:g} minutes are over: {what} and what follows are left")
             break
         line: Line = {"part": part, "what": what, **machine}
         try:
-            line |= go()
-        except jax.errors.JaxRuntimeError as error:
+            line |= go(left)
+        except (jax.errors.JaxRuntimeError, data.DataError, NoTime) as error:
             # Too large for this device, most likely: that is what was found.
             line["error"] = str(error).splitlines()[0][:200]
         json_lines.add(file, line)
@@ -327,9 +422,13 @@ NUMBERS = {
     "steps": ("examples a second", 1.0, " examples/s"),
     "sweeps": ("members' steps a second", 1.0, " members' steps/s"),
     "widths": ("milliseconds", 1.0, " ms"),
+    "training": ("test error", 1.0, " % of the test images wrong"),
 }
 """The number of each part that its line in a table begins with."""
-IN_DETAIL = ("milliseconds a step", "batch", "macs", "seconds with compilation")
+IN_DETAIL = (
+    *("milliseconds a step", "batch", "macs", "seconds with compilation"),
+    *("base test error", "macs left", "epochs", "seconds an epoch"),
+)
 
 
 def entries(lines: list[Line]) -> list[dict]:

@@ -105,7 +105,7 @@ class Work:
             epochs=self.config.base_epochs,
             batch_size=self.config.batch_size,
             folder=self.folder / "checkpoints" / f"base-{seed}",
-            loop=True,
+            loop=jax.default_backend() == "cpu",
             name=f"base network, seed {seed}",
             show=self.config.progress,
         )
@@ -245,7 +245,9 @@ class Work:
         members, steps, _ = orders.shape
         for at in range(0, steps, 50):
             rows = orders[:, at : at + 50]
-            states, totals = sweep.epoch(states, self.data, rows, loop=True)
+            states, totals = sweep.epoch(
+                states, self.data, rows, loop=jax.default_backend() == "cpu"
+            )
             bar.update(members * rows.shape[1])
             bad = np.asarray(totals.first_bad_step)
             if (bad >= 0).any():

@@ -323,7 +323,7 @@ def trained(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         folder=folder / "checkpoints",
-        loop=True,
+        loop=jax.default_backend() == "cpu",
         show=config.progress,
     )
     run.restore()

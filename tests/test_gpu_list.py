@@ -15,6 +15,7 @@ PARTS = tuple(gpu.PARTS)
 def test_the_list_runs_and_goes_on(tmp_path, monkeypatch):
     file = tmp_path / "gpu.jsonl"
     monkeypatch.setattr(gpu, "CALLS", 1)
+    monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
     found = gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False)
     assert {line["part"] for line in found} == set(PARTS)
     assert not any("error" in line for line in found)
@@ -46,6 +47,22 @@ def test_other_devices_and_sizes_are_told_apart(tmp_path, monkeypatch):
     lines = [line | {"device": "another"} for line in json_lines.read(file)]
     json_lines.write(file, lines)
     assert gpu.run(file, other, ("device",), -1.0, show=False) == []
+
+
+def test_a_network_is_trained_in_the_time_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(gpu, "seconds_an_epoch", lambda *_: 10.0)
+    file = tmp_path / "gpu.jsonl"
+    (line,) = gpu.run(file, gpu.SMALL, ("training",), 0.9, show=False)
+    assert line["error"].startswith("an epoch takes 10.0 s, and 5")
+    assert not (tmp_path / "runs").exists()
+    sizes = dataclasses.replace(gpu.SMALL, epochs=100)
+    (line,) = gpu.run(file, sizes, ("training",), 100 / 60, show=False)
+    assert line["epochs"] == 6
+    assert 0.3 < line["macs left"] < 0.6
+    (said,) = gpu.entries([line])
+    assert "base test error" in said["detail"]
+    assert said["value"].endswith("% of the test images wrong")
 
 
 @pytest.mark.parametrize("part", ["device", "sweeps"])

@@ -2,8 +2,8 @@
 
 Images lie on the device as they are stored. A step takes its batch by numbers, crops
 and flips it at random, normalises the colours and moves the weights by SGD, all in one
-compiled program. (Steps are a Python loop: within `lax.scan` XLA's convolutions are
-several times slower on a CPU, jax issue 12868.)
+compiled program. (On a CPU steps are a Python loop: there XLA's convolutions are many
+times slower within `lax.scan`, jax issue 12868.)
 """
 
 import dataclasses
@@ -250,7 +250,7 @@ class Trainer(Generic[Model]):
             epochs=self.recipe.epochs,
             batch_size=self.recipe.batch_size,
             folder=folder,
-            loop=True,
+            loop=jax.default_backend() == "cpu",
             name=name,
             show=show,
         )
