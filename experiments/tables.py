@@ -9,7 +9,7 @@ The README quotes the table between its two markers, and the same command fills 
 import argparse
 import re
 
-from experiments import language_rows
+from experiments import frontier_rows, language_rows
 from experiments.reports import places
 from experiments.reports.benchmark_tables import benchmarks, zoo
 from experiments.reports.mnist_tables import (
@@ -72,6 +72,8 @@ or not what they lead to is left; removal leaves fewer.
 ### Gates on single weights
 
 {weightwise()}
+
+{frontier_rows.section()}
 
 ### Settings and commands
 
