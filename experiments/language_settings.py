@@ -84,7 +84,7 @@ class Config:
     """of gradient ascent, for the multiplier of the target"""
     keep_prob: float = 0.95
     """of gates at the start"""
-    price: float = 1e-6
+    price: float = 1e-8
     """of a weight, for gates that no target pushes (D-Gating)"""
     judged_by: int = 64
     """windows of the training text that scores look at"""
