@@ -147,7 +147,7 @@ class Run:
         if self.config.base_from is not None:
             return _stored(folder)
         # Other methods of this folder wait for it.
-        with alone(self.folder / "checkpoints"):
+        with alone(self.folder / "checkpoints" / f"base-{self.seed}"):
             # (Written when it has been trained.)
             if (folder / storage.ARCHITECTURE).exists():
                 return _stored(folder)

@@ -1,0 +1,108 @@
+"""How Sphinx builds the documentation.
+
+    pip install -c constraints.txt -e ".[docs]" && sphinx-build -W docs docs/_build
+
+Nothing is fetched: notebooks are shown with the outputs that are stored in them.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "l0jax"
+author = copyright = "the l0jax developers"
+html_title = "l0jax"
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "sphinx_book_theme"
+html_theme_options = {"show_toc_level": 2}
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+
+# Docstrings have Markdown's single backquotes for code.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "mixed"
+# Shapes say more than what they are annotations of; defaults are shown as written.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def registry(app, what, name, obj, options, lines):
+    """A constant without a docstring has that of its type: what is in it says more."""
+    said = "\n".join(lines).strip()
+    if what != "data" or said not in {
+        (each.__doc__ or "").strip() for each in (obj, type(obj))
+    }:
+        return
+    members = obj if isinstance(obj, dict | tuple | list) else []
+    known = ", ".join(f"`{each}`" for each in members if isinstance(each, str))
+    lines[:] = [f"There is {known}."] if known else []
+
+
+def from_markdown(app, what, name, obj, options, lines):
+    """Code, formulas and links of docstrings, as reStructuredText has them."""
+    text = "\n".join(lines)
+    text = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", text)
+    text = re.sub(r"(?<![\\$`])\$([^$]+)\$(?!\$)", r":math:`\1`", text)
+    text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r"`\1 <\2>`__", text)
+    # Bars are of absolute values and sizes.
+    code_or_bar = r"(``.*?``|:math:`.*?`)|\|(?=\S)|(?<=\S)\|"
+    text = re.sub(code_or_bar, lambda m: m[1] or r"\|", text, flags=re.DOTALL)
+    lines[:] = text.split("\n")
+
+
+SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Warns", "Yields")
+
+
+def examples(app, what, name, obj, options, lines):
+    """What is indented is code, where it is no section's."""
+    found, last = [], ""
+    for at, line in enumerate(lines):
+        begins = line.startswith("    ") and not (at and lines[at - 1].strip())
+        if begins and not last.startswith(" ") and last.rstrip(":") not in SECTIONS:
+            found += ["::", ""]
+        last = line or last
+        found.append(line)
+    # (Of a property napoleon takes what stands before a colon for its type, unless it
+    # begins with an empty line.)
+    lines[:] = ["", *found] if what in ("property", "attribute") else found
+
+
+def signature(app, what, name, obj, options, signature, returns):
+    """Without the places where annotations come from."""
+
+    def short(text):
+        return text and re.sub(r"~?(?:jaxlib\._jax|jaxtyping|numpy)\.", "", text)
+
+    return short(signature), short(returns)
+
+
+def results(app, docname, source):
+    """The page of results is what `experiments.tables` prints; of what it links to,
+    files of data are copied beside it, and texts are named."""
+    if docname != "results":
+        return
+    text = (ROOT / "RESULTS.md").read_text()
+    app.env.note_dependency(str(ROOT / "RESULTS.md"))
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((experiments/[^)]+\.md)\)", r"\1 (`\2`)", text)
+    source[0] = re.sub(r"\]\(((?:experiments|benchmarks)/)", r"](../\1", text)
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", registry, priority=90)
+    app.connect("autodoc-process-docstring", from_markdown, priority=100)
+    app.connect("autodoc-process-docstring", examples, priority=110)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("source-read", results)

@@ -1,0 +1,93 @@
+"""The documentation shows programs that run, and every public name."""
+
+import ast
+import importlib
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+LISTED = re.compile(r"^\.\. auto(?:class|function|data):: (\S+)$", re.MULTILINE)
+# What the others are built on: it is read in the code.
+INSIDE = {
+    *("agnosticism", "axes", "derivatives", "encoding", "equivalence", "exporting"),
+    *("kinds", "liveness", "narrowed", "poles", "polynomials", "program", "reading"),
+    *("remembered", "rules", "symbolic", "terms", "values"),
+}
+
+
+def programs(page):
+    """What a page shows of Python, as one program."""
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if programs(p)], ids=lambda page: page.stem
+)
+def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+        # So few steps leave gates undecided, and say so.
+        warnings.filterwarnings("ignore", "gates are undecided", UserWarning)
+        exec(compile(programs(page), page.name, "exec"), {"__name__": page.stem})
+    assert capsys.readouterr().out
+
+
+def public(module):
+    """Names that a module makes, or gives under the same name."""
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.ImportFrom):
+            yield from (a.name for a in node.names if a.asname == a.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (each.id for each in targets if isinstance(each, ast.Name))
+
+
+def modules():
+    """Those of the library that users import."""
+    root = DOCS.parent / "l0jax"
+    single = {f"l0jax.{p.stem}" for p in root.glob("*.py") if p.stem not in INSIDE}
+    packages = {f"l0jax.{p.parent.name}" for p in root.glob("*/__init__.py")}
+    return sorted((single | packages) - {"l0jax.__init__"})
+
+
+def test_no_public_name_is_missing():
+    listed = set()
+    for page in (DOCS / "api").glob("*.md"):
+        names = LISTED.findall(page.read_text())
+        twice = [name for name in names if name in listed]
+        assert not twice
+        listed |= set(names)
+    for name in modules():
+        importlib.import_module(name)
+        there = {n for n in public(sys.modules[name]) if not n.startswith("_")}
+        here = {n.removeprefix(f"{name}.") for n in listed if n.startswith(f"{name}.")}
+        missing = there - here
+        assert not missing, f"docs/api lacks {name}.{min(missing)}"
+
+
+def test_what_is_listed_is_there():
+    for page in (DOCS / "api").glob("*.md"):
+        for path in LISTED.findall(page.read_text()):
+            name, _, what = path.rpartition(".")
+            importlib.import_module(name)
+            assert hasattr(sys.modules[name], what), f"{page.name}: no {path}"
+
+
+def test_every_page_is_reached():
+    """From the index, by tables of contents."""
+    shown = {"index"}
+    for page in PAGES:
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S):
+            lines = [n for n in block.split("\n") if n and not n.startswith(":")]
+            folder = page.parent.relative_to(DOCS)
+            shown |= {str(folder / line) for line in lines}
+    assert {str(p.relative_to(DOCS).with_suffix("")) for p in PAGES} == shown
