@@ -91,7 +91,7 @@ SMALL = Sizes(
     rounded=(1, 8),
     trained=("resnet20", "digits", 0.25),
     examples=256,
-    epochs=4,
+    epochs=6,
 )
 RUNS = Path("runs") / "gpu"
 """Where trained networks are."""
