@@ -203,10 +203,9 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         temperature = optax.exponential_decay(begin, steps, factor)
     of: Any = run.cost(base), config.left
     if config.shape:
-        groups = structure_of(base, config.gated).groups
-        named = groups_of(structure_of(base, config.gated), config.gated)
-        counts = shape_of(config.shape, named)
-        of = "density", {name: counts[name] / groups[name].size for name in named}
+        structure = structure_of(base, config.gated)
+        counts = shape_of(config.shape, groups_of(structure, config.gated))
+        of = "density", {n: c / structure.groups[n].size for n, c in counts.items()}
     trained = gates_trained(
         run,
         base,

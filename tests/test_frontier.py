@@ -44,6 +44,17 @@ def test_as_many_weights_are_left_as_may_be(gates, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:gates are undecided")
+def test_a_run_that_goes_on_ends_alike_and_claims_no_seconds(tmp_path):
+    config = dataclasses.replace(TINY, out=tmp_path / "run")
+    (line,) = frontier.main(config)["results"]
+    assert line["seconds"] > 0
+    (tmp_path / "run" / runs.LINES).unlink()
+    (again,) = frontier.main(config)["results"]
+    assert again["seconds"] is None
+    assert {**again, "seconds": 0} == {**line, "seconds": 0}
+
+
+@pytest.mark.filterwarnings("ignore:gates are undecided")
 def test_what_the_dense_network_says_is_learned_from(tmp_path):
     """Of labels alone, of the dense network alone: other networks."""
     found = [
