@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
-from experiments.harness.loop import Run
+from experiments.harness.loop import Run, by_step
 from experiments.relocation_settings import NETWORKS, Case, Config, Heuristic
 from experiments.relocation_training import ARMS, Arm, Doomed, Keep, closing, plain
 from experiments.tasks import data
@@ -105,7 +105,7 @@ class Work:
             epochs=self.config.base_epochs,
             batch_size=self.config.batch_size,
             folder=self.folder / "checkpoints" / f"base-{seed}",
-            loop=jax.default_backend() == "cpu",
+            loop=by_step(),
             name=f"base network, seed {seed}",
             show=self.config.progress,
         )
@@ -245,9 +245,7 @@ class Work:
         members, steps, _ = orders.shape
         for at in range(0, steps, 50):
             rows = orders[:, at : at + 50]
-            states, totals = sweep.epoch(
-                states, self.data, rows, loop=jax.default_backend() == "cpu"
-            )
+            states, totals = sweep.epoch(states, self.data, rows, loop=by_step())
             bar.update(members * rows.shape[1])
             bad = np.asarray(totals.first_bad_step)
             if (bad >= 0).any():

@@ -29,7 +29,7 @@ from jaxtyping import PRNGKeyArray
 import l0jax.nnx
 from experiments.channel_run import prunable
 from experiments.harness import json_lines, run_folder
-from experiments.harness.loop import Run
+from experiments.harness.loop import Run, by_step
 from experiments.reports.gate_shares import draw
 from experiments.tasks import data
 from experiments.tasks.images import (
@@ -323,7 +323,7 @@ def trained(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         folder=folder / "checkpoints",
-        loop=jax.default_backend() == "cpu",
+        loop=by_step(),
         show=config.progress,
     )
     run.restore()

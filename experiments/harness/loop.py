@@ -16,6 +16,12 @@ from l0jax import train
 from l0jax.train import Training, TrainingState
 
 
+def by_step() -> bool:
+    """Whether convolutions want a program for each step: on a CPU, where XLA's are many
+    times slower within `lax.scan` (jax issue 12868)."""
+    return jax.default_backend() == "cpu"
+
+
 class Diverged(FloatingPointError):
     """The loss stopped being finite."""
 

@@ -2,8 +2,7 @@
 
 Images lie on the device as they are stored. A step takes its batch by numbers, crops
 and flips it at random, normalises the colours and moves the weights by SGD, all in one
-compiled program. (On a CPU steps are a Python loop: there XLA's convolutions are many
-times slower within `lax.scan`, jax issue 12868.)
+compiled program. (On a CPU steps are a Python loop: see `loop.by_step`.)
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
-from experiments.harness.loop import Run
+from experiments.harness.loop import Run, by_step
 from experiments.tasks import data
 from l0jax import train
 from l0jax.dataflow import dataflow
@@ -250,7 +249,7 @@ class Trainer(Generic[Model]):
             epochs=self.recipe.epochs,
             batch_size=self.recipe.batch_size,
             folder=folder,
-            loop=jax.default_backend() == "cpu",
+            loop=by_step(),
             name=name,
             show=show,
         )
