@@ -31,7 +31,7 @@ from l0jax import costs, gating, storage, trace
 
 RECORDED = places.RESULTS / "cifar"
 BEGIN = Recipe(
-    epochs=30, batch_size=128, learning_rate=0.2, weight_decay=5e-4, cycle=0.2
+    epochs=30, batch_size=64, learning_rate=0.1, weight_decay=5e-4, cycle=0.2
 )
 """Where the search for a recipe begins; it was not chosen yet."""
 
