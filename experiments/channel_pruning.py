@@ -39,7 +39,9 @@ def main(config: Config) -> dict[str, Any]:
     name = f"{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     if config.base_from is not None:
-        run_folder.check_base(config.base_from, settings, OF_BASE)
+        sparse = any(METHODS[name].sparse for name in config.method)
+        deciding = (*OF_BASE, "sparsity") if sparse else OF_BASE
+        run_folder.check_base(config.base_from, settings, deciding)
     images = images_of(dataset, config.examples)
     for recipe in (config.base, config.heads, config.gate, config.tune):
         check_filled(images, recipe.batch_size)

@@ -6,14 +6,15 @@ writes into `experiments/results/channel-pruning/`, in a few seconds:
 
 - `methods.png`: how far each method's error is from the base network's, before and
   after the pruned network is trained;
-- `equal.png`: the same where all methods train equally long, gates among them;
+- `equal.png`, `resnet20-….png`: the same where all methods train equally long, gates
+  among them;
 - `widths.png`: channels that each method keeps of each layer;
 - `ablations.png`: the weight of the additional loss, and where a layer is full.
 
 The tables are printed into `RESULTS.md` by `experiments.tables`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,42 @@ def table(lines: Sequence[Line]) -> str:
     return markdown(HEADER, rows)
 
 
+def best(lines: Iterable[Line], names: Collection[str]) -> list[Line]:
+    """The lines of the method of these that has the lowest mean validation error, among
+    those with most seeds."""
+    found = {n: its for n, its in of_methods(lines).items() if n in names}
+    if not found:
+        return []
+    most = max(map(len, found.values()))
+    full = [its for its in found.values() if len(its) == most]
+    return min(full, key=lambda its: np.mean([e["trained"]["validation"] for e in its]))
+
+
+def statements(lines: Sequence[Line]) -> str:
+    """Whether discrimination-aware choice beats chance and gates both, by pairs of one
+    base network; which gates stand for all is decided by the validation images."""
+    methods = of_methods(lines)
+    gates = best(lines, [name for name in methods if name.startswith("l0_")])
+    every = best(lines, list(methods))
+    said = [
+        f"The best by validation, {every[0]['method']}, is "
+        f"{signed(gaps(every, 'trained'))} points from its base networks."
+    ]
+    dcp, drawn = methods.get("dcp", []), methods.get("random_dcp", [])
+    for one, other in ((dcp, drawn), (gates, dcp), (gates, drawn)):
+        if one and other:
+            said.append(
+                f"{one[0]['method']} against {other[0]['method']}: "
+                f"{above(one, other, 'trained')} points, {shared(one, other)} seeds."
+            )
+    return " ".join(said)
+
+
+def shared(one: Iterable[Line], other: Iterable[Line]) -> int:
+    """How many base networks two methods have in common."""
+    return len({line["seed"] for line in one} & {line["seed"] for line in other})
+
+
 def of_setting(setting: str, lines: Iterable[Line]) -> dict[float, list[Line]]:
     """Lines by a setting that an ablation varies."""
     found: dict[float, list[Line]] = {}
@@ -216,9 +253,15 @@ def methods(lines: Sequence[Line]) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("test error above the base network's, points")
     config = lines[0]["config"]
+    left = config.get("left")
     figure.suptitle(
-        f"{config['model']}, width {config['width']:g}, {config['ratio']:.0%} of the "
-        f"channels removed: {most} seed{'s' if most > 1 else ''}"
+        f"{config['model']}, width {config['width']:g}, "
+        + (
+            f"{config['ratio']:.0%} of the channels removed"
+            if left is None
+            else f"{left:.0%} of the {config['cost']} may be left"
+        )
+        + f": {most} seed{'s' if most > 1 else ''}"
         + ("; hatched: more is left than by the others" if off else "")
     )
     return figure
@@ -310,9 +353,10 @@ def write(folder: Path = FOLDER) -> list[Path]:
             uneven = unlike(compared)
             if uneven:
                 figures |= {"widths": widths(uneven)}
-        equal = channel_rows.results(channel_rows.EQUAL)
-        if equal:
-            figures |= {"equal": methods(equal)}
+        for row in channel_rows.FAIR:
+            equal = channel_rows.results(row)
+            if equal:
+                figures |= {row: methods(equal)}
         if of_weights() and of_epsilons():
             figures |= {"ablations": ablations()}
         for name, figure in figures.items():

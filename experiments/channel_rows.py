@@ -1,16 +1,15 @@
 """The rows of the tables of channel pruning in `RESULTS.md`: settings and seeds.
 
-    python -m experiments.channel_rows comparison      # one row, all its seeds
+    python -m experiments.channel_rows resnet20-half   # one row, all its seeds
     python -m experiments.channel_rows --list
 
 Each is a run of `experiments.channel_pruning`. Every method and seed becomes a line of
 `experiments/results/channel_pruning.jsonl`, which `experiments.channel_report` draws
 and `experiments.tables` prints. A row that was interrupted goes on where it stopped.
-Rows other than the comparison prune the base networks that it has trained.
 
-The rows of the paper (`paper-…`) are there to be run on an accelerator; the others are
-as large as two cores can train in some hours: half the channels, a part of the images
-and few epochs.
+Rows `resnet20-…` prune whole ResNet-20s, which are recorded beside the results of
+`experiments.cifar`; `comparison` and the ablations a small one that two cores train in
+minutes, on a part of the images; rows of the paper (`paper-…`) want an accelerator.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from experiments import channel_pruning
+from experiments import channel_pruning, cifar
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import OF_BASE, UNTOLD, Config
 from experiments.harness import json_lines, rows, run_folder
@@ -60,10 +59,38 @@ PAPER = Config(
     tune=Recipe(epochs=400),
 )
 
+TRAINED_ON = Recipe(
+    epochs=1, batch_size=64, learning_rate=0.02, weight_decay=5e-4, drops=()
+)
+# All methods within one budget of multiply-accumulates and of epochs. A new network of
+# the size that is left and what trains while units close have as many epochs.
+RESNET20 = Config(
+    method=(
+        *("filter_l1", "taylor", "thinet", "channel_pruning"),
+        *("dcp", "random_dcp", "width_multiplier", "soft_least_squares"),
+        *("l0_hard_concrete", "l0_bernoulli", "l0_mixture"),
+    ),
+    seeds=(0, 1, 2),
+    chosen_by=512,
+    base=cifar.RESNET20,
+    base_from=cifar.recorded("cifar10", "resnet20"),
+    after=8,
+    heads=TRAINED_ON,
+    gate=dataclasses.replace(TRAINED_ON, epochs=4),
+    tune=dataclasses.replace(TRAINED_ON, cycle=0.0),
+)
+BUDGETS = {"resnet20-half": 0.5, "resnet20-third": 0.3, "resnet20-modelopt": 0.73}
+"""Shares of the multiply-accumulates that may be left; the last is that of the
+published example of NVIDIA's ModelOpt."""
+FAIR = (*BUDGETS, EQUAL)
+"""Rows in which all methods have one budget of multiply-accumulates and of epochs."""
+
 ROWS: dict[str, Config] = {
+    **{
+        row: dataclasses.replace(RESNET20, left=share) for row, share in BUDGETS.items()
+    },
     COMPARISON: SMALL,
-    # All methods within one budget of multiply-accumulates and of epochs, on the images
-    # as they are.
+    # Every method there is, on a network that is small enough for it.
     EQUAL: dataclasses.replace(
         SMALL,
         dataset="cifar10",
@@ -121,8 +148,10 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
     if methods:
         config = dataclasses.replace(config, method=methods)
     compared = ROWS[COMPARISON]
-    if name not in (COMPARISON, EQUAL) and all(
-        getattr(config, field) == getattr(compared, field) for field in OF_BASE
+    if (
+        name != COMPARISON
+        and config.base_from is None
+        and all(getattr(config, field) == getattr(compared, field) for field in OF_BASE)
     ):
         missing = [s for s in seeds if not (RUNS / COMPARISON / f"base-{s}").exists()]
         if missing:

@@ -91,8 +91,8 @@ class Config:
     """show a progress bar"""
 
 
-OF_BASE = ("dataset", "model", "width", "examples", "validation", "base", "sparsity")
-"""Settings that decide the base networks."""
+OF_BASE = ("dataset", "model", "width", "examples", "validation", "base")
+"""Settings that decide the base networks; of those of slimming the sparsity too."""
 UNTOLD = ("method", "seeds", "out", "progress")
 """Settings that don't change what a single run gives."""
 

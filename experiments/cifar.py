@@ -1,16 +1,19 @@
 """A network on images, from new weights to its last epoch: what a recipe is worth.
 
     python -m experiments.cifar                               # ResNet-20 on CIFAR-10
-    python -m experiments.cifar --recipe.epochs 60 --recipe.learning-rate 0.4
+    python -m experiments.cifar --base.epochs 60 --base.learning-rate 0.2
     python -m experiments.cifar --model resnet56 --seeds 0 1 2 --record
 
 Recipes are chosen on the images that are held out; the test images say what the chosen
 one is worth. Runs are resumed where they were killed, and are lines of `runs.jsonl`,
 which `experiments.compare` reads. With `--record` they are also put into
-`experiments/results/cifar`.
+`experiments/results/cifar`, and the trained networks beside them: what is pruned then
+begins where this ended.
 """
 
 import dataclasses
+import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from experiments.channel_run import network
@@ -25,15 +29,16 @@ from experiments.channel_settings import check_network
 from experiments.harness import json_lines, run_folder
 from experiments.harness.loop import Diverged
 from experiments.reports import places, runs
+from experiments.reports.printing import interval, markdown
 from experiments.tasks import data
 from experiments.tasks.images import Recipe, Trainer, check_filled, errors, images_of
 from l0jax import costs, gating, storage, trace
 
 RECORDED = places.RESULTS / "cifar"
-BEGIN = Recipe(
+RESNET20 = Recipe(
     epochs=30, batch_size=64, learning_rate=0.1, weight_decay=5e-4, cycle=0.2
 )
-"""Where the search for a recipe begins; it was not chosen yet."""
+"""Chosen on the images that are held out: see the notes of `RESULTS.md`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Config:
     """share of the training images that is held out"""
     examples: int | None = None
     """training images that are used; by default all"""
-    recipe: Recipe = BEGIN
+    base: Recipe = RESNET20
     """how it is trained"""
     seeds: tuple[int, ...] = (0,)
     """of weights and the order of the images"""
@@ -70,12 +75,12 @@ UNTOLD = ("seeds", "test", "out", "record", "progress")
 def main(config: Config) -> list[dict[str, Any]]:
     """Runs what is missing; all lines of the folder."""
     check_network(config.model, config.width)
-    config.recipe.check("recipe")
+    config.base.check("base")
     if not config.seeds:
         raise ValueError("give at least one seed")
     dataset = data.load(config.dataset, config.validation)
     images = images_of(dataset, config.examples)
-    check_filled(images, config.recipe.batch_size)
+    check_filled(images, config.base.batch_size)
     # What can be known is refused by now: a refused run leaves no folder.
     network(config.model, config.width, dataset, jax.random.key(0))
     settings = run_folder.settings_of(config, UNTOLD)
@@ -88,8 +93,30 @@ def main(config: Config) -> list[dict[str, Any]]:
             line = one(config, dataset, folder, seed)
             json_lines.add(file, {"settings": settings, **line})
     if config.record:
-        json_lines.merge(RECORDED / runs.LINES, json_lines.read(file), identity)
+        record(folder, recorded(config.dataset, model))
     return json_lines.read(file)
+
+
+def recorded(dataset: str, model: str) -> Path:
+    """Where the networks of a recorded recipe lie."""
+    return RECORDED / f"{dataset}-{model}"
+
+
+def record(folder: Path, kept: Path) -> None:
+    """Puts a run's results and networks into those that are kept, in the place of such
+    as were made with other settings."""
+    lines = json_lines.read(folder / runs.LINES)
+    there = kept / run_folder.CONFIG
+    if there.exists():
+        old = json.loads(there.read_text())
+        if any(old[name] != value for name, value in lines[0]["settings"].items()):
+            shutil.rmtree(kept)
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / run_folder.CONFIG, there)
+    for line in lines:
+        name = f"base-{line['seed']}"
+        shutil.copytree(folder / name, kept / name, dirs_exist_ok=True)
+    json_lines.merge(kept / runs.LINES, lines, identity)
 
 
 def identity(line: Mapping[str, Any]) -> tuple[str, str, int]:
@@ -105,14 +132,14 @@ def one(
     model = network(config.model, config.width, dataset, gating.key_for(key, "weights"))
     images = images_of(dataset, config.examples)
     example = jnp.zeros((1, *images.images.shape[1:]), jnp.float32)
-    trainer = Trainer(model, images, config.recipe, gating.key_for(key, "base"))
+    trainer = Trainer(model, images, config.base, gating.key_for(key, "base"))
     checkpoints = folder / "checkpoints" / str(seed)
     begun = time.perf_counter()
     done = trainer.run(checkpoints, f"{config.model} seed {seed}", config.progress)
     # Of what went on where it was killed nobody knows all seconds.
     seconds = None if done else time.perf_counter() - begun
     trained = trainer.trained()
-    storage.save(trained, folder / f"{config.model.replace(':', '-')}-{seed}")
+    storage.save(trained, folder / f"base-{seed}")
     found = errors(trained, dataset, images)
     structure = trace(trained, example)
     return {
@@ -127,6 +154,36 @@ def one(
         "seconds": seconds,
         "made": run_folder.made_by(),
     }
+
+
+def section() -> str:
+    """What `RESULTS.md` says of the recorded recipes."""
+    rows = []
+    for folder in sorted(RECORDED.glob("*/")):
+        lines = json_lines.read(folder / runs.LINES)
+        of = lines[0]["settings"]
+        known = [line["seconds"] for line in lines if line["seconds"] is not None]
+        validation, test = (
+            interval(line["metrics"][f"{part} error"] for line in lines)
+            for part in ("validation", "test")
+        )
+        rows.append(
+            [
+                f"`--dataset {of['dataset']} --model {of['model']}`",
+                str(of["base"]["epochs"]),
+                *(f"{validation} %", f"{test} %"),
+                *(f"{lines[0]['params']:,.0f}", f"{lines[0]['macs'] / 1e6:.1f} M"),
+                f"{np.mean(known) / 60:.0f}" if known else "-",
+                str(len(lines)),
+            ]
+        )
+    header = ["", "epochs", "validation error", "test error, last epoch"]
+    header += ["parameters", "MACs", "minutes", "seeds"]
+    said = (
+        "`python -m experiments.cifar`: from new weights to the last epoch, which is "
+    )
+    said += "the one that is tested."
+    return "\n\n".join([said, markdown(header, rows)]) if rows else ""
 
 
 def cli() -> None:

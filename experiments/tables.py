@@ -30,6 +30,7 @@ from experiments.reports.study_tables import (
     relocations,
     rules,
     wide,
+    within_one_budget,
 )
 
 MARKERS = ("<!-- table: mnist -->", "<!-- end of table -->")
@@ -78,6 +79,8 @@ or not what they lead to is left; removal leaves fewer.
 ### Settings and commands
 
 {settings()}
+
+{within_one_budget()}
 
 {rules()}
 

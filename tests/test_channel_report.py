@@ -212,6 +212,29 @@ def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
         channel_rows.main(OfMethods(("other",), (3,)))
 
 
+def test_statements_pair_methods_of_one_base_network(file):
+    def of(method, errors, validation):
+        return [
+            line(method, s, trained={"test": e, "validation": validation})
+            for s, e in enumerate(errors)
+        ]
+
+    lines = [
+        *of("dcp", (12.0, 13.0), 11.0),
+        *of("random_dcp", (12.5, 13.5, 20.0), 12.0),
+        *of("l0_hard_concrete", (11.0, 12.0), 11.5),
+        *of("l0_bernoulli", (9.0, 9.0), 13.0),
+        *of("l0_mixture", (9.0,), 1.0),
+    ]
+    said = channel_report.statements(lines)
+    # Of what has most seeds, and by the validation error alone.
+    assert said.startswith("The best by validation, random_dcp, is +5.33")
+    assert "dcp against random_dcp: -0.50 ± 0.00 points, 2 seeds" in said
+    assert "l0_hard_concrete against dcp: -1.00 ± 0.00 points, 2 seeds" in said
+    assert "l0_bernoulli" not in said
+    assert "l0_mixture" not in said
+
+
 RECIPE = dataclasses.asdict(Recipe())
 
 

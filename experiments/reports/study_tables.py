@@ -1,12 +1,11 @@
 """Tables of the comparisons: gate families, channel pruning, relocation, WRN."""
 
-from pathlib import Path
-
 import numpy as np
 
 from experiments import (
     channel_report,
     channel_rows,
+    cifar,
     circuits,
     deciding,
     families,
@@ -68,7 +67,6 @@ def channels() -> str:
     parts += [f"![error of each method]({folder}/methods.png)"]
     if channel_report.unlike(lines):
         parts += [f"![channels kept of each layer]({folder}/widths.png)"]
-    parts += within_one_budget(folder)
     weights, epsilons = channel_report.of_weights(), channel_report.of_epsilons()
     if weights:
         ratio = next(iter(weights.values()))[0]["config"]["ratio"]
@@ -85,25 +83,36 @@ def channels() -> str:
     return "\n\n".join(parts)
 
 
-def within_one_budget(folder: Path) -> list[str]:
+def within_one_budget() -> str:
     """All methods with the same multiply-accumulates and epochs, gates among them."""
-    lines = channel_rows.results(channel_rows.EQUAL)
-    if not lines:
-        return []
-    config = lines[0]["config"]
-    return [
-        "### Gates, channel pruning and relocation within one budget",
-        f"`python -m experiments.channel_rows {channel_rows.EQUAL}`: the network of "
-        f"above on as many images of {config['dataset']}, and all methods train for "
-        f"{config['after']} epochs after the base network, what they train to choose "
-        f"included: gates and doomed units close in {config['gate']['epochs']} of "
-        "them, DCP trains its classifiers in as many, and what starts anew trains as "
-        f"long as the base network and {config['after']} epochs more. Gates (`l0_…`) "
-        "have the multiply-accumulates of a uniformly pruned network as their target, "
-        'and the rule `"budget"` fills it.',
-        channel_report.table(lines),
-        f"![error of each method within one budget]({folder}/equal.png)",
-    ]
+    folder = channel_report.FOLDER.relative_to(channel_report.FOLDER.parents[2])
+    parts = [cifar.section()]
+    for row in channel_rows.FAIR:
+        lines = channel_rows.results(row)
+        if not lines:
+            continue
+        config = lines[0]["config"]
+        base, more = config["base"]["epochs"], config["after"]
+        left = np.median([line["macs"][1] / line["macs"][0] for line in lines])
+        parts += [
+            f"### {config['model']}, width {config['width']:g}: {left:.0%} of the MACs",
+            f"`python -m experiments.channel_rows {row}`: base networks of {base} "
+            f"epochs of {images_of(config)} images of {config['dataset']}. All methods "
+            f"train for {more} epochs after them, what they train to choose included: "
+            f"gates and doomed units close in {config['gate']['epochs']} of them, DCP "
+            "trains its classifiers in "
+            f"{(config['losses'] + 1) * config['heads']['epochs']}, and what starts "
+            f"anew trains for {base + more}. Gates (`l0_…`) have "
+            "the multiply-accumulates of a uniformly pruned network as their target, "
+            'and the rule `"budget"` fills it. A gap is the error above that of the '
+            "base network of the same seed.",
+            channel_report.table(lines),
+            channel_report.statements(lines),
+            f"![error of each method]({folder}/{row}.png)",
+        ]
+    if any(parts):
+        parts.insert(0, "## CIFAR-10: gates, channel pruning and relocation")
+    return "\n\n".join(filter(None, parts))
 
 
 RELOCATIONS = {
