@@ -21,7 +21,7 @@ exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2}
 
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
@@ -99,6 +99,28 @@ def results(app, docname, source):
     source[0] = re.sub(r"\]\(((?:experiments|benchmarks)/)", r"](../\1", text)
 
 
+def pictures():
+    """Those of `RESULTS.md` by the command that makes them: the last before each."""
+    found, command = {}, None
+    told = r"`(python -m (?:experiments|benchmarks)[^`]*)`|!\[([^\]]*)\]\(([^)]*)\)"
+    for made_by, what, file in re.findall(told, (ROOT / "RESULTS.md").read_text()):
+        if made_by:
+            command = made_by
+        else:
+            found.setdefault(command, []).append((what, file))
+    return found
+
+
+def gallery(app, docname, source):
+    """Every picture of the results, two in a line, below its command."""
+    if docname != "gallery":
+        return
+    app.env.note_dependency(str(ROOT / "RESULTS.md"))
+    for command, those in pictures().items():
+        shown = [f"![{what}](../{file}){{width=49%}}" for what, file in those]
+        source[0] += "\n".join(["", "```sh", command, "```", "", *shown, ""])
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", registry, priority=90)
@@ -106,3 +128,4 @@ def setup(app):
     app.connect("autodoc-process-docstring", examples, priority=110)
     app.connect("autodoc-process-signature", signature)
     app.connect("source-read", results)
+    app.connect("source-read", gallery)

@@ -85,19 +85,7 @@ published example of NVIDIA's ModelOpt."""
 FAIR = (*BUDGETS, EQUAL)
 """Rows in which all methods have one budget of multiply-accumulates and of epochs."""
 
-ROWS: dict[str, Config] = {
-    **{
-        row: dataclasses.replace(RESNET20, left=share) for row, share in BUDGETS.items()
-    },
-    COMPARISON: SMALL,
-    # Every method there is, on a network that is small enough for it.
-    EQUAL: dataclasses.replace(
-        SMALL,
-        dataset="cifar10",
-        method=FEASIBLE,
-        after=6,
-        gate=Recipe(epochs=3, learning_rate=0.01, drops=()),
-    ),
+ABLATIONS: dict[str, Config] = {
     # Table 6: the weight of the additional loss, before fine-tuning.
     **{
         f"discrimination-{weight:g}": dataclasses.replace(
@@ -112,6 +100,23 @@ ROWS: dict[str, Config] = {
         )
         for epsilon in (0.1, 0.01)
     },
+}
+"""What the paper's tables 6 and 7 vary."""
+
+ROWS: dict[str, Config] = {
+    **{
+        row: dataclasses.replace(RESNET20, left=share) for row, share in BUDGETS.items()
+    },
+    COMPARISON: SMALL,
+    # Every method there is, on a network that is small enough for it.
+    EQUAL: dataclasses.replace(
+        SMALL,
+        dataset="cifar10",
+        method=FEASIBLE,
+        after=6,
+        gate=Recipe(epochs=3, learning_rate=0.01, drops=()),
+    ),
+    **ABLATIONS,
     # Table 1. (Network slimming has a lower price in deep residual networks.)
     "paper-resnet56": dataclasses.replace(
         PAPER, model="resnet56", ratio=0.5, sparsity=1e-5

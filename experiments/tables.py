@@ -60,6 +60,17 @@ those of kernels, biases not counted, as in the literature.
 
 {structured()}
 
+While a network learns, fewer and fewer pixels are read
+(`python -m experiments.mnist --dataset mnist --epochs 100 --gate-learning-rate 1e-3`):
+
+![pixels of MNIST that are still read](experiments/results/mnist-pixels.gif)
+
+On scikit-learn's digits (`python -m experiments.mnist --out runs/digits`):
+
+![error and units left over the epochs](experiments/results/digits-training.png)
+
+![pixels of the digits that are still read](experiments/results/digits-pixels.png)
+
 ### Targets in place of λ
 
 The share of the gated weights that may be left in expectation is met by multipliers

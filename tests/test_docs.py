@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import sys
 import warnings
@@ -94,6 +95,19 @@ def test_what_is_listed_is_there():
             name, _, what = path.rpartition(".")
             importlib.import_module(name)
             assert hasattr(sys.modules[name], what), f"{page.name}: no {path}"
+
+
+def test_every_picture_of_the_results_stands_in_the_gallery_with_its_command():
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    pictures = conf.pictures()
+    assert None not in pictures, pictures[None]
+    shown = {file for those in pictures.values() for _, file in those}
+    root = DOCS.parent
+    results = root / "experiments" / "results"
+    there = {p for kind in ("png", "gif") for p in results.rglob(f"*.{kind}")}
+    assert {str(p.relative_to(root)) for p in there} == shown
 
 
 def test_every_page_is_reached():

@@ -38,6 +38,9 @@ def compared() -> str:
             f"[the whole table]({folder}/table.md), [as CSV]({folder}/results.csv).\n\n"
             f"{best_of_families(rows)}\n\n"
             f"![test error against weights left]({folder}/figures/frontier-weights.png)"
+            "\n\n![test error against multiply-accumulates left]"
+            f"({folder}/figures/frontier-macs.png)\n\n"
+            f"![densities of gates]({folder}/figures/densities.png)"
         )
     return "\n\n".join(parts)
 
@@ -79,7 +82,12 @@ def channels() -> str:
         title = "### DCP-Adapt: where a layer is full (table 7)"
         parts += [title, channel_report.epsilons()]
     if weights and epsilons:
-        parts += [f"![both ablations]({folder}/ablations.png)"]
+        parts += [
+            f"`python -m experiments.channel_rows {channel_rows.COMPARISON} "
+            f"{' '.join(channel_rows.ABLATIONS)}`, drawn by `python -m "
+            "experiments.channel_report`:",
+            f"![both ablations]({folder}/ablations.png)",
+        ]
     return "\n\n".join(parts)
 
 
