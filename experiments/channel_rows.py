@@ -74,9 +74,9 @@ RESNET20 = Config(
     chosen_by=512,
     base=cifar.RESNET20,
     base_from=cifar.recorded("cifar10", "resnet20"),
-    after=8,
+    after=6,
     heads=TRAINED_ON,
-    gate=dataclasses.replace(TRAINED_ON, epochs=4),
+    gate=dataclasses.replace(TRAINED_ON, epochs=3),
     tune=dataclasses.replace(TRAINED_ON, cycle=0.0),
 )
 BUDGETS = {"resnet20-half": 0.5, "resnet20-third": 0.3, "resnet20-modelopt": 0.73}
