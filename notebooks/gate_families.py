@@ -262,7 +262,7 @@ def facts(gate, scales):
     return jax.vmap(at)(scales)
 
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 looks = itertools.product(("-", "--"), style.COLOURS)
 for (name, pair), (line, colour) in zip(pairs.items(), looks, strict=False):
     scales = jnp.append(jnp.geomspace(0.003, 3, 81), pair.scale)

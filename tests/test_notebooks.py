@@ -1,16 +1,15 @@
-"""Notebooks run from top to bottom, and are committed without what running left."""
+"""Notebooks run from top to bottom, and are committed with what they gave."""
 
+import base64
 import json
-import sys
-import time
+import re
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
-from nbclient import NotebookClient
+
+from experiments import notebooks
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 # Several times what one takes on a core of its own.
@@ -19,28 +18,6 @@ SECONDS = 300
 every_notebook = pytest.mark.parametrize(
     "notebook", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem
 )
-
-
-class SameInterpreter(AsyncKernelManager):
-    """Kernels of the interpreter that runs the tests, whatever Jupyter knows of."""
-
-    @property
-    def kernel_spec(self):
-        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=launch, display_name="Python 3", language="python")
-
-
-def execute(notebook, folder, seconds):
-    """The notebook after running it in `folder`, within a limit for all its cells."""
-    end = time.monotonic() + seconds
-    client = NotebookClient(
-        nbformat.read(notebook, as_version=4),
-        kernel_manager_class=SameInterpreter,
-        # 0 would be no limit.
-        timeout_func=lambda cell: max(end - time.monotonic(), 0.1),
-        resources={"metadata": {"path": str(folder)}},
-    )
-    return client.execute()
 
 
 @pytest.fixture
@@ -55,15 +32,15 @@ def own_jupyter(monkeypatch, tmp_path):
 
 
 def test_there_is_a_notebook_and_each_has_its_source():
-    notebooks = {file.stem for file in FOLDER.glob("*.ipynb")}
-    assert "quickstart" in notebooks
-    assert {file.stem for file in FOLDER.glob("*.py")} == notebooks
+    there = {file.stem for file in FOLDER.glob("*.ipynb")}
+    assert "quickstart" in there
+    assert {file.stem for file in FOLDER.glob("*.py")} == there
 
 
 @pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs_and_shows_pictures(notebook, own_jupyter):
-    executed = execute(notebook, FOLDER, SECONDS)
+    executed = notebooks.execute(notebook, SECONDS)
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells if cell.source.strip())
     outputs = [output for cell in cells for output in cell.outputs]
@@ -72,17 +49,46 @@ def test_a_notebook_runs_and_shows_pictures(notebook, own_jupyter):
 
 
 @every_notebook
-def test_outputs_are_stripped(notebook):
+def test_a_notebook_holds_what_it_gave(notebook):
+    """Run once from top to bottom; no picture is large, and no place of the machine
+    that ran it is told."""
     cells = json.loads(notebook.read_text())["cells"]
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == []
-            assert cell["execution_count"] is None
+    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"])]
+    counts = [cell["execution_count"] for cell in code]
+    assert counts == list(range(1, len(code) + 1)), "python -m experiments.notebooks"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    pictures = [
+        o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", ())
+    ]
+    assert pictures
+    for picture in pictures:
+        assert len(base64.b64decode(picture)) <= 150_000
+    for output in outputs:
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr"
+        said = "".join(output.get("text", ()))
+        assert not re.search(r"(?<![\w.:/])/\w+/\w+", said), said
+
+
+def test_a_notebook_that_fails_is_left_as_it_was(tmp_path, monkeypatch, own_jupyter):
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    (tmp_path / "one.py").write_text("# %%\nprint(6 * 7)\n")
+    file = notebooks.write("one")
+    (cell,) = nbformat.read(file, as_version=4).cells
+    assert cell.outputs[0].text == "42\n"
+    before = file.read_text()
+    assert notebooks.write("one").read_text() == before
+    (tmp_path / "one.py").write_text("# %%\nprint(1 / 0)\n")
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        notebooks.main(("one",))
+    assert file.read_text() == before
+    with pytest.raises(SystemExit, match="no notebook 'two'; there is one"):
+        notebooks.main(("two",))
 
 
 @every_notebook
 def test_a_notebook_is_paired_with_its_source(notebook):
-    """If not, `jupytext --sync notebooks/*.py` makes them the same."""
+    """If not, `python -m experiments.notebooks` makes it anew."""
     two = [jupytext.read(file) for file in (notebook, notebook.with_suffix(".py"))]
     cells, source = ([(c.cell_type, c.source) for c in one.cells] for one in two)
     assert cells == source
