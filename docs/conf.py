@@ -6,6 +6,7 @@ Nothing is fetched: notebooks are shown with the outputs that are stored in them
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ author = copyright = "the l0jax developers"
 html_title = "l0jax"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# MathJax lies beside the pages.
+extensions += ["sphinx-mathjax-offline"]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2}
@@ -117,8 +120,23 @@ def gallery(app, docname, source):
         return
     app.env.note_dependency(str(ROOT / "RESULTS.md"))
     for command, those in pictures().items():
-        shown = [f"![{what}](../{file}){{width=49%}}" for what, file in those]
+        shown = [f'![{what}](../{file}){{width="49%"}}' for what, file in those]
         source[0] += "\n".join(["", "```sh", command, "```", "", *shown, ""])
+
+
+def notebooks(app, config):
+    """Sphinx reads what lies below its own folder."""
+    here = Path(app.srcdir) / "notebooks"
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir()
+    for file in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy2(file, here)
+
+
+def tutorials(app, docname, source):
+    """Links are those of the repository."""
+    if docname == "tutorials":
+        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
 
 
 def setup(app):
@@ -129,3 +147,5 @@ def setup(app):
     app.connect("autodoc-process-signature", signature)
     app.connect("source-read", results)
     app.connect("source-read", gallery)
+    app.connect("source-read", tutorials)
+    app.connect("config-inited", notebooks)
