@@ -132,6 +132,28 @@ def table(lines: Sequence[Line]) -> str:
     return markdown(HEADER, rows)
 
 
+SHORT = channel_rows.FAIR[0]
+
+
+def short() -> str:
+    """The first row within one budget: what each method ends with."""
+    lines = channel_rows.results(SHORT)
+    rows = [
+        [
+            method,
+            f"{interval(line['trained']['test'] for line in found)} %",
+            f"{signed(gaps(found, 'trained'))} points",
+            f"{100 / np.mean(times_less(found, 'macs')):.1f} %",
+            str(len(found)),
+        ]
+        for method, found in of_methods(lines).items()
+    ]
+    if not rows:
+        return ""
+    header = ["method", "test error, last epoch", "above its base network"]
+    return markdown([*header, "MACs left", "seeds"], rows)
+
+
 def best(lines: Iterable[Line], names: Collection[str]) -> list[Line]:
     """The lines of the method of these that has the lowest mean validation error, among
     those with most seeds."""

@@ -3,13 +3,14 @@
     python -m experiments.tables            # writes RESULTS.md
     python -m experiments.tables --check    # fails if RESULTS.md says something else
 
-The README quotes the table between its two markers, and the same command fills it in.
+The README quotes two tables between lines that mark them, and the same command fills
+them in.
 """
 
 import argparse
 import re
 
-from experiments import frontier_rows, language_rows
+from experiments import channel_report, frontier_rows, language_rows
 from experiments.reports import places
 from experiments.reports.benchmark_tables import benchmarks, zoo
 from experiments.reports.mnist_tables import (
@@ -33,7 +34,12 @@ from experiments.reports.study_tables import (
     within_one_budget,
 )
 
-MARKERS = ("<!-- table: mnist -->", "<!-- end of table -->")
+TABLES = ("mnist", "cifar")
+
+
+def markers(table: str) -> tuple[str, str]:
+    """The lines of the README between which a table stands."""
+    return f"<!-- table: {table} -->", f"<!-- end of {table} -->"
 
 
 def document() -> str:
@@ -121,28 +127,34 @@ absolute times can't.
 
 
 def quoted(readme: str) -> str:
-    """The README with its table filled in."""
-    if [readme.count(marker) for marker in MARKERS] != [1, 1] or (
-        readme.index(MARKERS[0]) > readme.index(MARKERS[1])
-    ):
-        raise SystemExit(
-            f"README.md must hold the line {MARKERS[0]} once and, after it, the line "
-            f"{MARKERS[1]} once: the table goes between them"
-        )
-    before, rest = readme.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
+    """The README with its tables filled in."""
+    header = ["row", "published", "test error", "weights", "architectures by seed"]
     lines = [
         beside_published(name, results)
         for name, results in by_row().items()
         if published_units(name)
     ]
-    header = ["row", "published", "test error", "weights", "architectures by seed"]
-    table = markdown(header, lines)
-    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+    of = {"mnist": markdown(header, lines), "cifar": channel_report.short()}
+    for name in TABLES:
+        readme = put(readme, *markers(name), of[name])
+    return readme
+
+
+def put(readme: str, begin: str, end: str, table: str) -> str:
+    """The README with one table between its two lines."""
+    if [readme.count(marker) for marker in (begin, end)] != [1, 1] or (
+        readme.index(begin) > readme.index(end)
+    ):
+        raise SystemExit(
+            f"README.md must hold the line {begin} once and, after it, the line {end} "
+            "once: the table goes between them"
+        )
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main(check: bool) -> None:
-    """Writes RESULTS.md and the README's table, or compares them."""
+    """Writes RESULTS.md and the README's tables, or compares them."""
     readme = places.ROOT / "README.md"
     wanted = {
         places.ROOT / "RESULTS.md": document(),
@@ -161,7 +173,7 @@ def main(check: bool) -> None:
 def cli() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tables",
-        description="Writes RESULTS.md and the table of the README from the results.",
+        description="Writes RESULTS.md and the tables of the README from the results.",
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and fail if they differ"

@@ -212,6 +212,15 @@ def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
         channel_rows.main(OfMethods(("other",), (3,)))
 
 
+def test_the_readme_has_the_first_row_within_one_budget(file):
+    assert channel_report.short() == ""
+    row = channel_report.SHORT
+    channel_rows.record([line("taylor", s, row=row) for s in (0, 1)] + [line("dcp")])
+    (only,) = channel_report.short().splitlines()[2:]
+    errors = "12.50 ± 6.35 % | +2.50 ± 6.35 points"
+    assert only == f"| taylor | {errors} | 33.3 % | 2 |"
+
+
 def test_statements_pair_methods_of_one_base_network(file):
     def of(method, errors, validation):
         return [

@@ -35,8 +35,11 @@ COMMITTED = mnist_rows.results()
 RESULTS = mnist_rows.RESULTS.parent
 # How a running training is made smaller, if it is.
 COMPACTION = ("compact_below", "compact_after", "compact_gain")
-BEFORE, AFTER = tables.MARKERS
-README = f"# Name\n\nAbove.\n\n{BEFORE}\nold | table\n{AFTER}\n\n<!-- below -->\n"
+BEFORE, AFTER = tables.markers("mnist")
+OTHER = "\n\n".join(tables.markers("cifar"))
+README = (
+    f"# Name\n\nAbove.\n\n{BEFORE}\nold | table\n{AFTER}\n\n<!-- below -->\n\n{OTHER}\n"
+)
 
 # One row of each kind, and two seeds of each but the last.
 CONFIG = mnist.Config(dataset="digits", epochs=7)
