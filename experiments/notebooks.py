@@ -46,7 +46,7 @@ def execute(source: Path, seconds: float = 3600) -> nbformat.NotebookNode:
     """
     end = time.monotonic() + seconds
     client = NotebookClient(
-        jupytext.read(source),
+        nbformat.from_dict(jupytext.read(source)),
         kernel_manager_class=SameInterpreter,
         # 0 would be no limit.
         timeout_func=lambda cell: max(end - time.monotonic(), 0.1),

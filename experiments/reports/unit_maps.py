@@ -84,7 +84,7 @@ def animate(run: Run, file: Path) -> None:
         images.append(PIL.Image.fromarray(np.array(canvas.buffer_rgba())[..., :3]))
     durations = [FRAME_MILLISECONDS] * (len(images) - 1) + [LAST_FRAME_MILLISECONDS]
     # With few colours, the same in all frames, the file is a quarter as large.
-    ends = PIL.Image.fromarray(np.hstack([images[0], images[-1]]))
+    ends = PIL.Image.fromarray(np.hstack([np.asarray(images[i]) for i in (0, -1)]))
     colours = ends.quantize(COLOURS_OF_FRAMES)
     small = [
         each.quantize(palette=colours, dither=PIL.Image.Dither.NONE) for each in images
