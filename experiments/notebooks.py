@@ -10,7 +10,7 @@ this interpreter. One that fails is left as it was.
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jupytext
 import nbformat
@@ -45,8 +45,9 @@ def execute(source: Path, seconds: float = 3600) -> nbformat.NotebookNode:
         CellTimeoutError: if there is no time left.
     """
     end = time.monotonic() + seconds
+    notebook: Any = jupytext.read(source)
     client = NotebookClient(
-        nbformat.from_dict(jupytext.read(source)),
+        notebook,
         kernel_manager_class=SameInterpreter,
         # 0 would be no limit.
         timeout_func=lambda cell: max(end - time.monotonic(), 0.1),
