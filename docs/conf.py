@@ -133,10 +133,9 @@ def notebooks(app, config):
         shutil.copy2(file, here)
 
 
-def tutorials(app, docname, source):
-    """Links are those of the repository."""
-    if docname == "tutorials":
-        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+def links(app, docname, source):
+    """To notebooks they are those of the repository."""
+    source[0] = source[0].replace("../notebooks/", "notebooks/")
 
 
 def setup(app):
@@ -147,5 +146,5 @@ def setup(app):
     app.connect("autodoc-process-signature", signature)
     app.connect("source-read", results)
     app.connect("source-read", gallery)
-    app.connect("source-read", tutorials)
+    app.connect("source-read", links)
     app.connect("config-inited", notebooks)
