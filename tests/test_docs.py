@@ -31,8 +31,16 @@ def programs(page):
     return "\n".join(found)
 
 
+SLOW = {"compare"}  # four runs of an experiment
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if programs(p)], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else [], id=p.stem)
+        for p in PAGES
+        if programs(p)
+    ],
 )
 def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
