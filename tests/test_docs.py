@@ -34,6 +34,7 @@ def programs(page):
 SLOW = {"compare"}  # four runs of an experiment
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "page",
     [
