@@ -20,7 +20,7 @@ html_title = "l0jax"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # MathJax lies beside the pages.
 extensions += ["sphinx-mathjax-offline"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2}
 
