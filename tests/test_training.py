@@ -340,6 +340,44 @@ for name, (make, loss) in models.MODELS.items():
 """
 
 
+WITHIN_EIGHT = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh
+from l0jax import gates, train
+from l0jax.train import epochs
+from tests import training_models as models
+
+mesh = Mesh(np.asarray(jax.devices()), ("data",))
+make, loss = models.MODELS["perceptron"]
+data = next(models.batches(0, size=96))
+order = jnp.arange(4 * 96).reshape(4, 96) % 96
+totals = []
+for on in (None, mesh):
+    training = train.Training(
+        make(), loss, models.EXAMPLE, gate=gates.HardConcrete(), price=1e-3,
+        optimizer=optax.sgd(0.05), mesh=on,
+    )
+    state = training.start(jax.random.key(0))
+    text = epochs._scan.lower(training, state, data, order).compile().as_text()
+    state, total = training.epoch(state, data, order)
+    totals.append(total.means["loss"])
+    print(text.count(" all-reduce("), "f32[12,64]" in text)
+print(abs(totals[0] - totals[1]))
+try:
+    training.epoch(state, data, order[:, :90])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_epoch_in_one_program_is_split_over_devices(run_python):
+    alone, split, apart, refused = run_python(WITHIN_EIGHT, devices=8).splitlines()
+    assert alone.startswith("0 ")
+    assert int(split.split()[0]) > 0
+    assert float(apart) < 1e-6
+    assert "can't be split evenly over 8 devices" in refused
+
+
 @pytest.mark.slow
 def test_eight_devices_train_as_one(run_python):
     lines = run_python(ON_EIGHT, devices=8).splitlines()

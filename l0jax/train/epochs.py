@@ -135,7 +135,9 @@ def many(training: "Training", state, data, order) -> tuple["TrainingState", Tot
     """Steps over examples that lie on the device, as a pure function."""
 
     def one(state, rows):
-        after, metrics = training.taken(state, _taken(data, rows))
+        # Taken where the whole data lie, on every device; each goes on with its part.
+        batch = training.split(_taken(data, rows))
+        after, metrics = training.taken(state, batch)
         return after, metrics
 
     first = state.step

@@ -400,7 +400,10 @@ class Training:
                     f"the batch has shape {np.shape(leaf)} at {path or 'its root'!r}: "
                     f"its examples can't be split evenly over {parts} devices"
                 )
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(axis)))
+        apart = NamedSharding(self.mesh, PartitionSpec(axis))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
+            return jax.lax.with_sharding_constraint(batch, apart)
+        return jax.device_put(batch, apart)
 
     # ------------------------------------------------------------------ the step
 
