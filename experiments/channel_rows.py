@@ -153,18 +153,20 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
     if methods:
         config = dataclasses.replace(config, method=methods)
     compared = ROWS[COMPARISON]
-    if (
-        name != COMPARISON
-        and config.base_from is None
-        and all(getattr(config, field) == getattr(compared, field) for field in OF_BASE)
+    made_by = f"channel_rows {COMPARISON} --seeds {{}}"
+    if config.base_from is not None:
+        made_by = f"cifar --model {config.model} --seeds {{}} --record"
+    elif name not in (COMPARISON, EQUAL) and all(
+        getattr(config, field) == getattr(compared, field) for field in OF_BASE
     ):
-        missing = [s for s in seeds if not (RUNS / COMPARISON / f"base-{s}").exists()]
+        config = dataclasses.replace(config, base_from=RUNS / COMPARISON)
+    if config.base_from is not None:
+        missing = [s for s in seeds if not (config.base_from / f"base-{s}").exists()]
         if missing:
             raise SystemExit(
-                f"{name} prunes the base networks of the comparison; run `python -m "
-                f"experiments.channel_rows {COMPARISON} --seeds {missing[0]}` first"
+                f"{name} prunes base networks of {config.base_from}; run `python -m "
+                f"experiments.{made_by.format(missing[0])}` first"
             )
-        config = dataclasses.replace(config, base_from=RUNS / COMPARISON)
     told = run_folder.settings_of(config, (*UNTOLD, "base_from"))
     # Recorded as they come: a row may take longer than a machine is there.
     for method in config.method:

@@ -109,7 +109,7 @@ def record(folder: Path, kept: Path) -> None:
     there = kept / run_folder.CONFIG
     if there.exists():
         old = json.loads(there.read_text())
-        if any(old[name] != value for name, value in lines[0]["settings"].items()):
+        if any(old.get(name) != value for name, value in lines[0]["settings"].items()):
             shutil.rmtree(kept)
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / run_folder.CONFIG, there)

@@ -4,7 +4,8 @@
     python -m experiments.notebooks quickstart       # one
 
 A notebook is made from its source, `notebooks/NAME.py`, and run from top to bottom by
-this interpreter. One that fails is left as it was.
+this interpreter, in an environment with the extra `tests`. One that fails is left as it
+was.
 """
 
 import sys

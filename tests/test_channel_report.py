@@ -212,6 +212,15 @@ def test_a_row_without_its_base_networks_says_what_to_run(file, monkeypatch):
         channel_rows.main(OfMethods(("other",), (3,)))
 
 
+def test_a_row_of_recorded_base_networks_says_how_one_is_made(
+    file, tmp_path, monkeypatch
+):
+    other = dataclasses.replace(CONFIG, base_from=tmp_path / "recorded")
+    monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, "other": other})
+    with pytest.raises(SystemExit, match=r"cifar --model .* --seeds 3 --record` first"):
+        channel_rows.main(OfMethods(("other",), (3,)))
+
+
 def test_the_readme_has_the_first_row_within_one_budget(file):
     assert channel_report.short() == ""
     row = channel_report.SHORT
