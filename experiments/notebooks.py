@@ -34,7 +34,7 @@ class SameInterpreter(AsyncKernelManager):
         return KernelSpec(argv=launch, display_name="Python 3", language="python")
 
 
-def execute(source: Path, seconds: float = 3600) -> nbformat.NotebookNode:
+def execute(source: Path, seconds: int = 3600) -> nbformat.NotebookNode:
     """A notebook with its outputs.
 
     Args:
