@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from l0jax import encoding, exporting, models, units
@@ -562,6 +563,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, notes: dict[str, Any]) -> None:
         """Writes the arrays of `state` and the JSON values of `notes`.
 
+        Of several processes all call it, with the same values, and see one folder.
+
         Raises:
             ValueError: if an array is of a dtype that can't be stored, or that JAX as
                 it is set up does not have; if JSON would not give `notes` back.
@@ -571,11 +574,14 @@ class Checkpoints:
         encoding.sealed(record)
         target = self.folder / str(step)
         _write_arrays(target, {p: _plain(a) for p, a in arrays.items() if a.size})
-        record |= {"bytes": _bytes(target), "files": _digest(target)}
-        _write_whole(self._record(step), encoding.sealed(record).encode())
-        for old in self.steps()[: -self.keep]:
-            self._record(old).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / str(old))
+        if jax.process_index() == 0:
+            record |= {"bytes": _bytes(target), "files": _digest(target)}
+            _write_whole(self._record(step), encoding.sealed(record).encode())
+            for old in self.steps()[: -self.keep]:
+                self._record(old).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / str(old))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step}")
 
     def restore(
         self, like: Callable[[dict[str, Any]], PyTree], warn: Callable[[str], None]

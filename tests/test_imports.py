@@ -66,6 +66,7 @@ ONLY_IN = {
     "train.resuming": {"pathlib", "warnings"},
     "train.deciding": {"warnings"},
     "train.compacting": {"warnings"},
+    "train.placement": {"re"},
     # The LASSO.
     "methods.channel_pruning": {"sklearn"},
 }

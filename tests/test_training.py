@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 import l0jax.nnx
 from l0jax import costs, estimators, gates, gating, objectives, train, units
 from l0jax.methods import relocation
 from l0jax.train import training as core
+from l0jax.train.placement import Placement
 from tests import training_models as models
 
 SGD = optax.sgd(0.05, momentum=0.9)
@@ -391,11 +394,9 @@ def test_eight_devices_train_as_one(run_python):
 
 
 def test_a_batch_that_cant_be_split_is_refused():
-    class Two:
-        axis_names, shape = ("data",), {"data": 3}
-
+    three = Mock(spec=Mesh, axis_names=("data",), shape={"data": 3})
     training = training_of("perceptron")
-    training.mesh = Two()
+    training.placement = Placement(three)
     with pytest.raises(ValueError, match="can't be split evenly over 3 devices"):
         training.split((np.zeros((100, 8)), np.zeros(100)))
 

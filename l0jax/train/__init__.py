@@ -17,6 +17,7 @@ from l0jax.train.networks import function as function
 from l0jax.train.networks import linen as linen
 from l0jax.train.networks import module as module
 from l0jax.train.optimizers import gates_apart as gates_apart
+from l0jax.train.placement import Sharding as Sharding
 from l0jax.train.resuming import Checkpoints as Checkpoints
 from l0jax.train.targets import Target as Target
 from l0jax.train.training import Training as Training

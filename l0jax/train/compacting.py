@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import functools
+import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import compaction, costs, units
+from l0jax.train.placement import parameter_of
 from l0jax.units import Keep
 
 if TYPE_CHECKING:
@@ -36,9 +39,13 @@ class Compaction:
             `compact` is told how many these are; some 3e11 take as long as compiling
             on a CPU.
         room: by how much of its target the network must still be able to exceed it.
+        round_to: multiple that widths stay, of all groups or of each that is named, by
+            so many dead units more (as `l0jax.round_to`). What is split over a mesh
+            stays a multiple of its devices anyhow.
 
     Raises:
-        ValueError: for a share or a probability outside [0, 1], or fewer than one call.
+        ValueError: for a share or a probability outside [0, 1], fewer than one call, or
+            a multiple below 1.
     """
 
     below: float = 0.1
@@ -46,6 +53,7 @@ class Compaction:
     at: float = 0.8
     gain: float = 3e11
     room: float = 0.1
+    round_to: int | Mapping[str, int] = 1
 
     def __post_init__(self):
         for name in ("below", "at"):
@@ -55,6 +63,10 @@ class Compaction:
                 )
         if self.after < 1:
             raise ValueError(f"after must be at least one call, got {self.after}")
+        each = self.round_to
+        for multiple in each.values() if isinstance(each, Mapping) else (each,):
+            if multiple < 1:
+                raise ValueError(f"round_to must be at least 1, got {multiple}")
 
 
 def compact(
@@ -64,13 +76,15 @@ def compact(
     policy = training.compaction
     if not training._gated:
         return training, state
-    now = jax.device_get(_closed(training, policy.below, state))
-    closed = compaction.count(jax.device_get(state.closed), now)
+    here = training.placement.on_host
+    now = here(_closed(training, policy.below, state))
+    closed = compaction.count(here(state.closed), now)
     state = state._replace(
         closed={name: jnp.asarray(each, jnp.int32) for name, each in closed.items()}
     )
     keep = compaction.alive(closed, policy.after)
     keep = _with_room(training, keep, policy.room)
+    keep = _rounded(training, keep)
     if all(flags.all() for flags in keep.values()):
         return training, training.placed(state)
     before = costs.exact(training.structure)
@@ -121,12 +135,36 @@ def _with_room(training: "Training", keep: Keep, room: float) -> dict[str, np.nd
     return spared
 
 
+def _rounded(training: "Training", keep: Keep) -> dict[str, np.ndarray]:
+    """So many units more that widths are multiples: of what the policy says, and of the
+    devices over which arrays are split."""
+    asked = training.compaction.round_to
+    groups = training._below(training.structure.groups)
+    devices = training.placement.multiples(groups, training.network.params)
+    multiples = {
+        name: math.lcm(
+            asked.get(name, 1) if isinstance(asked, Mapping) else asked, devices[name]
+        )
+        for name in keep
+    }
+    rounded = units.round_to(keep, multiples)
+    for name, flags in rounded.items():
+        more = int(np.sum(flags & ~np.asarray(keep[name])))
+        if more and devices[name] > 1:
+            warnings.warn(
+                f"{more} closed units of {name!r} stay: its arrays are split over "
+                f"{devices[name]} devices",
+                stacklevel=4,
+            )
+    return rounded
+
+
 def without(
     training: "Training", state: "TrainingState", keep: Keep
 ) -> tuple["Training", "TrainingState"]:
     """See `Training.without`."""
     structure = training.structure
-    state = jax.device_get(state)
+    state = training.placement.on_host(state)
     tree = training.network.tree(state.params, state.rest)
     keep = units.left(tree, keep, structure.groups)
     trees = [tree]
@@ -162,6 +200,8 @@ def without(
         average=average,
         closed=closed,
     )
+    for line in other.placement.uneven(smaller.params):
+        warnings.warn(f"{line}; every device holds it whole", stacklevel=4)
     return other, other.placed(jax.tree.map(jnp.array, after))
 
 
@@ -193,12 +233,10 @@ def _of_groups(tree: PyTree, keep: Keep) -> PyTree:
 def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
     """What an optimiser keeps for the parameters that are left."""
     shapes = {path: np.shape(leaf) for path, leaf in units.arrays(params).items()}
-    longest_first = sorted(shapes, key=len, reverse=True)
     cut_paths = {path for path, _ in masks}
 
     def cut(key_path, leaf):
-        path = units.path_of(key_path)
-        of = next((p for p in longest_first if f".{path}".endswith(f".{p}")), None)
+        of = parameter_of(units.path_of(key_path), shapes)
         if of is None or of not in cut_paths:
             return leaf
         if np.shape(leaf) != shapes[of]:

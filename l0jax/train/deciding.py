@@ -73,7 +73,7 @@ def decide(training: "Training", state: "TrainingState", rule: str | None) -> De
             "another rule"
         )
     by_family = getattr(training.gating, "rule", "paper") if rule == BUDGET else rule
-    seen = jax.device_get(_seen(training, by_family, state))
+    seen = training.placement.on_host(_seen(training, by_family, state))
     z, active, expected = seen["z"], seen["active"], seen["expected"]
     if rule == BUDGET:
         z = _within_budget(training, seen["logits"], seen["mean"], active)

@@ -61,7 +61,8 @@ class Checkpoints:
             "gating": _described(training),
             "notes": {} if notes is None else notes,
         }
-        self._files.save(done, state._asdict(), record)
+        here = training.placement.on_host(state)
+        self._files.save(done, here._asdict(), record)
 
     def restore(
         self, training: Training, key: PRNGKeyArray

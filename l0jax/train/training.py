@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating, objectives, units
@@ -30,13 +30,14 @@ from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
 from l0jax.structure import Structure
 from l0jax.tracing import trace
-from l0jax.train import averages, compacting, deciding, epochs, losses
+from l0jax.train import averages, compacting, deciding, epochs, losses, placement
 from l0jax.train.compacting import Compaction
 from l0jax.train.deciding import Decision
 from l0jax.train.epochs import Totals
 from l0jax.train.gatings import Learned, Ungated, gating_of
 from l0jax.train.losses import Loss, Metrics
 from l0jax.train.networks import Network, network
+from l0jax.train.placement import Placement, Sharding
 from l0jax.train.targets import Budget, Target, sizes_of
 from l0jax.units import Group, Groups, Keep
 
@@ -105,12 +106,19 @@ class Training:
         polyak: decay of the average over steps that is evaluated and kept in the end;
             0 for none, below 1.
         compaction: when `compact` takes units out.
-        mesh: devices over the first axis of which batches are split.
+        mesh: devices over the first axis of which batches are split. With several
+            processes each gives its own part of a batch.
+        sharding: how parameters, and what the optimiser and the average keep for them,
+            are split over the mesh, by patterns of paths, the first that matches:
+            `{r".*.out.kernel": PartitionSpec("model", None), ".*": "data"}` splits
+            some along their first axis over "model", and of all others the largest axis
+            that can be over "data". By default every device has all of them.
         compute: the dtype in which the network runs, such as `jnp.bfloat16`.
             Parameters, gates, noise, statistics and losses stay as they are.
 
     Raises:
-        ValueError: for both a price and a target that pushes, or either without gates
+        ValueError: for rules of `sharding` that the mesh or the parameters don't fit;
+            for both a price and a target that pushes, or either without gates
             that are learned; a target that pushes gates of which nothing is expected to
             be 0; a target below what no gate can remove; `polyak` outside [0, 1); a
             group whose units are used by what isn't trained; anything that is refused
@@ -137,9 +145,12 @@ class Training:
         polyak: float = 0.0,
         compaction: Compaction | None = None,
         mesh: Mesh | None = None,
+        sharding: Sharding | None = None,
         compute: Any = None,
     ):
         self.network: Network = network(model)
+        self.placement = Placement(mesh, tuple((sharding or {}).items()))
+        self.placement.check(self.network.params)
         self.loss = loss
         self.gating = gating_of(gate)
         self.price, self.target = price, target
@@ -151,7 +162,7 @@ class Training:
         )
         self.polyak = polyak
         self.compaction = Compaction() if compaction is None else compaction
-        self.mesh, self.compute = mesh, compute
+        self.compute = compute
         if structure is None:
             structure = self._read(example)
         self.structure = structure
@@ -202,7 +213,7 @@ class Training:
             self.gating.key,
             (price, self.target and self.target.key, self.weight_decay, self.detached),
             (self.charges, self.penalty, self.optimizer, self.gate_optimizer),
-            (self.polyak, self.mesh, self.compute),
+            (self.polyak, self.placement, self.compute),
             tuple(self.structure.groups.items()),
             tuple(self.structure.wholes.items()),
             tuple((path, leaf.shape) for path, leaf in self.structure.arrays.items()),
@@ -380,30 +391,17 @@ class Training:
 
     def placed(self, state: TrainingState) -> TrainingState:
         """A state where the mesh wants it."""
-        if self.mesh is None:
+        if self.placement.mesh is None:
             return state
-        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        return placement.put(state, self.placement.of_state(state, self._gated))
 
     def split(self, batch: PyTree) -> PyTree:
-        """A batch, split over the mesh.
+        """A batch, split over the mesh. Of several processes each gives its own part.
 
         Raises:
             ValueError: if the number of examples doesn't divide.
         """
-        if self.mesh is None:
-            return batch
-        axis = self.mesh.axis_names[0]
-        parts = self.mesh.shape[axis]
-        for path, leaf in units.arrays(batch).items():
-            if not np.ndim(leaf) or np.shape(leaf)[0] % parts:
-                raise ValueError(
-                    f"the batch has shape {np.shape(leaf)} at {path or 'its root'!r}: "
-                    f"its examples can't be split evenly over {parts} devices"
-                )
-        apart = NamedSharding(self.mesh, PartitionSpec(axis))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
-            return jax.lax.with_sharding_constraint(batch, apart)
-        return jax.device_put(batch, apart)
+        return self.placement.split(batch)
 
     # ------------------------------------------------------------------ the step
 
@@ -455,6 +453,11 @@ class Training:
             average=average,
             dual=dual,
         )
+        if self.placement.mesh is not None:
+            # Else the compiler may choose another place, for which the next step would
+            # be another program.
+            places = self.placement.of_state(after, self._gated)
+            after = jax.lax.with_sharding_constraint(after, places)
         return after, metrics
 
     def epoch(
@@ -642,6 +645,7 @@ class Training:
         total: dict[str, Any] = {}
         count = 0
         for batch in batches:
+            batch = self.placement.split_if_even(batch)
             size = len(jax.tree.leaves(batch)[0])
             found = _evaluated(self, loss or self.loss, params, state, batch)
             for name, value in found.items():
@@ -725,11 +729,11 @@ class Training:
         decision = self._decided(state, rule)
         deciding.warn_undecided(decision)
         params = self.folded(state, decision)
-        tree = self.network.tree(params, state.rest)
+        tree = self.placement.on_host(self.network.tree(params, state.rest))
         if not self.structure.groups:
             return self.network.whole(tree)
         keep = units.in_use(tree, self.structure.groups)
-        return self.network.finished(jax.device_get(tree), keep, self.structure)
+        return self.network.finished(tree, keep, self.structure)
 
     # -------------------------------------------------------------- compaction
 

@@ -1,0 +1,328 @@
+"""Where arrays lie: on one device, or over a mesh of devices, of one process or many.
+
+The work is split by JAX's own compiler (`jax.jit` over a `jax.sharding.Mesh`), which
+follows the arrays. So all that is told here is which axis of which array is split over
+which axis of the mesh: the examples of a batch over the first, parameters by rules over
+their paths, what an optimiser keeps as the parameter that it keeps it for, gates of
+single weights as the weights they multiply. All else is held by every device whole.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from l0jax import units
+from l0jax.units import Groups
+
+WHOLE = PartitionSpec()
+
+Sharding = Mapping[str, PartitionSpec | str]
+"""By patterns of whole paths (`re.fullmatch`), of which the first that matches counts:
+which axes of a parameter are split over which axes of the mesh; or the name of an axis
+of the mesh, over which the largest axis is split that can be split evenly, if any."""
+
+
+def parameter_of(path: str, paths: Iterable[str]) -> str | None:
+    """The parameter that an optimiser keeps the array at `path` for: the one with the
+    longest path that this ends with."""
+    ending = [p for p in paths if f".{path}".endswith(f".{p}")]
+    return max(ending, key=len, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays of a training lie.
+
+    Args:
+        mesh: devices; over its first axis batches are split. None: the default device.
+        rules: how parameters are split, as `Sharding` has it.
+
+    Raises:
+        ValueError: for rules without a mesh, a rule that names an axis which the mesh
+            does not have, or a pattern that is none.
+    """
+
+    mesh: Mesh | None = None
+    rules: tuple[tuple[str, PartitionSpec | str], ...] = ()
+
+    def __post_init__(self):
+        if self.rules and self.mesh is None:
+            raise ValueError(
+                "sharding= says how parameters are split over a mesh, and no mesh= is "
+                "given"
+            )
+        for pattern, rule in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{pattern!r} is no pattern of paths: {error}"
+                ) from error
+            for axis in {rule} if isinstance(rule, str) else _named(rule):
+                if axis not in self._mesh.shape:
+                    raise ValueError(
+                        f"the rule for {pattern!r} names the axis {axis!r}; the mesh "
+                        f"has {', '.join(map(str, self._mesh.axis_names))}"
+                    )
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+    def _parts(self, names: Any) -> int:
+        """Over how many devices an axis is split by an entry of a PartitionSpec."""
+        names = names if isinstance(names, tuple) else (names,)
+        return math.prod(self._mesh.shape[name] for name in names if name is not None)
+
+    def asked(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """How the rules split a parameter.
+
+        Raises:
+            ValueError: if a rule has more entries than the parameter has axes.
+        """
+        for pattern, rule in self.rules:
+            if not re.fullmatch(pattern, path):
+                continue
+            if isinstance(rule, PartitionSpec):
+                if len(rule) > len(shape):
+                    raise ValueError(
+                        f"the rule for {pattern!r} has {len(rule)} entries, and "
+                        f"{path!r} the shape {shape}"
+                    )
+                return rule
+            parts = self._parts(rule)
+            whole = [at for at, size in enumerate(shape) if size and size % parts == 0]
+            if not whole:
+                return WHOLE
+            largest = max(whole, key=lambda at: shape[at])
+            return PartitionSpec(*[None] * largest, rule)
+        return WHOLE
+
+    def uneven(self, params: PyTree) -> list[str]:
+        """What can't be split as the rules have it, a line for each."""
+        found = []
+        for path, leaf in units.arrays(params).items():
+            shape = np.shape(leaf)
+            for at, names in enumerate(self.asked(path, shape)):
+                if shape[at] % self._parts(names):
+                    found.append(
+                        f"axis {at} of {path!r}, of shape {shape}, can't be split "
+                        f"evenly over the {self._parts(names)} devices of {names!r}"
+                    )
+        return found
+
+    def check(self, params: PyTree) -> None:
+        """Raises ValueError unless each rule splits something, and what it splits is
+        split evenly."""
+        for line in self.uneven(params):
+            raise ValueError(
+                f"{line}; give a rule that leaves it whole before that one"
+            )
+        paths = units.arrays(params)
+        for pattern, _ in self.rules:
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise ValueError(
+                    f"the rule for {pattern!r} matches no parameter; there is "
+                    f"{', '.join(paths)}"
+                )
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """How a parameter is split: as the rules have it, but for what can't be split
+        evenly."""
+        asked = self.asked(path, shape)
+        return PartitionSpec(
+            *(
+                None if size % self._parts(names) else names
+                for names, size in zip(asked, shape, strict=False)
+            )
+        )
+
+    def multiples(self, groups: Groups, params: PyTree) -> dict[str, int]:
+        """Of how many units a group must have a multiple for its arrays to be split as
+        the rules have it."""
+        arrays = units.arrays(params)
+        found = {}
+        for name, group in groups.items():
+            parts = [1]
+            for slot in group.slots:
+                if slot.axis is None or slot.path not in arrays:
+                    continue
+                asked = self.asked(slot.path, np.shape(arrays[slot.path]))
+                if slot.axis < len(asked):
+                    parts.append(self._parts(asked[slot.axis]))
+            found[name] = math.lcm(*parts)
+        return found
+
+    # ------------------------------------------------------------------ of a state
+
+    def of_state(self, state: Any, groups: Groups) -> Any:
+        """Where each array of a `TrainingState` lies.
+
+        Args:
+            state: with arrays or their shapes.
+            groups: that are multiplied by gates, by the paths of the parameters.
+        """
+        shapes = {p: np.shape(leaf) for p, leaf in units.arrays(state.params).items()}
+        specs = {path: self.spec(path, shape) for path, shape in shapes.items()}
+        whole = {
+            name: spec
+            for name, group in groups.items()
+            if (spec := self._of_weights(group, specs)) != WHOLE
+        }
+
+        def as_parameters(key_path, leaf):
+            of = parameter_of(units.path_of(key_path), shapes)
+            same = of is not None and np.shape(leaf) == shapes[of]
+            return self._at(specs[of] if same else WHOLE)
+
+        def as_gates(key_path, leaf):
+            name = str(getattr(key_path[-1], "key", "")) if key_path else ""
+            same = name in whole and np.shape(leaf) == (groups[name].size,)
+            return self._at(whole[name] if same else WHOLE)
+
+        place = jax.tree_util.tree_map_with_path
+        everywhere = functools.partial(jax.tree.map, lambda _: self._at(WHOLE))
+        average = state.average
+        if average:
+            average = {
+                "params": place(as_parameters, average["params"]),
+                "gates": place(as_gates, average["gates"]),
+            }
+        return type(state)(
+            step=everywhere(state.step),
+            key=everywhere(state.key),
+            params=place(as_parameters, state.params),
+            gates=place(as_gates, state.gates),
+            rest=everywhere(state.rest),
+            opt_state={
+                "params": place(as_parameters, state.opt_state["params"]),
+                "gates": place(as_gates, state.opt_state["gates"]),
+            },
+            average=average,
+            dual=everywhere(state.dual),
+            closed=everywhere(state.closed),
+        )
+
+    def _of_weights(self, group: Any, specs: Mapping[str, PartitionSpec]):
+        """How the gates of single weights are split, a vector in the weights' order:
+        as they are, if they are split along their first axis and no other."""
+        slots = group.used_by
+        if len(slots) != 1 or slots[0].axis is not None:
+            return WHOLE
+        spec = specs[slots[0].path]
+        return PartitionSpec(spec[0]) if spec and not any(spec[1:]) else WHOLE
+
+    def _at(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self._mesh, spec)
+
+    # ------------------------------------------------------------------ of examples
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Arrays that every device has. Of several processes each gives the same."""
+        if self.mesh is None:
+            return tree
+        return put(tree, jax.tree.map(lambda _: self._at(WHOLE), tree))
+
+    def split(self, batch: PyTree) -> PyTree:
+        """A batch, split over the first axis of the mesh. Of several processes each
+        gives a part of its own.
+
+        Raises:
+            ValueError: if the number of examples doesn't divide.
+        """
+        if self.mesh is None:
+            return batch
+        axis = self.mesh.axis_names[0]
+        parts = self.mesh.shape[axis]
+        for path, leaf in units.arrays(batch).items():
+            pieces = jax.process_count() if _is_part(leaf) else 1
+            if not np.ndim(leaf) or np.shape(leaf)[0] * pieces % parts:
+                raise ValueError(
+                    f"the batch has shape {np.shape(leaf)} at {path or 'its root'!r}: "
+                    f"its examples can't be split evenly over {parts} devices"
+                )
+
+        apart = self._at(PartitionSpec(axis))
+
+        def placed(leaf):
+            if isinstance(leaf, jax.core.Tracer):
+                return jax.lax.with_sharding_constraint(leaf, apart)
+            if _is_part(leaf):
+                local = np.asarray(leaf)
+                return jax.make_array_from_process_local_data(apart, local)
+            return put(leaf, apart)
+
+        return jax.tree.map(placed, batch)
+
+    def split_if_even(self, batch: PyTree) -> PyTree:
+        """As `split`, but on every device whole what one process gives that doesn't
+        divide, such as the last batch of an evaluation."""
+        if self.mesh is None:
+            return batch
+        parts = self.mesh.shape[self.mesh.axis_names[0]]
+        sizes = {len(leaf) for leaf in jax.tree.leaves(batch)}
+        if jax.process_count() == 1 and any(size % parts for size in sizes):
+            return self.everywhere(batch)
+        return self.split(batch)
+
+    def on_host(self, tree: PyTree) -> PyTree:
+        """NumPy arrays, whole in every process."""
+        if not all(map(_is_here, jax.tree.leaves(tree))):
+            # What other processes hold: all of them call this.
+            tree = _moved(tree, self._at(WHOLE))
+        return jax.device_get(tree)
+
+
+def _named(spec: PartitionSpec) -> set[str]:
+    """The axes of the mesh that a PartitionSpec names."""
+    found: set[str] = set()
+    for entry in spec:
+        found |= set(entry) if isinstance(entry, tuple) else {entry} - {None}
+    return found
+
+
+def put(tree: PyTree, places: PyTree) -> PyTree:
+    """Arrays where they are to lie. What one process alone has, others have as well:
+    each puts its own part where its devices are."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+    return jax.tree.map(_put_one, tree, places)
+
+
+def _put_one(leaf: Any, place: NamedSharding) -> jax.Array:
+    if not _is_local(leaf):
+        return leaf if leaf.sharding == place else _moved(leaf, place)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = _put_one(jax.random.key_data(leaf), place)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+
+
+def _is_local(leaf: Any) -> bool:
+    """Whether other processes don't know of it."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _is_part(leaf: Any) -> bool:
+    """Whether other processes give the other examples of a batch."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    return jax.process_count() > 1 and not traced and _is_local(leaf)
+
+
+def _is_here(leaf: Any) -> bool:
+    return _is_local(leaf) or leaf.is_fully_replicated
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _moved(tree: PyTree, place: NamedSharding) -> PyTree:
+    return jax.lax.with_sharding_constraint(tree, place)

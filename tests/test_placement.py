@@ -1,0 +1,176 @@
+"""Many devices and many processes give what one gives (law 12)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from l0jax.train.placement import Placement, parameter_of
+from tests import on_devices
+
+PARAMS = {"first": {"kernel": jnp.zeros((6, 4))}, "out": {"kernel": jnp.zeros((4, 3))}}
+
+
+def ran(name, folder, processes=1, seconds=300):
+    """What a program gave, on eight devices of so many processes."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={8 // processes}"
+    begun = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "tests.on_devices", name),
+                *(str(port), str(processes), str(at), str(folder)),
+            ],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for at in range(processes)
+    ]
+    found = []
+    for process in begun:
+        try:
+            out, error = process.communicate(timeout=seconds)
+        finally:
+            for other in begun:
+                if process.returncode:
+                    other.kill()
+        assert process.returncode == 0, error[-3000:]
+        found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def apart(a, b):
+    return np.abs(np.subtract(a["losses"], b["losses"]))[:50].max()
+
+
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(tmp_path):
+    (found,) = ran("trajectories", tmp_path)
+    for kind in on_devices.KINDS:
+        alone, *others = (found[f"{kind}, {way}"] for way in on_devices.WAYS)
+        assert len(alone["losses"]) == on_devices.STEPS
+        assert alone["losses"][-1] < 0.9 * alone["losses"][0]
+        for other in others:
+            assert apart(alone, other) < 2e-6, kind
+            assert other["widths"] == alone["widths"]
+    # Units were taken out; arrays are split, those of gates of single weights too.
+    sharded = found["units, sharded"]
+    assert sharded["spec"] == str(PartitionSpec(None, "model"))
+    assert all(size % 4 == 0 for size in sharded["widths"])
+    assert sharded["widths"] != [48, 32]
+    assert str(PartitionSpec("model")) in found["single weights, sharded"]["of logits"]
+
+
+def test_gates_add_no_collective(tmp_path):
+    (found,) = ran("collectives", tmp_path)
+    assert found["gated"] == found["plain"]
+    assert found["plain"]["all-reduce"] > 0
+
+
+@pytest.mark.slow
+def test_a_sharded_decoder_gives_what_one_device_gives(tmp_path):
+    (found,) = ran("decoder", tmp_path)
+    alone, sharded = found["alone"], found["sharded"]
+    assert apart(alone, sharded) < 1e-5
+    assert len(set(alone["losses"])) > 50
+    # Units were taken out.
+    assert alone["widths"] == sharded["widths"]
+    assert sum(sharded["widths"][-1]) < sum([4, 64] * 2)
+    assert sum("data" in spec for spec in sharded["specs"].values()) > 10
+    assert sum("model" in spec for spec in sharded["specs"].values()) >= 12
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    (alone,) = ran("processes", tmp_path)
+    both = ran("processes", tmp_path, processes=2)
+    assert both[0] == both[1]
+    for way, expected in alone.items():
+        found = both[0][way]
+        assert found["restored"]
+        assert expected["restored"]
+        assert (found["done"], found["kept"]) == (3, [2, 3])
+        assert apart(found, expected) < 2e-6
+        assert found["widths"] == expected["widths"]
+        np.testing.assert_allclose(
+            found["losses"][-2:], expected["losses"][-2:], rtol=1e-5
+        )
+        np.testing.assert_allclose(found["sum"], expected["sum"], rtol=1e-4)
+        assert found["seen"] == pytest.approx(expected["seen"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ rules
+
+
+# A mesh of devices that aren't there.
+SIX = Mock(spec=Mesh, axis_names=("data", "model"), shape={"data": 3, "model": 2})
+
+
+def test_the_first_rule_that_matches_counts():
+    rules = (
+        ("first.*", PartitionSpec(None, "model")),
+        (".*", "data"),
+    )
+    placement = Placement(SIX, rules)
+    assert placement.spec("first.kernel", (6, 4)) == PartitionSpec(None, "model")
+    # The largest axis that 3 divides.
+    assert placement.spec("other", (6, 9)) == PartitionSpec(None, "data")
+    assert placement.spec("other", (6, 4)) == PartitionSpec("data")
+    assert placement.spec("other", (5, 4)) == PartitionSpec()
+    assert placement.spec("other", ()) == PartitionSpec()
+
+
+def test_what_a_rule_can_t_split_is_refused():
+    split = {"first.kernel": PartitionSpec(("data", "model"), None)}
+    Placement(SIX, tuple(split.items())).check(PARAMS)
+    for rules, message in (
+        ({"first.kernel": PartitionSpec(None, "data")}, r"axis 1 of 'first.kernel'"),
+        ({"first.*": PartitionSpec(None, None, "data")}, "has 3 entries"),
+        ({"second.*": PartitionSpec("data")}, "matches no parameter"),
+    ):
+        placement = Placement(SIX, tuple(rules.items()))
+        with pytest.raises(ValueError, match=message):
+            placement.check(PARAMS)
+
+
+def test_rules_are_of_a_mesh():
+    with pytest.raises(ValueError, match="no mesh= is given"):
+        Placement(None, ((".*", "data"),))
+    for rule in ("sweep", PartitionSpec(None, ("data", "sweep"))):
+        with pytest.raises(ValueError, match="names the axis 'sweep'"):
+            Placement(SIX, ((".*", rule),))
+    with pytest.raises(ValueError, match="is no pattern"):
+        Placement(SIX, (("(", "data"),))
+
+
+def test_what_an_optimiser_keeps_is_of_the_longest_path():
+    paths = ("kernel", "out.kernel", "in.kernel")
+    assert parameter_of("0.mu.out.kernel", paths) == "out.kernel"
+    assert parameter_of("0.mu.kernel", paths) == "kernel"
+    assert parameter_of("0.mu.flout.kernel", paths) == "kernel"
+    assert parameter_of("0.count", paths) is None
+
+
+def test_a_training_on_one_device_may_have_a_mesh():
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        training = on_devices.perceptron(mesh=mesh, sharding={".*": "data"})
+        losses, _, state = on_devices.trained(training)
+        alone, _, _ = on_devices.trained(on_devices.perceptron())
+    assert losses == alone
+    assert state.params["first"]["kernel"].sharding.spec == PartitionSpec("data")
