@@ -3,7 +3,7 @@
     python -m experiments.language_model --quick       # Python's reference, 3 minutes
     python -m experiments.language_model --method all --seeds 0 1 2
     python -m experiments.language_model --gated heads hidden branches --distil
-    python -m experiments.language_model --devices 8 --compute bfloat16
+    python -m experiments.language_model --mesh data=8 --compute bfloat16
 
 A decoder is trained on characters, or read from the run folder. Each method takes the
 same share out of it, decided within the budget, and all train on as much text after

@@ -188,18 +188,12 @@ class Run:
         """
         config = self.config
         steps = self.steps(recipe, recipe.epochs)
-        mesh = None
-        if config.devices > 1:
-            devices = np.asarray(jax.devices()[: config.devices])
-            mesh = jax.sharding.Mesh(devices, ("data",))
         if "structure" not in how:
             how["structure"] = models.structure(model).only()
         training = train.Training(
             model,
             loss,
             optimizer=adam(recipe, max(steps, 1)),
-            mesh=mesh,
-            compute=jnp.bfloat16 if config.compute == "bfloat16" else None,
             **how,
         )
         windows, said = self.windows(recipe), None
@@ -211,10 +205,10 @@ class Run:
             training,
             self.named(name),
             Windows(windows, said),
+            on=config,
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
-            loop=mesh is not None,
             name=f"{name} seed {self.seed}",
             show=config.progress,
         )

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.harness import devices
 from experiments.tasks import text
 from l0jax import costs
 
@@ -33,7 +34,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Take a share out of a language model."""
 
     method: tuple[str, ...] = ("l0_hard_concrete",)
@@ -92,10 +93,6 @@ class Config:
     """folder of a run whose bases are taken"""
     seeds: tuple[int, ...] = (0,)
     """of weights, gates and the order of the text"""
-    devices: int = 1
-    """over which batches are split"""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """in which the network runs; parameters, gates and losses stay in float32"""
     out: Path | None = None
     """run folder; None is runs/<text>-decoder-<digest of the configuration>"""
     progress: bool = True
@@ -114,7 +111,7 @@ OF_BASE = (
     *("base", "compute"),
 )
 """Settings that decide the base."""
-UNTOLD = ("method", "seeds", "out", "base_from", "progress")
+UNTOLD = ("method", "seeds", "out", "base_from", "progress", *devices.PLACES)
 """Settings that don't change what a single run gives."""
 
 
@@ -134,7 +131,7 @@ def check(config: Config, known: Collection[str]) -> None:
     if not config.method or not config.seeds or not config.gated:
         raise ValueError("give at least one method, one seed and one kind of units")
     sizes = ("layers", "width", "heads", "queries", "dim", "hidden", "length")
-    for name in (*sizes, "devices", "judged_by"):
+    for name in (*sizes, "judged_by"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.dim % 2:
@@ -170,11 +167,7 @@ def check(config: Config, known: Collection[str]) -> None:
                 f"{name} needs at least one epoch and one window a batch, got "
                 f"{recipe.epochs} and {recipe.batch_size}"
             )
-        if recipe.batch_size % config.devices:
-            raise ValueError(
-                f"{name}.batch_size is {recipe.batch_size}, which can't be split "
-                f"evenly over {config.devices} devices"
-            )
+        devices.check(config, recipe.batch_size)
         if not 0 < recipe.apart <= 1:
             raise ValueError(f"{name}.apart must lie in (0, 1], got {recipe.apart}")
         if not recipe.learning_rate > 0 or not 0 <= recipe.warm_up < 1:

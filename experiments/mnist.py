@@ -25,7 +25,7 @@ import tyro
 from flax import nnx
 
 import l0jax.nnx
-from experiments.harness import run_folder
+from experiments.harness import devices, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_evaluation import (
     EVALUATION_BATCH,
@@ -47,6 +47,7 @@ from l0jax.train import Training
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; returns what `summary.json` in the run folder holds."""
     begun = time.time()
+    devices.begin(config)
     gate = check(config)
     dataset = data.load(config.dataset, config.validation)
     key = jax.random.key(config.seed)
@@ -77,7 +78,7 @@ def main(config: Config) -> dict[str, Any]:
     log = run_folder.Log(folder)
     log.keep_until(run.epoch)
     if not run.epoch:
-        seen = whole.decide(run.state, config.test_rule)
+        seen = run.training.decide(run.state, config.test_rule)
         log.activity(0, unit_activity(whole, seen.prob_active))
 
     for epoch in run:
@@ -97,11 +98,16 @@ def main(config: Config) -> dict[str, Any]:
         log.row(row)
         run.say(progress_line(row))
     log.close()
+    training, state = devices.alone(run.training, run.state)
+    now = Seen.of(training, state, rule_of(config))
     if run.epoch < config.epochs:
         return {"stopped_after": run.epoch, "folder": str(folder)}
+    if not devices.is_first():
+        if wants_dense(config):
+            dense_network(config, dataset, model, folder)
+        return {"folder": str(folder)}
 
     row = log.rows()[-1]
-    now = Seen.of(run.training, run.state, rule_of(config))
     small, dead = smaller(now)
     storage.save(small, folder / "shrunk")
     images = jnp.asarray(dataset.test.images[:EVALUATION_BATCH], jnp.float32)
@@ -151,6 +157,7 @@ def run_of(
         training,
         jax.random.key(config.seed),
         (dataset.train.images, dataset.train.labels),
+        on=config,
         epochs=config.epochs,
         batch_size=config.batch_size,
         folder=folder,
@@ -347,6 +354,8 @@ def cli() -> None:
         summary = main(config)
     except (ValueError, Diverged, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.mnist: {error}") from None
+    if not devices.is_first():
+        return
     if "stopped_after" in summary:
         print(f"stopped after epoch {summary['stopped_after']}; go on with --resume")
         return

@@ -51,7 +51,8 @@ class Seen:
 
     def error(self, split: Split) -> float:
         """In per cent, of the examples of a split."""
-        found = self.training.evaluate(self.state, batches(split), rule=self.decision)
+        all_of = map(self.training.placement.everywhere, batches(split))
+        found = self.training.evaluate(self.state, all_of, rule=self.decision)
         count = len(split.labels)
         return 100 * round(found["error"] * count) / count
 

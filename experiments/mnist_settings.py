@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.harness import run_folder
+from experiments.harness.devices import PLACES, OnHosts
 from experiments.tasks import data
 from l0jax import constraints, costs, estimators, gates, gating
 from l0jax.train.targets import DECIDED
@@ -15,12 +16,12 @@ NETWORKS = ("mlp", "lenet5")
 # Fields that say where and how far to run, not what is run.
 HOUSEKEEPING = (
     *("out", "resume", "stop_after", "checkpoint_every", "progress"),
-    "dense",
+    *("dense", *PLACES),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(OnHosts):
     """Train a network whose units or weights are gated, and shrink it."""
 
     dataset: str = "digits"
@@ -128,7 +129,9 @@ class Config:
 
 def scientific(config: Config) -> dict:
     """The fields that decide the result."""
-    told = run_folder.settings_of(config, HOUSEKEEPING)
+    # Runs are older than the flag.
+    usual = ("compute",) if config.compute == Config.compute else ()
+    told = run_folder.settings_of(config, (*HOUSEKEEPING, *usual))
     return told | {"test_rule": rule_of(config)}
 
 

@@ -22,13 +22,10 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most of the time is spent on compiling what then runs for milliseconds: a third of it
-# on one way to emit fusions, which later versions no longer let one choose.
+# Most of the time is spent on compiling what then runs for milliseconds. (XLA's other
+# way to emit fusions, --xla_cpu_use_fusion_emitters=false, compiles in two thirds of
+# the time, and gives wrong gradients of convolutions.)
 jax.config.update("jax_disable_most_optimizations", True)
-if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = " ".join(
-        (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
-    )
 
 # The same examples at every run, and no clock: a test fails for its code alone.
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25)
@@ -46,8 +43,10 @@ SLOW = re.compile(
     r"|test_mnist.*\[compacted weights\]|a_network_and_a_data_set_of_one_s_own"
     r"|test_language_study.*(every_way_ends|a_budget\[|not_made_twice|are_read_with)"
     r"|the_report_is_made_of_the_folder|met_by_branches_and_units"
+    r"|each_group_may_have_a_target_of_its_own|have_the_mean_loss_of_networks_of_their"
+    r"|input_gradients_that_are_noise|in_the_time_that_is_left"
 )
-MEMBERS = 3
+MEMBERS = 2
 
 
 def pytest_configure(config):

@@ -114,7 +114,8 @@ from experiments.tasks import text
 from tests import test_language_study as here
 found = here.a_part()
 text.load = lambda name: found
-config = dataclasses.replace(here.TINY, devices=2, out=pathlib.Path({str(tmp_path)!r}))
+out = pathlib.Path({str(tmp_path)!r})
+config = dataclasses.replace(here.TINY, mesh="data=2", out=out)
 (line,) = language_model.main(config)["results"]
 print(line["metrics"]["test loss"])
 """
@@ -359,7 +360,8 @@ def test_gates_of_values_are_gates_of_weights():
         ({"gated": ("heads", "queries")}, "the base has no queries that could go"),
         ({"price": 0.0}, "price must be > 0"),
         ({"keep_prob": 1.0}, "keep_prob must lie in"),
-        ({"devices": 3}, "batch_size is 16, which can't be split evenly over 3"),
+        ({"mesh": "data=3"}, "mesh 'data=3' asks for 3 devices, and there are 1"),
+        ({"shard": "data"}, "shard is given, but no mesh"),
         ({"base": Recipe(epochs=0)}, "base needs at least one epoch"),
         ({"base": Recipe(apart=0.0)}, r"base.apart must lie in \(0, 1\], got 0.0"),
         ({"tune": Recipe(epochs=2, learning_rate=0.0)}, "tune needs a learning rate"),

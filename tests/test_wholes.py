@@ -52,6 +52,7 @@ def drawn(structure, seed, share=0.7):
     return {n: rng.random(g.size) < share for n, g in structure.groups.items()}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_left_is_what_is_left_of_the_parts(model, parts, structure, seed):
     """Counted, gated, removed from the module, and narrowed."""

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from experiments.harness import progress
+from experiments.harness import devices, progress
+from experiments.harness.devices import OnDevices
 from l0jax import train
 from l0jax.train import Training, TrainingState
 
@@ -43,6 +44,7 @@ class Run:
         key: from which all that is random is derived; epoch n has the same order of
             the examples in every run with this key.
         data: arrays of all examples.
+        on: the devices it trains on; by default one.
         epochs: passes over them.
         batch_size: examples of a step.
         folder: of the checkpoints; None: there are none.
@@ -61,7 +63,7 @@ class Run:
         first_step_at: when the first steps of this process were done, by the clock.
 
     Raises:
-        ValueError: if the examples don't fill a batch.
+        ValueError: if the examples don't fill a batch; as `devices.on`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Run:
         key: PRNGKeyArray,
         data: PyTree,
         *,
+        on: OnDevices | None = None,
         epochs: int,
         batch_size: int,
         folder: Path | None = None,
@@ -79,7 +82,11 @@ class Run:
         name: str | None = None,
         show: bool = True,
     ):
-        self.data = jax.tree.map(jnp.asarray, data)
+        if on is not None:
+            training = devices.on(training, on, batch_size)
+        if training.placement.mesh is None:
+            data = jax.tree.map(jnp.asarray, data)
+        self.data = training.placement.everywhere(data)
         self.examples = len(jax.tree.leaves(self.data)[0])
         self.batch_size, self.epochs = batch_size, epochs
         self.steps_per_epoch = self.examples // batch_size
@@ -97,7 +104,8 @@ class Run:
         self.seconds = 0.0
         self.notes: dict[str, Any] = {}
         self.first_step_at: float | None = None
-        self._said, self._name, self._show = "", name, show
+        self._said, self._name = "", name
+        self._show = show and devices.is_first()
 
     def restore(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""

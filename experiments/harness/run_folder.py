@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from l0jax import costs
 
@@ -70,6 +71,11 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
                 f"{folder} holds a run of this configuration already; go on with "
                 "--resume, or choose another --out"
             )
+    if jax.process_count() > 1:
+        # Before any has written it, all have seen what is there.
+        multihost_utils.sync_global_devices(str(file))
+    if jax.process_index() > 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     # What changes the random draws is part of the record.
     draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
@@ -162,10 +168,11 @@ def _put(file: Path, content: Any) -> None:
 
 class Log:
     """The run folder's record: JSON lines, TensorBoard events, arrays of gates. To read
-    it changes nothing."""
+    it changes nothing. Of several processes only the first writes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.writes = jax.process_index() == 0
         self.file = folder / "metrics.jsonl"
         self.events = None
 
@@ -183,10 +190,14 @@ class Log:
 
     def keep_until(self, epoch: int) -> None:
         """Drops what was logged after `epoch`: a resumed run logs it again."""
+        if not self.writes:
+            return
         kept = [row for row in self.rows() if row["epoch"] <= epoch]
         self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def row(self, row: dict) -> None:
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -204,6 +215,8 @@ class Log:
             self.events.add_scalar(f"units/{name}", count, row["step"])
 
     def activity(self, epoch: int, active: dict) -> None:
+        if not self.writes:
+            return
         small: dict[str, Any] = {
             n: np.asarray(p, np.float16) for n, p in active.items()
         }

@@ -269,8 +269,9 @@ class Placement:
         if self.mesh is None:
             return batch
         parts = self.mesh.shape[self.mesh.axis_names[0]]
-        sizes = {len(leaf) for leaf in jax.tree.leaves(batch)}
-        if jax.process_count() == 1 and any(size % parts for size in sizes):
+        leaves = jax.tree.leaves(batch)
+        uneven = any(len(leaf) % parts for leaf in leaves)
+        if uneven and not any(map(_is_part, leaves)):
             return self.everywhere(batch)
         return self.split(batch)
 

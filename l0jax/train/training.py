@@ -239,6 +239,11 @@ class Training:
                 f"{min(unknown)!r} can't be replaced; {', '.join(_REPLACEABLE)} can"
             )
         other = copy.copy(self)
+        if {"mesh", "sharding"} & changes.keys():
+            mesh = changes.pop("mesh", self.placement.mesh)
+            sharding = changes.pop("sharding", dict(self.placement.rules))
+            other.placement = Placement(mesh, tuple((sharding or {}).items()))
+            other.placement.check(self.network.params)
         for name, value in changes.items():
             setattr(other, name, gating_of(value) if name == "gating" else value)
         other._check()
@@ -792,6 +797,9 @@ _REPLACEABLE = (
     "gate_optimizer",
     "polyak",
     "compaction",
+    "mesh",
+    "sharding",
+    "compute",
 )
 
 
