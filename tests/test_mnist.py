@@ -1166,13 +1166,14 @@ def test_an_error_ends_the_process_without_a_traceback():
 
 
 def explained():
-    """The text below each field of `Config`, by name."""
-    (tree,) = ast.parse(inspect.getsource(mnist.Config)).body
-    assert isinstance(tree, ast.ClassDef)
+    """The text below each field of `Config` and what it inherits, by name."""
     texts = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            texts[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    for kind in filter(dataclasses.is_dataclass, mnist.Config.__mro__):
+        (tree,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[ast.unparse(field.target)] = ast.literal_eval(text.value)
     return texts
 
 

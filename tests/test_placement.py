@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from l0jax import units
 from l0jax.train.placement import Placement, parameter_of
 from tests import on_devices
+from tests import training_models as models
+from tests.test_readme import blocks
 
 PARAMS = {"first": {"kernel": jnp.zeros((6, 4))}, "out": {"kernel": jnp.zeros((4, 3))}}
 
@@ -164,6 +167,20 @@ def test_what_an_optimiser_keeps_is_of_the_longest_path():
     assert parameter_of("0.mu.kernel", paths) == "kernel"
     assert parameter_of("0.mu.flout.kernel", paths) == "kernel"
     assert parameter_of("0.count", paths) is None
+
+
+def test_the_example_of_the_readme_splits_a_training():
+    (example,) = (block for block in blocks("python") if "PartitionSpec(" in block)
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        training = on_devices.perceptron()
+        names = {"jax": jax, "np": np, "training": training}
+        exec(example, names)
+        training = names["training"]
+        state = training.start(jax.random.key(0))
+        specs = {p: a.sharding.spec for p, a in units.arrays(state.params).items()}
+        training.step(state, next(models.batches(0)))
+    assert specs.pop("out.kernel") == PartitionSpec("model", None)
+    assert all("data" in spec for spec in specs.values())
 
 
 def test_a_training_on_one_device_may_have_a_mesh():
