@@ -76,7 +76,7 @@ def without_seconds(line: dict[str, Any]) -> Left:
     return {
         name: value
         for name, value in line.items()
-        if "second" not in name and name not in ("latency", "made")
+        if "second" not in name and name not in ("latency", "choosing", "made")
     }
 
 

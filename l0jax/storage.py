@@ -568,15 +568,28 @@ class Checkpoints:
         Raises:
             ValueError: if an array is of a dtype that can't be stored, or that JAX as
                 it is set up does not have; if JSON would not give `notes` back.
+            OSError: if it can't be written, as on a full disk. The checkpoints before
+                it stay.
         """
         described, arrays = _encoded(state)
         record: dict[str, Any] = {"arrays": described, "notes": notes}
         encoding.sealed(record)
         target = self.folder / str(step)
-        _write_arrays(target, {p: _plain(a) for p, a in arrays.items() if a.size})
+        try:
+            _write_arrays(target, {p: _plain(a) for p, a in arrays.items() if a.size})
+            if jax.process_index() == 0:
+                record |= {"bytes": _bytes(target), "files": _digest(target)}
+                _write_whole(self._record(step), encoding.sealed(record).encode())
+        # Whatever Orbax and what is below it raise where there is no room.
+        except Exception as error:
+            for part in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            why = str(error).strip().splitlines()[-1:]
+            raise OSError(
+                f"checkpoint {target} can't be written ({' '.join(why)}); those before "
+                "it are as they were: make room, and go on from the newest"
+            ) from error
         if jax.process_index() == 0:
-            record |= {"bytes": _bytes(target), "files": _digest(target)}
-            _write_whole(self._record(step), encoding.sealed(record).encode())
             for old in self.steps()[: -self.keep]:
                 self._record(old).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / str(old))

@@ -1186,3 +1186,41 @@ def test_a_state_of_nothing_is_a_checkpoint(tmp_path):
         found = checkpoints.restore(lambda _, it=nothing: it, pytest.fail)
         assert found[2] == {"epoch": 1}
         jax.tree.map(same_bits, found[1], nothing)
+
+
+NO_ROOM = """
+import resource
+import jax.numpy as jnp
+import numpy as np
+from l0jax import storage
+
+def state(seed):
+    noise = np.random.default_rng(seed).normal(size=200_000)
+    return {"a": jnp.asarray(noise, jnp.float32)}
+
+checkpoints = storage.Checkpoints(FOLDER)
+checkpoints.save(1, state(1), {"epoch": 1})
+no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, no_limit[1]))
+try:
+    checkpoints.save(2, state(2), {"epoch": 2})
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+print(sorted(entry.name for entry in checkpoints.folder.iterdir()))
+step, found, notes = checkpoints.restore(lambda _: state(0), print)
+print(step, notes, bool((found["a"] == state(1)["a"]).all()))
+checkpoints.save(2, state(2), {"epoch": 2})
+print(checkpoints.restore(lambda _: state(0), print)[0])
+"""
+
+
+def test_where_there_is_no_room_the_checkpoints_before_stay(tmp_path, run_python):
+    """The limit is that of the size of a file: tests can't fill a disk."""
+    out = run_python(NO_ROOM.replace("FOLDER", repr(str(tmp_path / "checkpoints"))))
+    said, there, restored, after = out.splitlines()[-4:]
+    assert "2 can't be written (OUT_OF_RANGE" in said
+    assert said.endswith("make room, and go on from the newest")
+    assert there == "['1', '1.json']"
+    assert restored == "1 {'epoch': 1} True"
+    assert after == "2"
