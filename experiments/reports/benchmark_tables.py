@@ -21,7 +21,6 @@ BENCHMARKED = {
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
     "mutations": "Damaged files",
-    "kills": "Runs that are killed",
     "narrow_convolutions": "What half the channels of a convolution save",
 }
 
