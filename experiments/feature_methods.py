@@ -41,6 +41,7 @@ from l0jax import estimators, gates, models, train
 
 LASSONET = "pip install lassonet==0.0.21 torch==2.14.1"
 """What installs it, best in an environment of its own."""
+LASSONET_EXAMPLES = 2_000
 KEEP_PROB = 0.8
 TREES = 300
 PENALTIES = 25
@@ -194,20 +195,21 @@ def _closing(
     leak = open_when_closed(gate, steps)
     members = [(k, rate) for k in counts for rate in recipe.gate_rates]
     shares = [(k + leak * (features - k)) / features for k, _ in members]
+    target = train.Target("density", shares[0], warm_up=steps // 2)
     model = network(features, classes, recipe)
     once = train.Training(
         model,
         loss,
         structure=models.structure(model).only("input"),
         gate=gate,
-        target=train.Target("density", shares[0], warm_up=steps // 2),
+        target=target,
         optimizer=optimizer(recipe, steps),
     )
 
     def member(setting):
         share, rate = setting
         return once.replace(
-            target=dataclasses.replace(once.target, share=share),
+            target=dataclasses.replace(target, share=share),
             gate_optimizer=optax.adam(rate),
         )
 
@@ -292,13 +294,15 @@ def at_random(part: Part, recipe: Recipe, most: int, seed: int) -> Scores:
 
 def lassonet(part: Part, recipe: Recipe, most: int, seed: int) -> Scores:
     """The penalty at which a feature goes for good, on the whole path of the package
-    with its settings, and a hidden layer as large as everywhere here."""
+    with its settings, and a hidden layer as large as everywhere here; of at most
+    `LASSONET_EXAMPLES`, for each step of that path is up to 100 passes over all."""
     from lassonet import LassoNetClassifier
 
     model = LassoNetClassifier(
         hidden_dims=(recipe.hidden,), verbose=0, random_state=seed, torch_seed=seed
     )
-    model.path(part.inputs, part.labels)
+    some = slice(LASSONET_EXAMPLES)
+    model.path(part.inputs[some], part.labels[some])
     return model.feature_importances_.numpy()
 
 

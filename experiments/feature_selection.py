@@ -15,7 +15,7 @@ sets are split anew for each seed (`experiments.tasks.tables`).
 
 Each result is a line of `runs.jsonl` in the folder, which `experiments.compare` reads;
 what is there is not run again, and several processes may share a folder.
-`experiments.feature_report` makes `results.csv`, `table.md` and the pictures of it, as
+`experiments.feature_report` makes `runs.csv`, `table.md` and the pictures of it, as
 this does at its end.
 """
 

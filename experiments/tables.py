@@ -10,7 +10,12 @@ them in.
 import argparse
 import re
 
-from experiments import channel_report, frontier_rows, language_rows
+from experiments import (
+    channel_report,
+    feature_report,
+    frontier_rows,
+    language_rows,
+)
 from experiments.reports import places
 from experiments.reports.benchmark_tables import benchmarks, zoo
 from experiments.reports.mnist_tables import (
@@ -110,6 +115,8 @@ or not what they lead to is left; removal leaves fewer.
 {relocations()}
 
 {language_rows.section()}
+
+{feature_report.section()}
 
 {edges()}
 

@@ -9,6 +9,7 @@ name says. `mnist` are the pixels, read as `experiments.tasks.data` does.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,16 +87,7 @@ def load(name: str, seed: int) -> Table:
     """
     check(name)
     if name == "mnist":
-        images = data.load(name, 1 / 12)
-        parts = (images.train, images.validation, images.test)
-        scaled = [
-            Part(
-                np.float32(part.images.reshape(len(part.labels), -1) / images.scale),
-                np.int32(part.labels),
-            )
-            for part in parts
-        ]
-        return Table(name, *scaled)
+        return Table(name, *pixels())
     inputs, labels = _stored(name) if name in STORED else _drawn(name, seed)
     rows = np.arange(len(labels))
     rest, test = train_test_split(
@@ -108,10 +100,24 @@ def load(name: str, seed: int) -> Table:
     # (The corners of the digits are always white.)
     scaled = (inputs - inputs[train].mean(axis=0)) / np.where(deviation, deviation, 1)
     parts = [
-        Part(np.float32(scaled[part]), np.int32(labels[part]))
+        Part(scaled[part].astype(np.float32), labels[part].astype(np.int32))
         for part in (train, validation, test)
     ]
     return Table(name, *parts, truth=(0, 1) if name in KNOWN else None)
+
+
+@functools.cache
+def pixels() -> tuple[Part, Part, Part]:
+    """The three parts of MNIST, in [0, 1]."""
+    images = data.load("mnist", 1 / 12)
+    train, validation, test = (
+        Part(
+            part.images.reshape(len(part.labels), -1) / np.float32(images.scale),
+            part.labels.astype(np.int32),
+        )
+        for part in (images.train, images.validation, images.test)
+    )
+    return train, validation, test
 
 
 def _stored(name: str) -> tuple[np.ndarray, np.ndarray]:
