@@ -289,13 +289,15 @@ def _panel(axes: Axes, found: dict[int, dict[str, list[Line]]]) -> dict[str, Any
         if not own:
             continue
         means, halves = zip(*map(mean_and_half_width, own.values()), strict=True)
+        # Side by side, for intervals would hide one another.
+        beside = 0.012 * (at - len(lines) / 2) * max(counts)
         handles[label] = axes.errorbar(
-            [*own],
+            np.array([*own]) + beside,
             means,
             halves,
             color=COLOURS[at % len(COLOURS)],
             marker="osD^vP*"[at],
-            capsize=2,
+            elinewidth=0.8,
             linewidth=2 if not at else 1,
             zorder=3 if not at else 2,
         )
