@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
         for name, draw in (("accuracy", accuracy), ("pixels", pixels)):
             figure = draw(lines)
             if figure is not None:
-                figure.savefig(figures / f"{name}.png")
+                figure.savefig(figures / f"{name}.png", dpi=100)
 
 
 def row(line: Line) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Which k features of a table to keep: gates on the inputs of a small network, and what
 others do, at the same k.
 
-    python -m experiments.feature_selection --quick              # half a minute
-    python -m experiments.feature_selection                      # all, hours
+    python -m experiments.feature_selection --quick              # a minute
+    python -m experiments.feature_selection                      # all, 40 minutes
     python -m experiments.feature_selection --data mnist --methods stochastic lasso
     python -m experiments.feature_selection --methods lassonet   # needs torch
 
@@ -17,6 +17,14 @@ Each result is a line of `runs.jsonl` in the folder, which `experiments.compare`
 what is there is not run again, and several processes may share a folder.
 `experiments.feature_report` makes `runs.csv`, `table.md` and the pictures of it, as
 this does at its end.
+
+On one of two busy cores a method takes 10 to 30 s a seed on MNIST, and a second on the
+other sets, beside some seconds in which the first seed compiles. With 50 pixels of
+MNIST straight-through gates are right on 96.75 ± 0.15 % of the test images (all pixels
+98.3 %, the LASSO 94.2 %, a random forest 92.5 %). All families but the
+mixture find in every seed the two features that tell an exclusive or, or a ring, among
+50 of noise; the LASSO and the analysis of variance never do. On 5 and 10 of the digits'
+pixels gates are ahead of the LASSO, on the small tables nothing stands apart.
 """
 
 import dataclasses
@@ -40,6 +48,7 @@ from l0jax import train
 
 SMALL = Recipe()
 RECIPES: dict[str, Recipe] = {
+    # Chosen on validation images with seed 0; see results/notes.md.
     "mnist": Recipe(
         hidden=256,
         batch_size=128,
@@ -249,7 +258,7 @@ def _training(features: int, classes: int, recipe: Recipe) -> train.Training:
 
 
 def cli() -> None:
-    config = command_line.parse(Config, __doc__, QUICK, "two small sets; half a minute")
+    config = command_line.parse(Config, __doc__, QUICK, "two small sets; a minute")
     try:
         main(config)
     except (ValueError, FloatingPointError, DataError, OSError) as error:
