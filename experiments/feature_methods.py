@@ -180,7 +180,6 @@ def by_gates(
 class Closing:
     """Trainings of a family, which differ in k and the rate of the gates."""
 
-    once: train.Training
     members: list[tuple[int, float]]
     sweep: train.Sweep
 
@@ -214,7 +213,7 @@ def _closing(
 
     rates = np.asarray([rate for _, rate in members], np.float32)
     sweep = train.Sweep(member, (np.asarray(shares, np.float32), rates))
-    return Closing(once, members, sweep)
+    return Closing(members, sweep)
 
 
 def learned(method: str, steps: int) -> train.Learned:
