@@ -21,6 +21,7 @@ BENCHMARKED = {
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
     "mutations": "Damaged files",
+    "kills": "Runs that are killed",
     "narrow_convolutions": "What half the channels of a convolution save",
 }
 
