@@ -23,6 +23,8 @@ extensions += ["sphinx-mathjax-offline"]
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2}
+html_static_path = ["static"]
+html_css_files = ["narrower.css"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
@@ -55,13 +57,23 @@ def registry(app, what, name, obj, options, lines):
 
 def from_markdown(app, what, name, obj, options, lines):
     """Code, formulas and links of docstrings, as reStructuredText has them."""
-    text = "\n".join(lines)
+    text, formulas = "\n".join(lines), []
+
+    def set_aside(found):
+        indent, formula = found[1], " ".join(found[2].split())
+        formulas.append(f"\n{indent}.. math:: {formula}\n")
+        return f"\0{len(formulas) - 1}\0"
+
+    text = re.sub(
+        r"^( *)\$\$(.+?)\$\$", set_aside, text, flags=re.DOTALL | re.MULTILINE
+    )
     text = re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", text)
     text = re.sub(r"(?<![\\$`])\$([^$]+)\$(?!\$)", r":math:`\1`", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r"`\1 <\2>`__", text)
     # Bars are of absolute values and sizes.
     code_or_bar = r"(``.*?``|:math:`.*?`)|\|(?=\S)|(?<=\S)\|"
     text = re.sub(code_or_bar, lambda m: m[1] or r"\|", text, flags=re.DOTALL)
+    text = re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], text)
     lines[:] = text.split("\n")
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import re
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -131,3 +132,19 @@ def test_every_page_is_reached():
     # The build puts them there.
     notebooks = (DOCS.parent / "notebooks").glob("*.ipynb")
     assert pages | {f"notebooks/{file.stem}" for file in notebooks} == shown
+
+
+def test_formulas_of_docstrings_are_drawn():
+    """Also those of several lines, between words that Markdown has."""
+    from_markdown = runpy.run_path(str(DOCS / "conf.py"))["from_markdown"]
+    lines = ["    For `a` and |b|", "", "    $$ |x| \\le \\frac{1}{n},", "       y $$"]
+    from_markdown(None, "", "", None, None, lines)
+    assert lines == [
+        *(
+            "    For ``a`` and \\|b\\|",
+            "",
+            "",
+            "    .. math:: |x| \\le \\frac{1}{n}, y",
+        ),
+        "",
+    ]
