@@ -270,3 +270,32 @@ def test_a_damaged_table_of_seconds_is_named(text, tmp_path):
 def test_reading_a_folder_changes_nothing(tmp_path):
     assert run_folder.Log(tmp_path).rows() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def changed(folder, **fields):
+    file = folder / run_folder.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_another_version_of_a_package_is_said(tmp_path):
+    run_folder.prepare(tmp_path, SETTINGS, CONFIG, False)
+    versions = run_folder.made_by()["versions"]
+    changed(tmp_path, versions=versions | {"jax": "0.1.2"})
+    with pytest.warns(UserWarning, match=r"begun with jax 0\.1\.2; here it is jax"):
+        run_folder.prepare(tmp_path, SETTINGS, CONFIG, True)
+    # It is told once: from here on the versions are these.
+    run_folder.prepare(tmp_path, SETTINGS, CONFIG, True)
+
+
+def test_other_draws_are_another_run(tmp_path):
+    run_folder.prepare(tmp_path, SETTINGS, CONFIG, False)
+    now = jax.config.values["jax_threefry_partitionable"]
+    changed(tmp_path, threefry_partitionable=not now)
+    with pytest.raises(run_folder.RunFolderError, match="threefry_partitionable is"):
+        run_folder.prepare(tmp_path, SETTINGS, CONFIG, True)
+
+
+def test_a_configuration_that_is_a_list_is_damaged(tmp_path):
+    (tmp_path / run_folder.CONFIG).write_text("[1]")
+    with pytest.raises(run_folder.RunFolderError, match=r"damaged.*holds a list"):
+        run_folder.prepare(tmp_path, SETTINGS, CONFIG, True)

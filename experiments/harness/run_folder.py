@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def settings_of(config: Any, leave_out: Container[str] = ()) -> dict[str, Any]:
 def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
     """Makes the folder and writes `config` into it.
 
+    A run goes on only with the settings that decide its result, all of them, and with
+    draws of JAX that are the same; where it is run, how far, and how often it is saved
+    may change. With another version of a package it goes on and says so: its draws are
+    the same, roundings may not be.
+
     Args:
         folder: where the run is written.
         settings: what decides the result; a run that goes on must have the same.
@@ -48,22 +54,31 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
     Raises:
         RunFolderError: if the folder holds a run of other settings, or one of the same
             and `resume` is False, or a damaged configuration.
+
+    Warns:
+        UserWarning: if the run was begun with other versions of packages.
     """
     file = folder / CONFIG
+    made = made_by()
+    # What changes the random draws is part of the record.
+    draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
     if file.exists():
         try:
             old = json.loads(file.read_text())
+            if not isinstance(old, dict):
+                raise ValueError(f"it holds a {type(old).__name__}")
         except ValueError as error:
             raise RunFolderError(
                 f"{file} is damaged ({error}), so that nobody knows what run the "
                 "folder holds; choose another --out"
             ) from error
-        differing = [k for k in settings if k not in old or old[k] != settings[k]]
+        deciding = settings | {name: draws[name] for name in draws if name in old}
+        differing = [k for k in deciding if k not in old or old[k] != deciding[k]]
         if differing:
             name = differing[0]
             raise RunFolderError(
                 f"{folder} holds a run of another configuration: {name} is "
-                f"{old.get(name)!r} there and {settings[name]!r} here; choose another "
+                f"{old.get(name)!r} there and {deciding[name]!r} here; choose another "
                 "--out"
             )
         if not resume:
@@ -71,16 +86,25 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
                 f"{folder} holds a run of this configuration already; go on with "
                 "--resume, or choose another --out"
             )
+        begun = old.get("versions")
+        begun = begun if isinstance(begun, dict) else {}
+        others = [
+            f"{n} {begun[n]}" for n in begun if begun[n] != made["versions"].get(n)
+        ]
+        if others:
+            warnings.warn(
+                f"{folder} was begun with {', '.join(others)}; here it is "
+                f"{', '.join(f'{n} {v}' for n, v in made['versions'].items())}: what "
+                "follows may differ by roundings from what would have followed",
+                stacklevel=2,
+            )
     if jax.process_count() > 1:
         # Before any has written it, all have seen what is there.
         multihost_utils.sync_global_devices(str(file))
     if jax.process_index() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # What changes the random draws is part of the record.
-    draws = {"threefry_partitionable": jax.config.values["jax_threefry_partitionable"]}
-    record = config | made_by() | draws
-    _put(file, record)
+    _put(file, config | made | draws)
 
 
 def check_base(
