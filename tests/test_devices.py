@@ -15,8 +15,8 @@ from experiments.harness.devices import OnDevices
 from experiments.mnist_settings import Config, scientific
 
 FLAGS = (
-    *("--epochs", "24", "--dense", "no", "--target-macs", "0.3", "--batch-size", "104"),
-    *("--no-progress", "--compact-gain", "0", "--checkpoint-every", "8"),
+    *("--epochs", "12", "--dense", "no", "--target-macs", "0.3", "--batch-size", "104"),
+    *("--no-progress", "--compact-gain", "0", "--checkpoint-every", "4"),
 )
 
 
@@ -63,12 +63,12 @@ def test_processes_leave_the_run_folder_of_one(tmp_path):
     goes on on other devices than it began on."""
     alone = run(tmp_path / "one", 1)
     eight = run(tmp_path / "eight", 8, "--mesh", "data=8")
-    begun = ("--stop-after", "8")
+    begun = ("--stop-after", "4")
     both = ("--mesh", "data=4,model=2", "--shard", "model", "--distributed")
     run(tmp_path / "two", 1, *begun)
     two = run(tmp_path / "two", 4, *both, "--resume", processes=2)
     for found in (eight, two):
-        assert [row["epoch"] for row in found] == list(range(1, 25))
+        assert [row["epoch"] for row in found] == list(range(1, 13))
         for row, expected in zip(found, alone, strict=True):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
             assert row["decided"] == pytest.approx(expected["decided"], rel=2e-2)
