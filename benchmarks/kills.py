@@ -85,13 +85,15 @@ RUNS: dict[str, tuple[Callable[..., list[str]], Callable[[Path], Left]]] = {
     "channel_pruning": (pruning, of_pruning),
 }
 MOMENTS = {
-    # The run, the function that is called, and seconds after that.
-    "at any moment": ("mnist", "start", None),
-    "while a checkpoint is written": ("mnist", SAVING, 0.25),
-    "while units are taken out": ("mnist", "l0jax.train.compacting.without", 0.4),
+    # The run, the function that is called, how often it is at least, and the most
+    # seconds after a call.
+    "at any moment": ("mnist", "start", 1, None),
+    "while a checkpoint is written": ("mnist", SAVING, 3, 0.25),
+    "while units are taken out": ("mnist", "l0jax.train.compacting.without", 1, 0.4),
     "while channels are chosen": (
         "channel_pruning",
         "l0jax.methods.discrimination.prune",
+        1,
         3.0,
     ),
 }
@@ -134,7 +136,7 @@ def main(arguments: Any) -> list[dict]:
         kills: collections.Counter[str] = collections.Counter()
         other: collections.Counter[str] = collections.Counter()
         each = -(-arguments.turns // len(MOMENTS))
-        for moment, (name, function, most) in MOMENTS.items():
+        for moment, (name, function, calls, most) in MOMENTS.items():
             command, left = RUNS[name]
             number = 0
             while kills[moment] < each:
@@ -142,8 +144,7 @@ def main(arguments: Any) -> list[dict]:
                 number += 1
                 for _ in range(KILLS_OF_A_RUN):
                     longest = seconds[name] if most is None else most
-                    call = 0 if function == "start" else rng.randrange(3)
-                    killed = function, call, rng.uniform(0, longest)
+                    killed = function, rng.randrange(calls), rng.uniform(0, longest)
                     if not called(command(folder), killed=killed):
                         break
                     kills[moment] += 1
