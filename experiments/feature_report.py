@@ -8,7 +8,6 @@
 - `figures/pixels.png`: which pixels of MNIST each method keeps.
 """
 
-import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.feature_methods import ALL, FAMILIES, METHODS
-from experiments.harness import csv_lines, json_lines
+from experiments.harness import command_line, csv_lines, json_lines
 from experiments.reports import places, runs
 from experiments.reports.printing import interval, markdown, mean_and_half_width
 from experiments.reports.style import BLUE, COLOURS, STYLE
@@ -32,11 +31,11 @@ PUBLISHED = {"Sequential Attention": 95.6, "LassoNet": 87.3}
 """Accuracies of 50 pixels of MNIST, in per cent, from tables of others."""
 
 
-def write(folder: Path) -> None:
-    """Writes all of it, where there is a result."""
+def write(folder: Path) -> bool:
+    """Writes all of it; whether there is a result."""
     lines = json_lines.read(folder / runs.LINES)
     if not lines:
-        return
+        return False
     (folder / "table.md").write_text(document(lines) + "\n")
     csv_lines.write(folder / "runs.csv", map(row, lines), list(row(lines[0])))
     figures = folder / "figures"
@@ -46,6 +45,7 @@ def write(folder: Path) -> None:
             figure = draw(lines)
             if figure is not None:
                 figure.savefig(figures / f"{name}.png", dpi=100)
+    return True
 
 
 def row(line: Line) -> dict[str, Any]:
@@ -343,17 +343,5 @@ def pixels(lines: Sequence[Line]) -> Figure | None:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="of a run")
-    folder = parser.parse_args().folder
-    if not json_lines.read(folder / runs.LINES):
-        raise SystemExit(f"experiments.feature_report: {folder} holds no {runs.LINES}")
-    write(folder)
-    print(folder)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.report(__doc__, "experiments.feature_report", write)

@@ -9,7 +9,6 @@
 - `texts.md`: how the models go on.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.compare import point
-from experiments.harness import csv_lines, json_lines
+from experiments.harness import command_line, csv_lines, json_lines
 from experiments.reports import runs
 from experiments.reports.printing import markdown, mean_and_half_width
 from experiments.reports.style import STYLE
@@ -29,14 +28,18 @@ Line = Mapping[str, Any]
 AGAINST = "uniform"
 
 
-def write(folder: Path) -> None:
-    """Writes all of it, where there is a result."""
+def write(folder: Path) -> bool:
+    """Writes all of it; whether there is a result."""
     lines = json_lines.read(folder / runs.LINES)
     if not lines:
-        return
+        return False
     found = [*runs.of_folder(folder)]
     (folder / "table.md").write_text(table(found) + "\n")
-    each = [result.row() for result in found]
+    # (The folder is the one that this lies in.)
+    each = [
+        {name: cell for name, cell in result.row().items() if name != "run"}
+        for result in found
+    ]
     columns = list(dict.fromkeys(name for row in each for name in row))
     csv_lines.write(folder / "runs.csv", each, columns)
     (folder / "texts.md").write_text(texts(lines))
@@ -45,6 +48,7 @@ def write(folder: Path) -> None:
     with matplotlib.style.context(["default", STYLE]):
         losses(found).savefig(figures / "losses.png")
         left(lines).savefig(figures / "left.png")
+    return True
 
 
 def table(results: Sequence[runs.Result]) -> str:
@@ -139,17 +143,5 @@ def _of_blocks(line: Line, at: int) -> list[int]:
     return [block[at] for block in line["blocks"]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="of a run")
-    folder = parser.parse_args().folder
-    if not json_lines.read(folder / runs.LINES):
-        raise SystemExit(f"experiments.language_report: {folder} holds no {runs.LINES}")
-    write(folder)
-    print(folder)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.report(__doc__, "experiments.language_report", write)

@@ -721,3 +721,12 @@ def test_a_flag_that_is_none_writes_nothing(flag, monkeypatch, capsys):
         tables.cli()
     assert stopped.value.code == (0 if flag == "--help" else 2)
     assert "--check" in "".join(capsys.readouterr())
+
+
+def test_no_result_names_a_folder_of_the_machine_that_made_it():
+    path = re.compile(r'(?:^|[,"` ])/[a-z]+/[a-z]+/', re.MULTILINE)
+    for folder in (places.RESULTS, places.BENCHMARKS):
+        for file in folder.rglob("*"):
+            if file.suffix in (".csv", ".jsonl", ".md"):
+                found = path.search(file.read_text())
+                assert found is None, (file, found)

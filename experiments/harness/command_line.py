@@ -1,8 +1,10 @@
 """Flags of a command: the fields of its configuration."""
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -35,3 +37,23 @@ def parse(
         quick: Annotated[bool, tyro.conf.arg(help=about)] = False
 
     return tyro.cli(Flags, default=Flags(default), description=description).config
+
+
+def report(
+    description: str | None, program: str, write: Callable[[Path], bool]
+) -> None:
+    """The command that draws what lies in a run folder.
+
+    Args:
+        description: what `--help` says of the command.
+        program: its name.
+        write: writes it, and tells whether there was a result.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of a run")
+    folder = parser.parse_args().folder
+    if not write(folder):
+        raise SystemExit(f"{program}: {folder} holds no result")
+    print(folder)
