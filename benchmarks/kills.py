@@ -32,7 +32,7 @@ from benchmarks.measure import entry
 
 Left = dict[str, Any]
 KILLS_OF_A_RUN = 5
-SAVING = "l0jax.storage._write_arrays"
+SAVING = "l0jax.checkpoints._write_arrays"
 
 
 def mnist(folder: Path) -> list[str]:

@@ -35,6 +35,7 @@ from flax import nnx
 from benchmarks import measure
 from benchmarks.measure import entry
 from l0jax import encoding, models, storage, units
+from l0jax.checkpoints import Checkpoints
 
 Files = dict[str, bytes]
 """The files of a folder, by their paths within it."""
@@ -79,7 +80,7 @@ def state(value: float) -> dict[str, Any]:
 
 def save_checkpoints(folder: Path) -> None:
     for step in (9, 10):
-        storage.Checkpoints(folder).save(step, state(step), {"epoch": step})
+        Checkpoints(folder).save(step, state(step), {"epoch": step})
 
 
 SAVE = {"model": save_model, "program": save_program, "checkpoint": save_checkpoints}
@@ -322,7 +323,7 @@ def outcome(kind: str, folder: Path, forged: bool = False) -> str:
             # A forged program is read here; to call it is to run it.
             return "loaded: " + ("" if forged else fingerprint(found))
         lines = []
-        found = storage.Checkpoints(folder).restore(lambda _: state(1), lines.append)
+        found = Checkpoints(folder).restore(lambda _: state(1), lines.append)
     except (FileNotFoundError, ValueError) as error:
         ours = type(error) in (FileNotFoundError, ValueError) and str(folder) in str(
             error

@@ -27,7 +27,8 @@ from experiments.channel_run import (
 from experiments.channel_settings import selection_of
 from experiments.family_settings import LEAK
 from experiments.tasks.images import batches_of
-from l0jax import costs, gates, methods, models, storage, train, units
+from l0jax import costs, gates, methods, models, train, units
+from l0jax.checkpoints import Checkpoints
 from l0jax.methods import discrimination, relocation, slimming
 from l0jax.methods.discrimination import Chosen, Head, Selection, Stage
 from l0jax.methods.keeping import count_left, keep_above, keep_top
@@ -132,7 +133,7 @@ def choose(
     ratio = run.ratio(original.structure)
     task = run.task(model, original.structure)
     arrays = units.arrays(task.params)
-    checkpoints = storage.Checkpoints(
+    checkpoints = Checkpoints(
         run.folder / "checkpoints" / f"{run.method}-choice-{number}-{run.seed}"
     )
 

@@ -18,7 +18,8 @@ from experiments import mnist
 from experiments.family_settings import LEAK, VARIANTS, Config
 from experiments.mnist_evaluation import Seen, counter, sizes_of, to_floats, undecided
 from experiments.tasks import data
-from l0jax import gates, gating, storage, train
+from l0jax import gates, gating, train
+from l0jax.checkpoints import Checkpoints
 
 GRADIENT_DRAWS = 32
 SAMPLED_NETWORKS = 5
@@ -98,7 +99,7 @@ class Family:
         begun_with = [networks[seed] for _, seed in self.members]
         states = self.sweep.start(self.keys, begun_with)
         where = folder / "checkpoints" / f"{self.name}-{self.kind}-{count}"
-        checkpoints = storage.Checkpoints(where)
+        checkpoints = Checkpoints(where)
         first, fastest, variance = 1, math.inf, []
         found = checkpoints.restore(lambda _: states._asdict(), tqdm.write)
         if found is not None:

@@ -32,6 +32,7 @@ from experiments.mnist_training import architecture, loss_on, weight_groups
 from experiments.reports import runs
 from experiments.tasks import data
 from l0jax import costs, gates, gating, models, storage, train
+from l0jax.structure import Structure
 
 NAMES = {"group": "units", "weight": "weights"}
 TOGETHER = 500
@@ -231,20 +232,20 @@ class Closed:
         """The error when gates have closed, and the training of what is left at its
         end."""
         config = self.config
-        structure, share = self.structure, config.weights / self.whole
-        cost: Any = costs.weights
-        single = {}
-        if config.gates == "weight":
-            single = weight_groups(nnx.state(dense, nnx.Param))
-            for group in single.values():
-                structure = structure.add(group)
+        share = config.weights / self.whole
+        single = config.gates == "weight"
+        structure, cost = self.structure, costs.weights
+        learned = train.Learned(self.gate, config.keep_prob)
+        if single:
+            structure, weights = of_single_weights(dense)
+            learned = dataclasses.replace(learned, only=weights)
             cost = "density"
         training, state = self.trained(
             "closing",
             dense,
             config.closing,
             structure=structure,
-            gate=train.Learned(self.gate, config.keep_prob, only=tuple(single) or None),
+            gate=learned,
             gate_optimizer=optax.adam(config.gate_learning_rate),
             target=train.Target(
                 cost,
@@ -258,11 +259,15 @@ class Closed:
         if not single:
             small = training.finish(state, decision)
             return error, *self.trained("tuning", small, config.tuning)
-        keep = training.full({n: np.asarray(z) != 0 for n, z in decision.z.items()})
-        whole = training.whole_model(state, decision)
-        gate = train.Chosen(keep)
+        # Units of which all weights were closed are gone by now.
+        left = training.whole_model(state, decision)
+        structure, weights = of_single_weights(left)
         return error, *self.trained(
-            "tuning", whole, config.tuning, structure=structure.only(*keep), gate=gate
+            "tuning",
+            left,
+            config.tuning,
+            structure=structure.only(*weights),
+            gate=train.Chosen({n: np.asarray(z) != 0 for n, z in decision.z.items()}),
         )
 
     def steps(self, epochs: int) -> int:
@@ -320,6 +325,15 @@ class Closed:
         batches = zip(images, labels, strict=True)
         loss = loss_on(self.dataset.scale)
         return 100 * training.evaluate(state, batches, loss, rule=rule)["error"]
+
+
+def of_single_weights(model: Any) -> tuple[Structure, tuple[str, ...]]:
+    """The structure with a group for each kernel, of its single weights, and the names
+    of these."""
+    structure, single = models.structure(model), weight_groups(nnx.state(model))
+    for group in single.values():
+        structure = structure.add(group)
+    return structure, tuple(single)
 
 
 @functools.cache

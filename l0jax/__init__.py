@@ -1,6 +1,7 @@
 """l0jax: learning which parts of a network to keep."""
 
 from l0jax import (
+    checkpoints,
     constraints,
     costs,
     estimators,
@@ -27,6 +28,7 @@ __all__ = [
     "Slot",
     "Structure",
     "apply_gates",
+    "checkpoints",
     "constraints",
     "costs",
     "estimators",

@@ -17,6 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
+
+from l0jax import units
 
 VERSION = 2
 LARGEST_RECORD = 32 * 2**20
@@ -79,6 +82,16 @@ def encode(path: str, leaf: Any) -> tuple[Description, np.ndarray]:
     described |= {"dtype": name, "shape": list(array.shape)}
     described["sha256"] = hashlib.sha256(bytes_of(array)).hexdigest()
     return described, array
+
+
+def encode_all(tree: PyTree) -> tuple[dict[str, Description], dict[str, np.ndarray]]:
+    """Of all arrays by path what they are, and their values on the host.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    both = {p: encode(p, leaf) for p, leaf in units.arrays(tree).items()}
+    return {p: d for p, (d, _) in both.items()}, {p: a for p, (_, a) in both.items()}
 
 
 def decode(path: str, described: Description, content: Any) -> jax.Array:

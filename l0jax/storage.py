@@ -1,4 +1,4 @@
-"""Shrunk models and checkpoints: the only file that touches the disk.
+"""Shrunk models and functions on the disk.
 
 A model is a folder of files that need neither pickle nor training code to read:
 `architecture.json`, the name and the arguments of its constructor, and
@@ -8,15 +8,11 @@ constructor makes, it is a third file: its program, exported by `jax.export`.
 `architecture.json` also says what each array is, and holds digests of all there is and
 of itself: whatever changes by accident, be it one bit of any file, is noticed when the
 folder is read.
-
-A checkpoint is written by Orbax. Beside it lies such a record of its files, written
-last: a checkpoint that was cut short has none, or one that does not fit.
 """
 
 import hashlib
 import math
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -27,10 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from l0jax import encoding, exporting, models, units
+from l0jax import encoding, exporting, files, models, units
 from l0jax.exporting import Program as Program
 from l0jax.narrowed import Narrowed
 
@@ -73,9 +68,9 @@ def save(model: nnx.Module, folder: Folder) -> None:
         record = {"model": models.name_of(model), "arguments": model.architecture}
     else:
         record = {"class": type(model).__qualname__, "attributes": attributes_of(model)}
-    described, arrays = _encoded(nnx.state(model))
-    files = {ARRAYS: encoding.pack(described, arrays)}
-    _write(Path(folder), files, {**record, "arrays": described})
+    described, arrays = encoding.encode_all(nnx.state(model))
+    parts = {ARRAYS: encoding.pack(described, arrays)}
+    _write(Path(folder), parts, {**record, "arrays": described})
 
 
 def attributes_of(model: nnx.Module) -> dict[str, dict[str, Any]]:
@@ -161,7 +156,7 @@ def save_function(
     """
     if derivatives < 0:
         raise ValueError(f"derivatives must be at least 0, got {derivatives}")
-    described, arrays = _encoded(params)
+    described, arrays = encoding.encode_all(params)
     axes = exporting.axes_of(inputs, any_batch, batch, dynamic or {})
     program, missing = exporting.exported(function, params, inputs, axes, derivatives)
     if missing is not None:
@@ -172,7 +167,7 @@ def save_function(
             stacklevel=2,
         )
         derivatives = 0
-    files = {ARRAYS: encoding.pack(described, arrays), PROGRAM: program}
+    parts = {ARRAYS: encoding.pack(described, arrays), PROGRAM: program}
     record = {
         "program": hashlib.sha256(program).hexdigest(),
         "program bytes": len(program),
@@ -180,10 +175,10 @@ def save_function(
         "jax": jax.__version__,
         "arrays": described,
     }
-    stored = encoding.unpack(described, files[ARRAYS])
+    stored = encoding.unpack(described, parts[ARRAYS])
     again = exporting.program_of(program, stored, derivatives)
     exporting.check(again, function, params, inputs, axes)
-    _write(Path(folder), files, record)
+    _write(Path(folder), parts, record)
 
 
 def save_onnx(
@@ -273,21 +268,13 @@ def save_onnx(
     return worst
 
 
-def _encoded(
-    tree: PyTree,
-) -> tuple[dict[str, encoding.Description], dict[str, np.ndarray]]:
-    """Of all arrays by path what they are, and their values."""
-    both = {p: encoding.encode(p, leaf) for p, leaf in units.arrays(tree).items()}
-    return {p: d for p, (d, _) in both.items()}, {p: a for p, (_, a) in both.items()}
-
-
-def _write(folder: Path, files: dict[str, bytes], record: dict[str, Any]) -> None:
+def _write(folder: Path, parts: dict[str, bytes], record: dict[str, Any]) -> None:
     """Writes the record last, and takes away what belonged to something else."""
-    files = {**files, ARCHITECTURE: encoding.sealed(record).encode()}
+    parts = {**parts, ARCHITECTURE: encoding.sealed(record).encode()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _write_whole(folder / name, content)
-    for name in {PROGRAM} - files.keys():
+    for name, content in parts.items():
+        files.write(folder / name, content)
+    for name in {PROGRAM} - parts.keys():
         (folder / name).unlink(missing_ok=True)
 
 
@@ -327,7 +314,9 @@ def load(
     for name in (ARCHITECTURE, ARRAYS):
         _check_there(folder, name)
     try:
-        record = encoding.opened(_read(folder / ARCHITECTURE, encoding.LARGEST_RECORD))
+        record = encoding.opened(
+            files.read(folder / ARCHITECTURE, encoding.LARGEST_RECORD)
+        )
         _check_record(record)
         described = record["arrays"]
         encoding.check_descriptions(described)
@@ -335,7 +324,7 @@ def load(
             _check_there(folder, PROGRAM)
         largest = len(encoding.header(described)) + MARGIN
         largest += sum(map(encoding.size_of, described.values()))
-        arrays = encoding.unpack(described, _read(folder / ARRAYS, largest))
+        arrays = encoding.unpack(described, files.read(folder / ARRAYS, largest))
         if "program" in record:
             return _load_program(folder, record, arrays)
         if "model" in record:
@@ -403,13 +392,6 @@ def _check_there(folder: Path, name: str) -> None:
         )
 
 
-def _read(file: Path, largest: int) -> bytes:
-    size = file.stat().st_size
-    if size > largest:
-        raise ValueError(f"{file.name} has {size} bytes, at most {largest} expected")
-    return file.read_bytes()
-
-
 def _check_record(record: dict[str, Any]) -> None:
     """Raises ValueError unless it is one of a model or one of a program."""
     kinds: dict[str, type] = {"model": str, "arguments": dict, "arrays": dict}
@@ -424,7 +406,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _load_program(folder: Path, record: dict[str, Any], arrays: dict) -> Program:
-    content = _read(folder / PROGRAM, record["program bytes"])
+    content = files.read(folder / PROGRAM, record["program bytes"])
     if hashlib.sha256(content).hexdigest() != record["program"]:
         raise ValueError(f"{PROGRAM} is not what was saved")
     return exporting.program_of(content, arrays, record["derivatives"])
@@ -534,230 +516,3 @@ def _read_apart(folder: Path) -> None:
             f"{folder}: the process that read it first ended with code "
             f"{done.returncode}; save it again"
         )
-
-
-# ------------------------------------------------------------------------ checkpoints
-
-
-class Checkpoints:
-    """The checkpoints of one run: `folder/<step>/`, the newest `keep` of them.
-
-    Args:
-        folder: where they lie; made when the first one is saved.
-        keep: how many are kept. At least two, so that one is left if the newest turns
-            out to be damaged.
-    """
-
-    def __init__(self, folder: Folder, keep: int = 2):
-        if keep < 2:
-            raise ValueError(f"keep must be at least 2, got {keep}")
-        self.folder = Path(folder).absolute()
-        self.keep = keep
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints that were begun, oldest first."""
-        return sorted(
-            int(entry.name) for entry in self.folder.glob("*") if _is_step(entry)
-        )
-
-    def save(self, step: int, state: PyTree, notes: dict[str, Any]) -> None:
-        """Writes the arrays of `state` and the JSON values of `notes`.
-
-        Of several processes all call it, with the same values, and see one folder.
-
-        Raises:
-            ValueError: if an array is of a dtype that can't be stored, or that JAX as
-                it is set up does not have; if JSON would not give `notes` back.
-            OSError: if it can't be written, as on a full disk. The checkpoints before
-                it stay.
-        """
-        described, arrays = _encoded(state)
-        record: dict[str, Any] = {"arrays": described, "notes": notes}
-        encoding.sealed(record)
-        target = self.folder / str(step)
-        try:
-            _write_arrays(target, {p: _plain(a) for p, a in arrays.items() if a.size})
-            if jax.process_index() == 0:
-                record |= {"bytes": _bytes(target), "files": _digest(target)}
-                _write_whole(self._record(step), encoding.sealed(record).encode())
-        # Whatever Orbax and what is below it raise where there is no room.
-        except Exception as error:
-            for part in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
-            why = str(error).strip().splitlines()[-1:]
-            raise OSError(
-                f"checkpoint {target} can't be written ({' '.join(why)}); those before "
-                "it are as they were: make room, and go on from the newest"
-            ) from error
-        if jax.process_index() == 0:
-            for old in self.steps()[: -self.keep]:
-                self._record(old).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / str(old))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step}")
-
-    def restore(
-        self, like: Callable[[dict[str, Any]], PyTree], warn: Callable[[str], None]
-    ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest checkpoint that is whole: its step, state and notes.
-
-        Args:
-            like: a state of the same structure, shapes and dtypes, from the notes that
-                were saved with it.
-            warn: told, in a line each, which damaged checkpoints were passed over.
-
-        Returns:
-            None if there is no whole checkpoint.
-
-        Raises:
-            ValueError: if a whole checkpoint was written by an older version, or is of
-                another state than `like` gives.
-        """
-        records = {int(e.stem) for e in self.folder.glob("*.json") if _is_of_step(e)}
-        for step in sorted({*self.steps(), *records}, reverse=True):
-            target = self.folder / str(step)
-            text = b""
-            try:
-                text = _read(self._record(step), encoding.LARGEST_RECORD)
-                record = _opened(target, text)
-            except (OSError, ValueError) as error:
-                if _is_older(target, text):
-                    raise ValueError(
-                        f"checkpoint {target} was written by an older version of "
-                        "l0jax: end the run with that one, or begin it anew elsewhere"
-                    ) from error
-                why = " ".join(str(error).split())
-                warn(
-                    f"checkpoint {target} is damaged; going back to the one before: "
-                    f"{why}"
-                )
-                continue
-            state = like(record["notes"])
-            return step, _restored(target, record["arrays"], state), record["notes"]
-        return None
-
-    def _record(self, step: int) -> Path:
-        return self.folder / f"{step}.json"
-
-
-def _opened(target: Path, text: bytes) -> dict[str, Any]:
-    """The record of a checkpoint that is whole."""
-    record = encoding.opened(text)
-    if record.keys() != {"arrays", "notes", "bytes", "files"}:
-        raise ValueError(f"its record holds {', '.join(record)}")
-    encoding.check_descriptions(record["arrays"])
-    # In this order: what is of another size may take forever to read.
-    if _bytes(target) != record["bytes"] or _digest(target) != record["files"]:
-        raise ValueError("its files are not those that were saved")
-    return record
-
-
-def _is_step(entry: Path) -> bool:
-    return entry.is_dir() and _is_number(entry.name)
-
-
-def _is_of_step(entry: Path) -> bool:
-    return entry.is_file() and _is_number(entry.stem)
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _is_older(target: Path, text: bytes) -> bool:
-    """Whether it is the record of a whole checkpoint of the first version."""
-    try:
-        record = encoding.parsed(text)
-    except ValueError:
-        return False
-    return record.keys() == {"digest", "notes"} and record["digest"] == _digest(target)
-
-
-def _checkpointer():
-    # Imported here: reading a saved model must not need it, nor wait for it.
-    import orbax.checkpoint as ocp
-
-    return ocp.StandardCheckpointer()
-
-
-# What Orbax stores under names of its own, on every platform.
-_PLAIN = {"bool", "bfloat16", *(np.dtype(code).name for code in "bhilqBHILQefdFD")}
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """What Orbax stores: the raw bytes of an array whose dtype it does not know."""
-    if array.dtype.name in _PLAIN:
-        return array
-    return array[..., None].view(np.uint8)
-
-
-def _write_arrays(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not arrays:  # Orbax has no checkpoint of nothing.
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        return
-    checkpointer = _checkpointer()
-    checkpointer.save(target, arrays, force=True)
-    checkpointer.wait_until_finished()
-
-
-def _restored(
-    target: Path, described: dict[str, encoding.Description], like: PyTree
-) -> PyTree:
-    """The state of a whole checkpoint, in the structure of `like`."""
-    empty = {
-        path: np.zeros(each["shape"], encoding.DTYPES[each["dtype"]])
-        for path, each in described.items()
-    }
-    wanted = {path: _plain(array) for path, array in empty.items() if array.size}
-    try:
-        found = _checkpointer().restore(target, wanted) if wanted else {}
-        arrays = {
-            path: encoding.decode(path, each, _stored(found.get(path, empty[path])))
-            for path, each in described.items()
-        }
-    # Whatever a version of Orbax raises that reads other files than this one.
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {target} is what was saved, but can't be read: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    kinds = {p: (np.shape(leaf), leaf.dtype) for p, leaf in units.arrays(like).items()}
-    held = {path: (array.shape, array.dtype) for path, array in arrays.items()}
-    for path in sorted(kinds.keys() | held.keys()):
-        if kinds.get(path) != held.get(path):
-            raise ValueError(
-                f"checkpoint {target} and the state to restore disagree at {path!r}: "
-                f"the checkpoint holds {held.get(path, 'nothing')}, the state "
-                f"{kinds.get(path, 'nothing')}"
-            )
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, _: arrays[units.path_of(key_path)], like
-    )
-
-
-def _stored(array: Any) -> Any:
-    return encoding.bytes_of(np.ascontiguousarray(array))
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in _files(folder))
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in _files(folder):
-        total.update(str(file.relative_to(folder)).encode() + b"\0")
-        total.update(file.read_bytes())
-    return total.hexdigest()
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees all of it or none."""
-    scratch = file.with_suffix(".part")
-    scratch.write_bytes(content)
-    scratch.replace(file)

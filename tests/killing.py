@@ -6,14 +6,14 @@ from unittest import mock
 
 import pytest
 
-from l0jax import storage
+from l0jax.checkpoints import Checkpoints
 
 
 @contextlib.contextmanager
 def killed_when(condition: Callable[[str, int], bool]) -> Iterator[None]:
     """What runs within it is killed once it has saved a checkpoint of which
     `condition(name of its folder, step)` holds."""
-    save = storage.Checkpoints.save
+    save = Checkpoints.save
 
     def dies(self, step, state, notes):
         save(self, step, state, notes)
@@ -21,7 +21,7 @@ def killed_when(condition: Callable[[str, int], bool]) -> Iterator[None]:
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(storage.Checkpoints, "save", dies),
+        mock.patch.object(Checkpoints, "save", dies),
         pytest.raises(KeyboardInterrupt),
     ):
         yield
@@ -30,11 +30,11 @@ def killed_when(condition: Callable[[str, int], bool]) -> Iterator[None]:
 @contextlib.contextmanager
 def saves() -> Iterator[list[tuple[str, int]]]:
     """The folder's name and the step of each checkpoint that is saved within it."""
-    save, seen = storage.Checkpoints.save, []
+    save, seen = Checkpoints.save, []
 
     def notes_it(self, step, state, notes):
         save(self, step, state, notes)
         seen.append((self.folder.name, step))
 
-    with mock.patch.object(storage.Checkpoints, "save", notes_it):
+    with mock.patch.object(Checkpoints, "save", notes_it):
         yield seen

@@ -4,7 +4,6 @@ import json
 import pathlib
 import pickle
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES, inputs_for
+from every_dtype import WIDE, every_dtype, of_dtype, same_bits
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +21,7 @@ import l0jax
 import l0jax.nnx
 from benchmarks import mutations
 from l0jax import encoding, models, storage, units
+from l0jax.checkpoints import Checkpoints
 from l0jax.models import MODELS
 
 WARN = "damaged"
@@ -401,43 +402,7 @@ def test_a_damaged_program_is_refused(tmp_path):
 
 # ----------------------------------------------------------------- what is an array
 
-DTYPES = [
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-    *("int2", "uint2", "int4", "uint4", "float4_e2m1fn", "float8_e8m0fnu"),
-    *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
-    *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
-]
-WIDE = ("int64", "uint64", "float64", "complex128")
 UNEXPORTED = ("int2", "uint2")
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def of_dtype(dtype):
-    """Arrays of several ranks with every bit pattern that there is, or many."""
-    dtype = np.dtype(dtype)
-    if dtype.name in ("bool", "int2", "uint2", "int4", "uint4", "float4_e2m1fn"):
-        # They fill no byte. Casting wraps.
-        values = (np.arange(12) % 7).astype(np.int8).reshape(2, 6).astype(dtype)
-    else:
-        rng = np.random.default_rng(0)
-        values = rng.integers(0, 256, (2, 6, dtype.itemsize), np.uint8)
-        values = values.view(dtype).reshape(2, 6)
-    return {
-        "matrix": jnp.asarray(values),
-        "scalar": jnp.asarray(values)[1, 1],
-        "none": jnp.asarray(values)[:, :0],
-        "deep": [jnp.asarray(values)[0], jnp.asarray(values).reshape(3, 2, 2)],
-        "host": np.asfortranarray(values),
-    }
-
-
-def same_bits(found, expected):
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
-    if jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
-        found, expected = jax.random.key_data(found), jax.random.key_data(expected)
-    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
 
 
 def first_number(params, x):
@@ -486,23 +451,6 @@ def test_arrays_of_a_model_come_back_bit_for_bit(dtype, tmp_path):
             storage.save(model, tmp_path / "it")
 
 
-@pytest.mark.sweep
-@every_dtype
-def test_checkpoints_come_back_bit_for_bit(dtype, tmp_path):
-    with jax.enable_x64(dtype in WIDE):
-        state = of_dtype(dtype)
-        checkpoints = storage.Checkpoints(tmp_path)
-        checkpoints.save(3, state, {})
-        found = checkpoints.restore(
-            lambda _: jax.tree.map(jnp.zeros_like, state), pytest.fail
-        )
-        jax.tree.map(same_bits, found[1], state)
-    if dtype in WIDE:
-        with pytest.raises(ValueError, match=f"dtype {dtype}, of which JAX would make"):
-            checkpoints.save(4, {"host": state["host"]}, {})
-        assert checkpoints.steps() == [3]
-
-
 @pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_random_keys_come_back(generator, tmp_path):
     key = jax.random.key(7, impl=generator)
@@ -521,7 +469,7 @@ def test_random_keys_come_back(generator, tmp_path):
     for path, array in params.items():
         same_bits(again.params[path], array)
     np.testing.assert_allclose(again(x), draw(params, x), rtol=1e-6)
-    checkpoints = storage.Checkpoints(tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save(1, params, {})
     like = {**params, "one": jax.random.key(0, impl=generator)}
     jax.tree.map(same_bits, checkpoints.restore(lambda _: like, pytest.fail)[1], params)
@@ -541,7 +489,7 @@ def test_modules_with_dropout_are_saved_with_their_keys(tmp_path):
     model, x = Dropping(nnx.Rngs(0)), jnp.ones((3, 4))
     model.eval()
     state = nnx.split(model)[1]
-    checkpoints = storage.Checkpoints(tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save(1, state, {})
     other = nnx.split(Dropping(nnx.Rngs(5)))[1]
     found = checkpoints.restore(lambda _: other, pytest.fail)[1]
@@ -571,7 +519,7 @@ def test_what_is_no_array_of_jax_is_refused_by_name(leaf, words, tmp_path):
             lambda p, x: x, {"w": leaf}, jnp.ones(2), folder=tmp_path / "it"
         )
     with pytest.raises(ValueError, match=words):
-        storage.Checkpoints(tmp_path / "run").save(1, {"w": leaf}, {})
+        Checkpoints(tmp_path / "run").save(1, {"w": leaf}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -928,15 +876,6 @@ def test_an_absurdly_large_file_is_not_read(name, tmp_path):
         storage.load(tmp_path)
 
 
-def test_a_checkpoint_with_an_absurdly_large_file_is_passed_over(tmp_path):
-    save(tmp_path, [9, 10])
-    with (tmp_path / "10" / "more").open("wb") as file:
-        file.truncate(2**36)
-    found, lines = restore(tmp_path)
-    check(found, 9)
-    assert len(lines) == 1
-
-
 def test_folders_of_an_older_version_say_so(tmp_path):
     """As they were before there were digests."""
     storage.save(dense("mlp"), tmp_path)
@@ -946,11 +885,6 @@ def test_folders_of_an_older_version_say_so(tmp_path):
     (tmp_path / "x").replace(tmp_path / "arrays.safetensors")
     with pytest.raises(ValueError, match=r"version None, not 2.* save it again"):
         storage.load(tmp_path)
-    save(tmp_path / "run", [9, 10])
-    record = {"digest": storage._digest(tmp_path / "run" / "10"), "notes": {}}
-    (tmp_path / "run" / "10.json").write_text(json.dumps(record) + "\n")
-    with pytest.raises(ValueError, match="10 was written by an older version of l0jax"):
-        restore(tmp_path / "run")
 
 
 def test_a_program_can_be_read_in_another_process_first(tmp_path, monkeypatch):
@@ -967,16 +901,6 @@ def test_a_program_can_be_read_in_another_process_first(tmp_path, monkeypatch):
         storage.load(tmp_path, apart=True)
 
 
-def test_what_json_can_not_hold_is_refused(tmp_path, monkeypatch):
-    checkpoints = storage.Checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="such as 1 and '1'"):
-        checkpoints.save(1, state(1.0), {"best": {1: "a", "1": "b"}})
-    monkeypatch.setattr(encoding, "LARGEST_RECORD", 1000)
-    with pytest.raises(ValueError, match="more than 1000"):
-        checkpoints.save(1, state(1.0), {"text": "x" * 1000})
-    assert checkpoints.steps() == []
-
-
 def test_a_name_that_the_format_needs_is_refused(tmp_path):
     params = {"__metadata__": jnp.ones((1, 2))}
     with pytest.raises(ValueError, match="rename the array"):
@@ -986,241 +910,3 @@ def test_a_name_that_the_format_needs_is_refused(tmp_path):
             jnp.ones((3, 2)),
             folder=tmp_path / "it",
         )
-
-
-# -------------------------------------------------------------------- checkpoints
-
-
-def state(value):
-    return {
-        "theta": {"w": jnp.full((3, 2), value), "b": [jnp.int32(value)]},
-        "half": jnp.full(4, value, jnp.bfloat16),
-    }
-
-
-def save(folder, steps, keep=2):
-    checkpoints = storage.Checkpoints(folder, keep=keep)
-    for step in steps:
-        checkpoints.save(step, state(float(step)), {"epoch": step, "best": None})
-    return checkpoints
-
-
-def restore(folder):
-    lines = []
-    found = storage.Checkpoints(folder).restore(lambda _: state(0.0), lines.append)
-    return found, lines
-
-
-def check(found, step):
-    at, restored, notes = found
-    assert at == step
-    assert notes == {"epoch": step, "best": None}
-    assert jax.tree.structure(restored) == jax.tree.structure(state(0.0))
-    for a, b in zip(
-        jax.tree.leaves(restored), jax.tree.leaves(state(float(step))), strict=True
-    ):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-def damage_by_truncation(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-7])
-
-
-def damage_by_one_bit(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-
-
-def damage_by_loss_of_a_file(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    min(files, key=lambda file: file.stat().st_size).unlink()
-
-
-def damage_by_death_before_the_record(folder, step):
-    (folder / f"{step}.json").unlink()
-
-
-def damage_to_the_record(folder, step):
-    file = folder / f"{step}.json"
-    file.write_text(file.read_text()[:20])
-
-
-def damage_by_an_empty_folder(folder, step):
-    shutil.rmtree(folder / str(step))
-    (folder / str(step)).mkdir()
-
-
-DAMAGES = [
-    damage_by_truncation,
-    damage_by_one_bit,
-    damage_by_loss_of_a_file,
-    damage_by_death_before_the_record,
-    damage_to_the_record,
-    damage_by_an_empty_folder,
-]
-
-
-def test_no_checkpoint_is_none(tmp_path):
-    assert restore(tmp_path / "nowhere") == (None, [])
-    assert storage.Checkpoints(tmp_path / "nowhere").steps() == []
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_the_newest_checkpoint_comes_back(tmp_path):
-    save(tmp_path, [9, 10])
-    found, lines = restore(tmp_path)
-    assert lines == []
-    check(found, 10)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_line(damage, tmp_path):
-    save(tmp_path, [9, 10])
-    damage(tmp_path, 10)
-    found, lines = restore(tmp_path)
-    check(found, 9)
-    assert len(lines) == 1
-    assert str(tmp_path / "10") in lines[0]
-    damage(tmp_path, 9)
-    found, lines = restore(tmp_path)
-    assert found is None
-    assert len(lines) == 2
-
-
-@pytest.mark.parametrize("keep", [2, 3])
-def test_only_the_newest_are_kept(keep, tmp_path):
-    checkpoints = save(tmp_path, [2, 9, 10, 11, 100], keep=keep)
-    kept = [2, 9, 10, 11, 100][-keep:]
-    assert checkpoints.steps() == kept
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
-        [str(step) for step in kept] + [f"{step}.json" for step in kept]
-    )
-
-
-def test_saving_over_a_half_written_checkpoint(tmp_path):
-    """A run that died while saving saves the same step again when it is resumed."""
-    save(tmp_path, [9, 10])
-    damage_by_death_before_the_record(tmp_path, 10)
-    damage_by_truncation(tmp_path, 10)
-    save(tmp_path, [10])
-    found, lines = restore(tmp_path)
-    check(found, 10)
-    assert lines == []
-
-
-def test_a_death_while_saving_over_a_step_leaves_no_stale_record(tmp_path, monkeypatch):
-    """The record of the old state must not vouch for the new one, nor the reverse."""
-    checkpoints = save(tmp_path, [9, 10])
-
-    def die(file, text):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(storage, "_write_whole", die)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(10, state(77.0), {"epoch": 77})
-    found, lines = restore(tmp_path)
-    check(found, 9)
-    assert len(lines) == 1
-
-
-def test_other_files_beside_checkpoints_are_left_alone(tmp_path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "7").write_text("a file")
-    save(tmp_path, [9, 10, 11])
-    assert (tmp_path / "notes").is_dir()
-    assert (tmp_path / "7").read_text() == "a file"
-    check(restore(tmp_path)[0], 11)
-
-
-@pytest.mark.parametrize("keep", [1, 0, -1])
-def test_keeping_fewer_than_two_is_refused(keep, tmp_path):
-    with pytest.raises(ValueError, match=f"at least 2, got {keep}"):
-        storage.Checkpoints(tmp_path, keep=keep)
-
-
-def test_a_relative_folder_is_the_one_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    checkpoints = storage.Checkpoints("run")
-    checkpoints.save(1, state(1.0), {})
-    monkeypatch.chdir("/")
-    assert checkpoints.steps() == [1]
-    assert (tmp_path / "run" / "1").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("like", "words"),
-    [
-        ({"w": jnp.zeros(3)}, r"'w': the checkpoint holds \(\(2,\), .*\), the state"),
-        ({"w": jnp.zeros(2, jnp.bfloat16)}, "'w': the checkpoint holds .*float32"),
-        ({"v": jnp.zeros(2)}, "'v': the checkpoint holds nothing"),
-        ({"w": jnp.zeros(2), "x": jnp.zeros(2)}, "'x': the checkpoint holds nothing"),
-    ],
-)
-def test_a_state_of_another_shape_or_dtype_is_refused(like, words, tmp_path):
-    checkpoints = storage.Checkpoints(tmp_path)
-    checkpoints.save(1, {"w": jnp.ones(2)}, {})
-    with pytest.raises(ValueError, match=words) as error:
-        checkpoints.restore(lambda _: like, pytest.fail)
-    assert str(tmp_path / "1") in str(error.value)
-
-
-def test_a_checkpoint_whose_folder_is_lost_is_missed(tmp_path):
-    save(tmp_path, [9, 10])
-    (tmp_path / "10").rename(tmp_path / "ten")
-    found, lines = restore(tmp_path)
-    check(found, 9)
-    assert len(lines) == 1
-    assert str(tmp_path / "10") in lines[0]
-
-
-def test_a_state_of_nothing_is_a_checkpoint(tmp_path):
-    checkpoints = storage.Checkpoints(tmp_path)
-    for nothing in ({}, {"w": jnp.ones((0, 3))}):
-        checkpoints.save(1, nothing, {"epoch": 1})
-        found = checkpoints.restore(lambda _, it=nothing: it, pytest.fail)
-        assert found[2] == {"epoch": 1}
-        jax.tree.map(same_bits, found[1], nothing)
-
-
-NO_ROOM = """
-import resource
-import jax.numpy as jnp
-import numpy as np
-from l0jax import storage
-
-def state(seed):
-    noise = np.random.default_rng(seed).normal(size=200_000)
-    return {"a": jnp.asarray(noise, jnp.float32)}
-
-checkpoints = storage.Checkpoints(FOLDER)
-checkpoints.save(1, state(1), {"epoch": 1})
-no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, no_limit[1]))
-try:
-    checkpoints.save(2, state(2), {"epoch": 2})
-except OSError as error:
-    print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
-print(sorted(entry.name for entry in checkpoints.folder.iterdir()))
-step, found, notes = checkpoints.restore(lambda _: state(0), print)
-print(step, notes, bool((found["a"] == state(1)["a"]).all()))
-checkpoints.save(2, state(2), {"epoch": 2})
-print(checkpoints.restore(lambda _: state(0), print)[0])
-"""
-
-
-def test_where_there_is_no_room_the_checkpoints_before_stay(tmp_path, run_python):
-    """The limit is that of the size of a file: tests can't fill a disk."""
-    out = run_python(NO_ROOM.replace("FOLDER", repr(str(tmp_path / "checkpoints"))))
-    said, there, restored, after = out.splitlines()[-4:]
-    assert "2 can't be written (OUT_OF_RANGE" in said
-    assert said.endswith("make room, and go on from the newest")
-    assert there == "['1', '1.json']"
-    assert restored == "1 {'epoch': 1} True"
-    assert after == "2"

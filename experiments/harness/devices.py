@@ -1,4 +1,4 @@
-"""On which devices a run trains, and in which dtype: flags that studies share."""
+"""How a run trains, whatever it trains: flags that studies share."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from l0jax.train import Training, TrainingState
 
 @dataclasses.dataclass(frozen=True)
 class OnDevices:
-    """Flags of a study that trains on many devices too."""
+    """Flags of a study: its devices, its dtype, its checkpoints."""
 
     mesh: str = ""
     """devices, by the names of axes: data=8 splits each batch over eight,
@@ -26,6 +26,11 @@ class OnDevices:
     compute: Literal["float32", "bfloat16"] = "float32"
     """in which the network runs; parameters, gates, statistics and losses stay in
     float32"""
+    keep_checkpoints: int = 2
+    """of the newest of each training"""
+    profile: bool = False
+    """watch a piece of the training: write a trace of jax.profiler beside the
+    checkpoints, and print which operations took longest"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ class OnHosts(OnDevices):
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 
 
-PLACES = ("mesh", "shard", "distributed")
+PLACES = ("mesh", "shard", "distributed", "keep_checkpoints", "profile")
 """Of the flags those that don't change what a run gives, but for roundings."""
 
 
@@ -105,8 +110,13 @@ def check(flags: OnDevices, batch_size: int) -> Mesh | None:
 
     Raises:
         ValueError: if there are no such devices, a batch can't be split over them, or
-            processes have no mesh in common.
+            processes have no mesh in common; if fewer than two checkpoints are kept.
     """
+    if flags.keep_checkpoints < 2:
+        raise ValueError(
+            f"keep_checkpoints must be at least 2, got {flags.keep_checkpoints}: one "
+            "is left if the newest turns out to be damaged"
+        )
     mesh = mesh_of(flags.mesh)
     if mesh is None and (flags.shard or jax.process_count() > 1):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Training in epochs: with a progress bar, from the newest checkpoint on."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
+from tqdm import tqdm
 
-from experiments.harness import devices, progress
+from experiments.harness import devices, profiling, progress
 from experiments.harness.devices import OnDevices
 from l0jax import train
 from l0jax.train import Training, TrainingState
@@ -44,7 +46,8 @@ class Run:
         key: from which all that is random is derived; epoch n has the same order of
             the examples in every run with this key.
         data: arrays of all examples.
-        on: the devices it trains on; by default one.
+        on: the devices it trains on, by default one, how many checkpoints it keeps, and
+            whether a piece of it is watched.
         epochs: passes over them.
         batch_size: examples of a step.
         folder: of the checkpoints; None: there are none.
@@ -97,7 +100,13 @@ class Run:
             )
         self.training, self.key = training, key
         self.state: TrainingState = training.start(key)
-        self.folder, self.every, self.loop = folder, every, loop
+        keep = 2 if on is None else on.keep_checkpoints
+        self.checkpoints = None
+        if folder is not None:
+            self.checkpoints = train.Checkpoints(folder, keep, asynchronous=True)
+        self.every, self.loop = every, loop
+        self.profile = on is not None and on.profile
+        self._compiled: Training | None = None
         self.until = epochs if until is None else min(until, epochs)
         self.epoch = 0
         self.means: dict[str, float] = {}
@@ -109,12 +118,11 @@ class Run:
 
     def restore(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
-        if self.folder is not None:
-            checkpoints = train.Checkpoints(self.folder)
-            self.training, self.state, self.epoch = checkpoints.restore(
+        if self.checkpoints is not None:
+            self.training, self.state, self.epoch = self.checkpoints.restore(
                 self.training, self.key
             )
-            self.notes = checkpoints.notes
+            self.notes = self.checkpoints.notes
 
     def say(self, text: str) -> None:
         """Beside the progress bar."""
@@ -133,37 +141,61 @@ class Run:
             name=self._name,
             show=self._show,
         )
-        with bar:
-            for epoch in range(self.epoch + 1, self.until + 1):
-                begun = time.perf_counter()
-                order = train.order_of_epoch(
-                    self.key, epoch, self.examples, self.batch_size
+        try:
+            with bar:
+                for epoch in range(self.epoch + 1, self.until + 1):
+                    begun = time.perf_counter()
+                    totals = self._one(epoch, bar)
+                    self._check(totals, epoch)
+                    self.means = totals.means
+                    self.seconds, self.epoch = time.perf_counter() - begun, epoch
+                    yield epoch
+                    bar.set_postfix_str(self._said, refresh=False)
+                    last = epoch == self.until
+                    if self.checkpoints and (last or epoch % self.every == 0):
+                        self.checkpoints.save(
+                            epoch, self.training, self.state, self.notes
+                        )
+        finally:
+            if self.checkpoints:
+                self.checkpoints.wait()
+
+    def _one(self, epoch: int, bar: Any) -> train.Totals:
+        """Trains an epoch."""
+        order = train.order_of_epoch(self.key, epoch, self.examples, self.batch_size)
+        found: list[train.Totals] = []
+        for part in parts(order):
+            with self._watched():
+                self.state, totals = self.training.epoch(
+                    self.state, self.data, part, loop=self.loop
                 )
-                found = []
-                for part in parts(order):
-                    self.state, totals = self.training.epoch(
-                        self.state, self.data, part, loop=self.loop
-                    )
-                    found.append(totals)
-                    if self.first_step_at is None:
-                        jax.block_until_ready(self.state.step)
-                        self.first_step_at = time.time()
-                    # One piece is on its way while the bar tells of those before.
-                    jax.block_until_ready(found[-2:-1])
-                    bar.update(len(part) if len(found) > 1 else 0)
-                totals = functools.reduce(train.Totals.plus, found)
-                jax.block_until_ready(totals)
-                bar.update(len(part))
-                self._check(totals, epoch)
-                self.means = totals.means
-                self.seconds, self.epoch = time.perf_counter() - begun, epoch
-                yield epoch
-                bar.set_postfix_str(self._said, refresh=False)
-                last = epoch == self.until
-                if self.folder is not None and (last or epoch % self.every == 0):
-                    train.Checkpoints(self.folder).save(
-                        epoch, self.training, self.state, self.notes
-                    )
+                found.append(totals)
+                if self.first_step_at is None:
+                    jax.block_until_ready(self.state.step)
+                    self.first_step_at = time.time()
+                # One piece is on its way while the bar tells of those before.
+                jax.block_until_ready(found[-2:-1])
+                bar.update(len(part) if len(found) > 1 else 0)
+        totals = functools.reduce(train.Totals.plus, found)
+        jax.block_until_ready(totals)
+        bar.update(len(part))
+        return totals
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """The first piece of a run that compiles nothing is watched if one asks."""
+        compiled, self._compiled = self._compiled, self.training
+        if not (self.profile and compiled is self.training and self.checkpoints):
+            yield
+            return
+        self.profile = False
+        jax.block_until_ready(self.state)
+        folder = self.checkpoints.folder / profiling.FOLDER
+        with profiling.watched(folder):
+            yield
+            jax.block_until_ready(self.state)
+        if devices.is_first():
+            tqdm.write(f"{profiling.read(folder).text()}\nthe trace is in {folder}")
 
     def _check(self, totals: train.Totals, epoch: int) -> None:
         """Raises Diverged if a loss of the epoch wasn't finite, or what it left."""
@@ -172,7 +204,9 @@ class Run:
             # Left by the last step, and met by no loss yet.
             bad = int(self.state.step)
         if bad >= 0:
-            good = self.folder and train.Checkpoints(self.folder).newest
+            if self.checkpoints:
+                self.checkpoints.wait()
+            good = self.checkpoints and self.checkpoints.newest
             whose = f"{self._name}: " if self._name else ""
             raise Diverged(
                 f"{whose}the loss is not finite at step {bad} (epoch {epoch}); the "

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from l0jax import storage
+from l0jax import checkpoints
 from l0jax.train.training import Training, TrainingState
 
 
@@ -22,18 +22,28 @@ class Checkpoints:
     Args:
         folder: where they lie; made when the first one is saved.
         keep: how many are kept, at least two.
+        asynchronous: whether training goes on while a checkpoint is written. Call
+            `wait` at the end.
 
     Attributes:
         notes: what was saved beside the checkpoint that was restored.
     """
 
-    def __init__(self, folder: storage.Folder, keep: int = 2):
-        self._files = storage.Checkpoints(folder, keep)
+    def __init__(
+        self, folder: checkpoints.Folder, keep: int = 2, *, asynchronous: bool = False
+    ):
+        self._files = checkpoints.Checkpoints(folder, keep, asynchronous=asynchronous)
         self.notes: dict[str, Any] = {}
 
     @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self._files.folder
+
+    @property
     def newest(self) -> Path | None:
-        """The newest checkpoint's folder, damaged or not; None if there is none."""
+        """The newest checkpoint's folder, damaged or not; None if there is none. One
+        that is being written is not yet there."""
         steps = self._files.steps()
         return self._files.folder / str(steps[-1]) if steps else None
 
@@ -53,7 +63,7 @@ class Checkpoints:
             notes: JSON values that the run needs to go on.
 
         Raises:
-            ValueError: as `storage.Checkpoints.save`.
+            ValueError, OSError: as `checkpoints.Checkpoints.save`.
         """
         alive = {n: flags.astype(int).tolist() for n, flags in training.alive.items()}
         record = {
@@ -63,6 +73,14 @@ class Checkpoints:
         }
         here = training.placement.on_host(state)
         self._files.save(done, here._asdict(), record)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on the disk.
+
+        Raises:
+            ValueError, OSError: as `save`.
+        """
+        self._files.wait()
 
     def restore(
         self, training: Training, key: PRNGKeyArray
