@@ -88,8 +88,10 @@ def record(row: str, new: Sequence[dict[str, Any]]) -> None:
     file = folder / runs.LINES
     with alone(folder / "figures"):
         there = json_lines.read(file)
-        settings = new[0]["settings"]
-        alike = [line for line in there if line["settings"] == settings]
+        settings = run_folder.whole(new[0]["settings"])
+        alike = [
+            line for line in there if run_folder.whole(line["settings"]) == settings
+        ]
         lines = {(line["method"], line["seed"]): line for line in [*alike, *new]}
         # Methods that another version of this file knows are kept, at the end.
         order = sorted(lines, key=lambda it: (known.get(it[0], len(known)), *it))

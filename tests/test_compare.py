@@ -37,10 +37,10 @@ def pruned(folder, errors, *, ratio=0.5):
     (folder / "results.jsonl").write_text(text)
 
 
-def trained(folder, *, seed=0, lam=0.1, error=2.0):
+def trained(folder, *, seed=0, lam=0.1, error=2.0, **more):
     """The folder of a run of `experiments.mnist`."""
     folder.mkdir(parents=True)
-    settings = {"gate": "hard_concrete", "lam": [lam], "seed": seed}
+    settings = {"gate": "hard_concrete", "lam": [lam], "seed": seed} | more
     (folder / "config.json").write_text(json.dumps(settings | {"out": str(folder)}))
     last = {"test_error": error, "validation_error": error, "weights": 30}
     summary = {
@@ -83,6 +83,21 @@ def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
     alone = reading.runs(tmp_path / "0.1-*")
     assert {result.method for result in alone} == {"hard_concrete"}
     assert [result.seed for result in alone] == [0, 1]
+
+
+def test_a_run_of_before_a_flag_stands_beside_one_with_it(tmp_path):
+    """Where it was made tells no runs apart."""
+    trained(tmp_path / "old")
+    trained(tmp_path / "new", seed=1, compute="float32", mesh="data=8", shard="data")
+    same = reading.runs(tmp_path / "*")
+    assert {result.method for result in same} == {"hard_concrete"}
+    trained(tmp_path / "low", compute="bfloat16")
+    found = [(result.method, result.seed) for result in reading.runs(tmp_path / "*")]
+    assert sorted(found) == [
+        ("hard_concrete, compute bfloat16", 0),
+        ("hard_concrete, compute float32", 0),
+        ("hard_concrete, compute float32", 1),
+    ]
 
 
 def test_a_result_is_not_counted_twice(tmp_path):

@@ -85,6 +85,12 @@ def test_rows_are_recorded_as_they_come(place, monkeypatch):
     language_rows.record("half", [changed])
     assert json_lines.read(file)[0] == changed
     assert len(json_lines.read(file)) == 4
+    # So does one that says what others leave out: in which dtype all of them ran.
+    told = line("uniform", 0)
+    told["settings"] |= {"compute": "float32"}
+    language_rows.record("half", [told])
+    assert json_lines.read(file)[0] == told
+    assert len(json_lines.read(file)) == 4
     # What other settings gave is no seed of it.
     other = line("uniform", 1)
     other["settings"] |= {"left": 0.3}

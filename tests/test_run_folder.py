@@ -1,5 +1,6 @@
 """What a run folder holds, and that no run overwrites another."""
 
+import dataclasses
 import json
 import re
 import struct
@@ -123,6 +124,39 @@ def test_a_setting_that_the_folder_does_not_know_is_another_configuration(tmp_pa
     run_folder.prepare(tmp_path, SETTINGS, CONFIG, False)
     with pytest.raises(run_folder.RunFolderError, match="gates is None there and 'x'"):
         run_folder.prepare(tmp_path, SETTINGS | {"gates": "x"}, CONFIG, True)
+
+
+ADDED = [(name, usual, "other") for name, usual in run_folder.ADDED.items()]
+
+
+@pytest.mark.parametrize(("name", "usual", "other"), ADDED)
+def test_a_record_without_a_flag_was_run_as_before_the_flag(
+    tmp_path, name, usual, other
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    run_folder.prepare(old, SETTINGS, CONFIG, False)
+    run_folder.prepare(new, SETTINGS | {name: other}, CONFIG | {name: other}, False)
+    for there in ({}, {name: usual}):
+        run_folder.prepare(old, SETTINGS | there, CONFIG | there, True)
+        run_folder.check_base(old, SETTINGS | there, [*SETTINGS, name])
+        with pytest.raises(ValueError, match=f"{name} is '{other}' there and '{usual}"):
+            run_folder.prepare(new, SETTINGS | there, CONFIG | there, True)
+        with pytest.raises(ValueError, match=f"{name} = {other}; this run has {usual}"):
+            run_folder.check_base(new, SETTINGS | there, [*SETTINGS, name])
+    with pytest.raises(ValueError, match=f"{name} is '{usual}' there and '{other}'"):
+        run_folder.prepare(old, SETTINGS | {name: other}, CONFIG, True)
+    with pytest.raises(ValueError, match=f"{name} = {usual}; this run has {other}"):
+        run_folder.check_base(old, SETTINGS | {name: other}, [name])
+
+
+@pytest.mark.parametrize(("name", "usual", "other"), ADDED)
+def test_a_flag_is_recorded_where_it_is_not_as_before(name, usual, other):
+    kind = dataclasses.make_dataclass("Config", ["seed", name, "out"])
+    assert run_folder.settings_of(kind(1, usual, "x"), ("out",)) == {"seed": 1}
+    told = run_folder.settings_of(kind(1, other, "x"), ("out",))
+    assert told == {"seed": 1, name: other}
+    assert run_folder.whole({"seed": 1})[name] == usual
+    assert run_folder.whole(told)[name] == other
 
 
 def test_a_configuration_that_was_cut_short_is_named(tmp_path):

@@ -19,6 +19,10 @@ from l0jax import costs
 
 CONFIG = "config.json"
 LATENCY = "latency.json"
+ADDED = {"compute": "float32"}
+"""Settings that flags were added for when there were records without them, and what
+these were run with. Where they are that, they are not recorded, so that a run has one
+record and one folder before the flag and after it."""
 
 
 class RunFolderError(ValueError):
@@ -32,9 +36,19 @@ def default(name: str, settings: dict) -> Path:
 
 
 def settings_of(config: Any, leave_out: Container[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass as JSON has them, but for those that are left out."""
+    """The fields of a dataclass as JSON has them, but for those that are left out, and
+    those of `ADDED` that are what they were before there was a flag."""
     fields = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return {name: value for name, value in fields.items() if name not in leave_out}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in leave_out and (name not in ADDED or value != ADDED[name])
+    }
+
+
+def whole(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with what was not recorded: records are compared so."""
+    return ADDED | dict(settings)
 
 
 def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
@@ -72,7 +86,9 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
                 f"{file} is damaged ({error}), so that nobody knows what run the "
                 "folder holds; choose another --out"
             ) from error
-        deciding = settings | {name: draws[name] for name in draws if name in old}
+        old = whole(old)
+        deciding = whole(settings)
+        deciding |= {name: draws[name] for name in draws if name in old}
         differing = [k for k in deciding if k not in old or old[k] != deciding[k]]
         if differing:
             name = differing[0]
@@ -124,12 +140,12 @@ def check_base(
             f"{file} is missing: base_from must be the folder of a run that has "
             "trained its base networks"
         )
-    there = json.loads(file.read_text())
+    there, here = whole(json.loads(file.read_text())), whole(settings)
     for name in deciding:
-        if there.get(name) != settings[name]:
+        if there.get(name) != here[name]:
             raise ValueError(
                 f"the base networks of {folder} were made with {name} = "
-                f"{there.get(name)}; this run has {settings[name]}"
+                f"{there.get(name)}; this run has {here[name]}"
             )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from experiments.harness import csv_lines, json_lines
-from experiments.harness.run_folder import CONFIG
+from experiments.harness.devices import PLACES
+from experiments.harness.run_folder import CONFIG, whole
 from experiments.reports.printing import interval, mean_and_half_width
 
 
@@ -74,7 +75,7 @@ def runs(*patterns: str | Path) -> list[Result]:
 UNTOLD = (
     *("seed", "seeds", "out", "resume", "stop_after", "checkpoint_every", "progress"),
     *("dense", "variant", "method", "families", "arms", "heuristics", "ratios"),
-    *("budgets", "together", "base_from"),
+    *("budgets", "together", "base_from", *PLACES),
 )
 """Settings that say where and how far to run, or which of several results it is."""
 
@@ -91,15 +92,15 @@ def told_apart(results: Sequence[Result]) -> list[Result]:
         groups.setdefault((result.study, result.task, result.method), []).append(result)
     found = []
     for result in results:
+        own = whole(result.settings)
         its = groups[result.study, result.task, result.method]
-        names = dict.fromkeys(name for each in its for name in each.settings)
+        others = [whole(each.settings) for each in its]
+        names = dict.fromkeys(name for each in others for name in each)
         said = [
-            f"{name} {result.settings.get(name)}"
+            f"{name} {own.get(name)}"
             for name in names
             if name not in UNTOLD
-            and any(
-                each.settings.get(name) != result.settings.get(name) for each in its
-            )
+            and any(each.get(name) != own.get(name) for each in others)
         ]
         method = ", ".join([result.method, *said])
         found.append(dataclasses.replace(result, method=method))
