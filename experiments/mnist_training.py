@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from experiments.harness import devices
 from experiments.mnist_settings import TARGETS, Config, rule_of, targets
 from experiments.tasks.data import Dataset
 from l0jax import (
@@ -99,7 +100,7 @@ def loss_on(scale: float) -> Callable[..., Any]:
 
     def loss(model, batch):
         images, labels = batch
-        logits = model(images.astype(jnp.float32) / scale)
+        logits = devices.logits_of(model, images.astype(jnp.float32) / scale)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), {"error": (logits.argmax(-1) != labels).mean()}
 

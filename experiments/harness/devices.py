@@ -8,24 +8,32 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh
+from jaxtyping import Array, Float
 
 from l0jax.train import Training, TrainingState
 
 
 @dataclasses.dataclass(frozen=True)
-class OnDevices:
-    """Flags of a study: its devices, its dtype, its checkpoints."""
+class OnMesh:
+    """Flags of a study that trains on many devices too."""
 
     mesh: str = ""
     """devices, by the names of axes: data=8 splits each batch over eight,
     data=4,model=2 arranges them in two axes; none: one device"""
-    shard: str = ""
-    """axis of the mesh over which parameters are split, each along its largest axis
-    that can be; none: every device has all"""
     compute: Literal["float32", "bfloat16"] = "float32"
     """in which the network runs; parameters, gates, statistics and losses stay in
     float32"""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDevices(OnMesh):
+    """Flags of a study that trains by `experiments.harness.loop` alone, too."""
+
+    shard: str = ""
+    """axis of the mesh over which parameters are split, each along its largest axis
+    that can be; none: every device has all"""
     keep_checkpoints: int = 2
     """of the newest of each training"""
     profile: bool = False
@@ -105,44 +113,96 @@ def mesh_of(text: str) -> Mesh | None:
     )
 
 
-def check(flags: OnDevices, batch_size: int) -> Mesh | None:
+def check(flags: OnMesh, *batch_sizes: int) -> Mesh | None:
     """The devices that the flags ask for.
 
+    Args:
+        flags: of the study.
+        batch_sizes: of all that it trains.
+
     Raises:
-        ValueError: if there are no such devices, a batch can't be split over them, or
-            processes have no mesh in common; if fewer than two checkpoints are kept.
+        ValueError: if there are no such devices, the mesh has no axis `shard`, a batch
+            can't be split over them, or processes have no mesh in common; if fewer than
+            two checkpoints are kept.
     """
-    if flags.keep_checkpoints < 2:
+    if isinstance(flags, OnDevices) and flags.keep_checkpoints < 2:
         raise ValueError(
             f"keep_checkpoints must be at least 2, got {flags.keep_checkpoints}: one "
             "is left if the newest turns out to be damaged"
         )
-    mesh = mesh_of(flags.mesh)
-    if mesh is None and (flags.shard or jax.process_count() > 1):
+    mesh, shard = mesh_of(flags.mesh), shard_of(flags)
+    if mesh is None:
+        if shard or jax.process_count() > 1:
+            raise ValueError(
+                f"{'shard' if shard else 'distributed'} is given, but no mesh, such "
+                f"as data={jax.device_count()}"
+            )
+        return None
+    if shard and shard not in mesh.axis_names:
         raise ValueError(
-            f"{'shard' if flags.shard else 'distributed'} is given, but no mesh, such "
-            f"as data={jax.device_count()}"
+            f"shard names the axis {shard!r}; the mesh has "
+            f"{', '.join(map(str, mesh.axis_names))}"
         )
-    if mesh is not None and batch_size % mesh.devices.shape[0]:
-        raise ValueError(
-            f"a batch of {batch_size} examples can't be split evenly over the "
-            f"{mesh.devices.shape[0]} devices of {mesh.axis_names[0]!r}"
-        )
+    for batch_size in batch_sizes:
+        if batch_size % mesh.devices.shape[0]:
+            raise ValueError(
+                f"a batch of {batch_size} examples can't be split evenly over the "
+                f"{mesh.devices.shape[0]} devices of {mesh.axis_names[0]!r}"
+            )
     return mesh
 
 
-def on(training: Training, flags: OnDevices, batch_size: int) -> Training:
+def shard_of(flags: OnMesh) -> str:
+    """The axis over which parameters are split, if there is one."""
+    return flags.shard if isinstance(flags, OnDevices) else ""
+
+
+def dtype_of(flags: OnMesh) -> Any:
+    """In which the network runs, as `train.Training` has it: None for float32."""
+    return jnp.bfloat16 if flags.compute == "bfloat16" else None
+
+
+def members_on(flags: OnMesh) -> list[jax.Device] | None:
+    """The devices among which members of a sweep are split, as `train.Sweep` has them;
+    None: it chooses.
+
+    Raises:
+        ValueError: as `mesh_of`.
+    """
+    mesh = mesh_of(flags.mesh)
+    return None if mesh is None else [*mesh.devices.flat]
+
+
+def on(training: Training, flags: OnMesh, batch_size: int) -> Training:
     """The training on the devices that the flags ask for.
 
     Raises:
-        ValueError: as `check`; if the mesh has no axis `shard`.
+        ValueError: as `check`.
     """
-    mesh = check(flags, batch_size)
-    compute = jnp.bfloat16 if flags.compute == "bfloat16" else None
+    mesh, compute = check(flags, batch_size), dtype_of(flags)
     if mesh is None and compute is None:
         return training
-    sharding = {".*": flags.shard} if flags.shard else None
+    shard = shard_of(flags)
+    sharding = {".*": shard} if shard else None
     return training.replace(mesh=mesh, sharding=sharding, compute=compute)
+
+
+def logits_of(
+    model: Any, inputs: Float[Array, "batch ..."]
+) -> Float[Array, "batch classes"]:
+    """What a network gives, in float32, that runs in the dtype of its parameters.
+
+    Layers run in the wider dtype of their inputs and parameters: given the float32 that
+    a loss makes of stored bytes, the network would run in float32, `compute` or not.
+    """
+    return model(as_parameters(model, inputs)).astype(jnp.float32)
+
+
+def as_parameters(
+    model: nnx.Module, inputs: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Inputs in the dtype of a network's parameters."""
+    return inputs.astype(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def alone(training: Training, state: TrainingState) -> tuple[Training, TrainingState]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from experiments.harness import devices, profiling, progress
-from experiments.harness.devices import OnDevices
+from experiments.harness.devices import OnDevices, OnMesh
 from l0jax import train
 from l0jax.train import Training, TrainingState
 
@@ -75,7 +75,7 @@ class Run:
         key: PRNGKeyArray,
         data: PyTree,
         *,
-        on: OnDevices | None = None,
+        on: OnMesh | None = None,
         epochs: int,
         batch_size: int,
         folder: Path | None = None,
@@ -100,12 +100,14 @@ class Run:
             )
         self.training, self.key = training, key
         self.state: TrainingState = training.start(key)
-        keep = 2 if on is None else on.keep_checkpoints
+        kept = on if isinstance(on, OnDevices) else OnDevices()
         self.checkpoints = None
         if folder is not None:
-            self.checkpoints = train.Checkpoints(folder, keep, asynchronous=True)
+            self.checkpoints = train.Checkpoints(
+                folder, kept.keep_checkpoints, asynchronous=True
+            )
         self.every, self.loop = every, loop
-        self.profile = on is not None and on.profile
+        self.profile = kept.profile
         self._compiled: Training | None = None
         self.until = epochs if until is None else min(until, epochs)
         self.epoch = 0

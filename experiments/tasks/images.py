@@ -18,6 +18,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt8
 
+from experiments.harness import devices
+from experiments.harness.devices import OnMesh
 from experiments.harness.loop import Run, by_step
 from experiments.tasks import data
 from l0jax import train
@@ -138,6 +140,7 @@ def smoothed(
 ) -> Float[Array, ""]:
     """The mean cross-entropy, of labels of which all classes have a share in equal
     parts."""
+    logits = logits.astype(jnp.float32)
     told = cross_entropy(logits, labels)
     # The mean of what each class would cost is what equal parts cost.
     alike = -jax.nn.log_softmax(logits).mean(-1)
@@ -185,10 +188,11 @@ class Trainer(Generic[Model]):
         heads: additional classifiers, by the kernel after which they are attached.
         structure: of the network, if units stay closed.
         keep: which units don't stay closed, `{group: flags}`.
+        on: the devices it is trained on; by default one.
         **how: other arguments of `train.Training`: gates, a target, a penalty.
 
     Attributes:
-        training, state: what is trained, and how far.
+        training, state: what is trained, and how far; on one device but for `run`.
     """
 
     def __init__(
@@ -201,6 +205,7 @@ class Trainer(Generic[Model]):
         heads: Mapping[str, Head] | None = None,
         structure: Structure | None = None,
         keep: Mapping[str, np.ndarray] | None = None,
+        on: OnMesh | None = None,
         **how: Any,
     ):
         check_filled(images, recipe.batch_size)
@@ -219,7 +224,7 @@ class Trainer(Generic[Model]):
         decayed = dataclasses.replace(
             recipe, weight_decay=recipe.weight_decay * (2 if heads else 1)
         )
-        self.recipe, self.data = recipe, _on_device(images)
+        self.recipe, self.data, self.on = recipe, _on_device(images), on
         self.training = train.Training(
             both,
             functools.partial(_loss, self.heads, recipe, colours_of(images)),
@@ -241,11 +246,13 @@ class Trainer(Generic[Model]):
 
         Raises:
             Diverged: if the loss is not finite.
+            ValueError: as `devices.on`.
         """
         run = Run(
             self.training,
             self.key,
             self.data,
+            on=self.on,
             epochs=self.recipe.epochs,
             batch_size=self.recipe.batch_size,
             folder=folder,
@@ -257,7 +264,7 @@ class Trainer(Generic[Model]):
         done = run.epoch
         for _ in run:
             run.say(f"loss {run.means['loss']:.3f}")
-        self.state = run.state
+        self.training, self.state = devices.alone(run.training, run.state)
         return done
 
     def trained(self) -> Model:
@@ -294,7 +301,9 @@ def _loss(heads: tuple[str, ...], recipe: Recipe, of: Images, model, batch, key)
     if recipe.augment:
         x = augmented(key, x)
     if not heads:
-        return smoothed(model(x), labels, recipe.smoothing), {}
+        logits = devices.logits_of(model, x)
+        return smoothed(logits, labels, recipe.smoothing), {}
+    x = devices.as_parameters(model, x)
     graph, params, before = nnx.split(model, nnx.Param, ...)
 
     def run(params, x):

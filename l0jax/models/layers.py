@@ -64,10 +64,23 @@ def conv(
 
 def norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Batch normalisation with the momentum and the epsilon of all of the papers, by
-    the running statistics until `train()` is called."""
+    the running statistics until `train()` is called. Statistics are of float32 where
+    the network runs in bfloat16, and what it gives is of bfloat16."""
     return nnx.BatchNorm(
-        channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs
+        channels,
+        use_running_average=True,
+        momentum=0.9,
+        epsilon=1e-5,
+        promote_dtype=_as_they_are,
+        rngs=rngs,
     )
+
+
+def _as_they_are(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """In the place of a promotion of all arrays to the widest dtype among them, that of
+    the statistics, in which all layers would run from the first norm on."""
+    del dtype, inexact
+    return arrays
 
 
 def global_average(x: Float[Array, "batch h w c"]) -> Float[Array, "batch c"]:
