@@ -39,7 +39,13 @@ import jax.numpy as jnp
 
 from experiments import feature_methods
 from experiments.feature_methods import ALL, METHODS, PAIRS, Recipe
-from experiments.harness import command_line, json_lines, progress, run_folder
+from experiments.harness import (
+    command_line,
+    json_lines,
+    progress,
+    ranges,
+    run_folder,
+)
 from experiments.reports import runs
 from experiments.tasks import tables
 from experiments.tasks.dataset import DataError
@@ -64,6 +70,10 @@ COUNTS = {"mnist": (50,), "wine": (5, 10)} | dict.fromkeys(tables.KNOWN, (2,))
 PAIR = "mixture-exponential_uniform"
 """Of the mixtures this pair is run, if others aren't named: the one with the smallest
 error in the comparison of families on MNIST."""
+RANGES = {
+    "be at least 1": ("selecting", "training", "hidden"),
+    "be > 0": ("gate_rates",),
+}
 QUICK: dict[str, Any] = {
     **{"data": ("wine", "xor_20"), "seeds": (0, 1)},
     **{"methods": ("stochastic", "hard_concrete", "lasso", "forest", "random", ALL)},
@@ -137,13 +147,7 @@ def check(config: Config) -> None:
     feature_methods.check(config.methods)
     if not (config.data and config.methods and config.seeds):
         raise ValueError("give at least one data set, one method and one seed")
-    for field in ("selecting", "training", "hidden"):
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"{field} must be at least 1, got {value}")
-    for rate in config.gate_rates:
-        if not rate > 0:
-            raise ValueError(f"gate_rates must be > 0, got {rate}")
+    ranges.check(config, RANGES)
     for name in config.data:
         features = tables.load(name, config.seeds[0]).features
         for k in counts_of(config, name):

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.harness import devices
+from experiments.harness import devices, ranges
 from experiments.tasks import text
 from l0jax import costs
 
@@ -106,10 +106,14 @@ QUICK: dict[str, Any] = {
     "base": Recipe(epochs=1, batch_size=32, learning_rate=3e-3),
     "tune": Recipe(epochs=2, batch_size=32, learning_rate=1e-3, warm_up=0.02),
 }
-OF_BASE = (
-    *("text", "layers", "width", "heads", "queries", "dim", "hidden", "length"),
-    *("base", "compute"),
-)
+SIZES = ("layers", "width", "heads", "queries", "dim", "hidden", "length")
+RANGES = {
+    "be at least 1": (*SIZES, "judged_by"),
+    "be > 0": ("gate_learning_rate", "multiplier_rate", "price"),
+    "lie in [0, 1]": ("reached",),
+    "lie in (0, 1)": ("left", "keep_prob"),
+}
+OF_BASE = ("text", *SIZES, "base", "compute")
 """Settings that decide the base."""
 UNTOLD = ("method", "seeds", "out", "base_from", "progress", *devices.PLACES)
 """Settings that don't change what a single run gives."""
@@ -130,10 +134,7 @@ def check(config: Config, known: Collection[str]) -> None:
                 )
     if not config.method or not config.seeds or not config.gated:
         raise ValueError("give at least one method, one seed and one kind of units")
-    sizes = ("layers", "width", "heads", "queries", "dim", "hidden", "length")
-    for name in (*sizes, "judged_by"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    ranges.check(config, RANGES)
     if config.dim % 2:
         raise ValueError(f"dim must be even, for pairs turn together, got {config.dim}")
     check_shape(config)
@@ -143,23 +144,15 @@ def check(config: Config, known: Collection[str]) -> None:
             f"seconds are measured for heads, hidden and branches; gated are "
             f"{', '.join(config.gated)}"
         )
-    if not 0 < config.left < 1:
-        raise ValueError(f"left must lie in (0, 1), got {config.left}")
     if not 1 <= config.closing < config.tune.epochs:
         raise ValueError(
             f"closing is {config.closing} epochs of the {config.tune.epochs} that "
             "there are after the base, of which at least one is for what is left; give "
             "at least 1, and more with tune.epochs"
         )
-    if not 0 <= config.reached <= 1:
-        raise ValueError(f"reached must lie in [0, 1], got {config.reached}")
     if config.length < 2:
         raise ValueError(f"length must be at least 2, got {config.length}")
-    for name in ("gate_learning_rate", "multiplier_rate", "price"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
-    if not 0 < config.keep_prob < 1:
-        raise ValueError(f"keep_prob must lie in (0, 1), got {config.keep_prob}")
+    devices.check(config, config.base.batch_size, config.tune.batch_size)
     for name in ("base", "tune"):
         recipe = getattr(config, name)
         if recipe.epochs < 1 or recipe.batch_size < 1:
@@ -167,7 +160,6 @@ def check(config: Config, known: Collection[str]) -> None:
                 f"{name} needs at least one epoch and one window a batch, got "
                 f"{recipe.epochs} and {recipe.batch_size}"
             )
-        devices.check(config, recipe.batch_size)
         if not 0 < recipe.apart <= 1:
             raise ValueError(f"{name}.apart must lie in (0, 1], got {recipe.apart}")
         if not recipe.learning_rate > 0 or not 0 <= recipe.warm_up < 1:

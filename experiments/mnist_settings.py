@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.harness import run_folder
+from experiments.harness import ranges, run_folder
 from experiments.harness.devices import PLACES, OnHosts
 from experiments.tasks import data
 from l0jax import constraints, costs, estimators, gates, gating
@@ -18,6 +18,17 @@ HOUSEKEEPING = (
     *("out", "resume", "stop_after", "checkpoint_every", "progress"),
     *("dense", *PLACES),
 )
+
+
+RANGES = {
+    "be at least 1": (
+        *("epochs", "batch_size", "samples", "checkpoint_every", "stop_after"),
+    ),
+    "be >= 0": ("lam", "learning_rate", "gate_learning_rate"),
+    "be > 0": ("beta_end", "multiplier_rate"),
+    "lie in [0, 1]": ("decay_from", "target_warm_up"),
+    "lie in [0, 1)": ("polyak",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +140,7 @@ class Config(OnHosts):
 
 def scientific(config: Config) -> dict:
     """The fields that decide the result."""
-    # Runs are older than the flag.
-    usual = ("compute",) if config.compute == Config.compute else ()
-    told = run_folder.settings_of(config, (*HOUSEKEEPING, *usual))
+    told = run_folder.settings_of(config, HOUSEKEEPING)
     return told | {"test_rule": rule_of(config)}
 
 
@@ -152,24 +161,7 @@ def check(config: Config) -> gates.Gate:
         raise ValueError(
             f"unknown model {config.model!r}; there is {', '.join(NETWORKS)}"
         )
-    for name in ("epochs", "batch_size", "samples", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.stop_after is not None and config.stop_after < 1:
-        raise ValueError(f"stop_after must be at least 1, got {config.stop_after}")
-    for value in config.lam:
-        if not value >= 0:
-            raise ValueError(f"lam must be >= 0, got {value}")
-    for name in ("learning_rate", "gate_learning_rate"):
-        rate = getattr(config, name)
-        if rate is not None and not rate >= 0:
-            raise ValueError(f"{name} must be >= 0, got {rate}")
-    if not 0 <= config.decay_from <= 1:
-        raise ValueError(f"decay_from must lie in [0, 1], got {config.decay_from}")
-    if not 0 <= config.polyak < 1:
-        raise ValueError(f"polyak must lie in [0, 1), got {config.polyak}")
-    if config.beta_end is not None and not config.beta_end > 0:
-        raise ValueError(f"beta_end must be > 0, got {config.beta_end}")
+    ranges.check(config, RANGES)
     given = targets(config)
     if len(given) > 1:
         raise ValueError(f"give one target, not {' and '.join(given)}")
@@ -179,12 +171,6 @@ def check(config: Config) -> gates.Gate:
     if config.constraint not in ways:
         raise ValueError(
             f"unknown constraint {config.constraint!r}; there is {', '.join(ways)}"
-        )
-    if not config.multiplier_rate > 0:
-        raise ValueError(f"multiplier_rate must be > 0, got {config.multiplier_rate}")
-    if not 0 <= config.target_warm_up <= 1:
-        raise ValueError(
-            f"target_warm_up must lie in [0, 1], got {config.target_warm_up}"
         )
     if config.estimator not in (None, *estimators.ESTIMATORS):
         raise ValueError(
