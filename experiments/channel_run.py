@@ -329,6 +329,7 @@ class Run:
 
     def trained(self, name: str, model: Any, recipe: Recipe, **how: Any) -> Trainer:
         """A trainer at its end, from its checkpoints if there are some."""
+        how["on"] = self.config
         trainer = Trainer(model, self.images, recipe, self.named(name), **how)
         folder = self.folder / "checkpoints" / f"{name}-{self.seed}"
         shown = f"{name} seed {self.seed}", self.config.progress

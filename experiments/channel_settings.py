@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.harness import devices, ranges
 from experiments.tasks.images import Recipe
 from l0jax import models
 from l0jax.methods.discrimination import Selection
@@ -14,10 +15,15 @@ BASE = Recipe()
 HEADS = Recipe(epochs=2, learning_rate=0.01, drops=())
 TUNE = Recipe(epochs=10, learning_rate=0.01)
 GATE = Recipe(epochs=5, learning_rate=0.01, drops=())
+RANGES = {
+    "be > 0": ("gate_learning_rate", "multiplier_rate"),
+    "lie in (0, 1)": ("left", "keep_prob"),
+}
+RECIPES = ("base", "heads", "gate", "tune")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Prune the channels of a convolutional network."""
 
     method: tuple[str, ...] = ("dcp",)
@@ -91,9 +97,9 @@ class Config:
     """show a progress bar"""
 
 
-OF_BASE = ("dataset", "model", "width", "examples", "validation", "base")
+OF_BASE = ("dataset", "model", "width", "examples", "validation", "base", "compute")
 """Settings that decide the base networks; of those of slimming the sparsity too."""
-UNTOLD = ("method", "seeds", "out", "progress")
+UNTOLD = ("method", "seeds", "out", "progress", *devices.PLACES)
 """Settings that don't change what a single run gives."""
 
 
@@ -108,21 +114,17 @@ def check(config: Config, known: Collection[str]) -> None:
         raise ValueError("give at least one method and one seed")
     check_network(config.model, config.width)
     count_left(1, config.ratio)
-    if config.left is not None and not 0 < config.left < 1:
-        raise ValueError(f"left must lie in (0, 1), got {config.left}")
     if config.after is not None and config.after < 0:
         raise ValueError(f"after must be at least 0 epochs, got {config.after}")
-    for name in ("gate_learning_rate", "multiplier_rate"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
-    if not 0 < config.keep_prob < 1:
-        raise ValueError(f"keep_prob must lie in (0, 1), got {config.keep_prob}")
+    ranges.check(config, RANGES)
     if not config.epsilon > 0:
         raise ValueError(f"epsilon must be above 0, got {config.epsilon}")
     selection_of(config)
-    for name in ("base", "heads", "gate", "tune"):
+    recipes = {name: getattr(config, name) for name in RECIPES}
+    for name, recipe in recipes.items():
         # Without any tuning the errors right after pruning are what is asked for.
-        getattr(config, name).check(name, int(name != "tune"))
+        recipe.check(name, int(name != "tune"))
+    devices.check(config, *(recipe.batch_size for recipe in recipes.values()))
 
 
 def check_network(name: str, width: float) -> None:

@@ -26,7 +26,7 @@ import tyro
 
 from experiments.channel_run import network
 from experiments.channel_settings import check_network
-from experiments.harness import json_lines, run_folder
+from experiments.harness import devices, json_lines, run_folder
 from experiments.harness.loop import Diverged
 from experiments.reports import places, runs
 from experiments.reports.printing import interval, markdown
@@ -42,7 +42,7 @@ RESNET20 = Recipe(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Train a network on images."""
 
     dataset: str = "cifar10"
@@ -69,13 +69,14 @@ class Config:
     """show a progress bar"""
 
 
-UNTOLD = ("seeds", "test", "out", "record", "progress")
+UNTOLD = ("seeds", "test", "out", "record", "progress", *devices.PLACES)
 
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Runs what is missing; all lines of the folder."""
     check_network(config.model, config.width)
     config.base.check("base")
+    devices.check(config, config.base.batch_size)
     if not config.seeds:
         raise ValueError("give at least one seed")
     dataset = data.load(config.dataset, config.validation)
@@ -108,8 +109,9 @@ def record(folder: Path, kept: Path) -> None:
     lines = json_lines.read(folder / runs.LINES)
     there = kept / run_folder.CONFIG
     if there.exists():
-        old = json.loads(there.read_text())
-        if any(old.get(name) != value for name, value in lines[0]["settings"].items()):
+        old = run_folder.whole(json.loads(there.read_text()))
+        new = run_folder.whole(lines[0]["settings"])
+        if any(old.get(name) != value for name, value in new.items()):
             shutil.rmtree(kept)
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / run_folder.CONFIG, there)
@@ -132,7 +134,8 @@ def one(
     model = network(config.model, config.width, dataset, gating.key_for(key, "weights"))
     images = images_of(dataset, config.examples)
     example = jnp.zeros((1, *images.images.shape[1:]), jnp.float32)
-    trainer = Trainer(model, images, config.base, gating.key_for(key, "base"))
+    of_base = gating.key_for(key, "base")
+    trainer = Trainer(model, images, config.base, of_base, on=config)
     checkpoints = folder / "checkpoints" / str(seed)
     begun = time.perf_counter()
     done = trainer.run(checkpoints, f"{config.model} seed {seed}", config.progress)

@@ -24,7 +24,7 @@ from flax import nnx
 
 from experiments import mnist_training
 from experiments.channel_run import prunable
-from experiments.harness import json_lines, run_folder
+from experiments.harness import devices, json_lines, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_settings import Config as OfMnist
 from experiments.mnist_settings import check
@@ -47,7 +47,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Decide trained gates by every rule."""
 
     networks: tuple[str, ...] = tuple(NETWORKS)
@@ -68,7 +68,8 @@ class Config:
     """show a progress bar"""
 
 
-UNTOLD = ("networks", "seeds", "out", "record", "progress")
+UNTOLD = ("networks", "seeds", "out", "record", "progress", *devices.PLACES)
+BATCH_SIZE = 100
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -80,7 +81,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             )
     if not config.networks or not config.seeds:
         raise ValueError("give at least one network and one seed")
+    devices.check(config, BATCH_SIZE)
     told = run_folder.settings_of(config, UNTOLD)
+    run_folder.prepare(config.out, told, told, resume=True)
     found = []
     for name in config.networks:
         dataset = data.load(NETWORKS[name]["dataset"], 0.1)
@@ -129,11 +132,11 @@ def of_images(config: Config, name: str, dataset: data.Dataset, seed: int):
 
     def loss(model, batch):
         pixels, labels = batch
-        logits = model(normalised(pixels, images))
+        logits = devices.logits_of(model, normalised(pixels, images))
         wrong = (logits.argmax(-1) != labels).mean()
         return cross_entropy(logits, labels).mean(), {"error": wrong}
 
-    steps = len(images.labels) // 100 * NETWORKS["resnet8"]["epochs"]
+    steps = len(images.labels) // BATCH_SIZE * NETWORKS["resnet8"]["epochs"]
     training = train.Training(
         model,
         loss,
@@ -155,8 +158,9 @@ def decided(
         training,
         jax.random.key(seed),
         split,
+        on=config,
         epochs=NETWORKS[name]["epochs"],
-        batch_size=100,
+        batch_size=BATCH_SIZE,
         folder=config.out / f"{name}-{seed}",
         loop=NETWORKS[name]["loop"],
         name=f"{name}, seed {seed}",
@@ -165,7 +169,7 @@ def decided(
     run.restore()
     for _ in run:
         run.say(f"loss {run.means['loss']:.3f}")
-    training, state = run.training, run.state
+    training, state = devices.alone(run.training, run.state)
     target = training.target
     assert target is not None
 

@@ -34,7 +34,8 @@ def main(config: Config) -> dict[str, Any]:
     dataset = data.load(config.dataset, mnist.Config.validation)
     named = ["dataset", "model", "lam", "epochs", "gate_learning_rate"]
     named += ["targets", "target_of"] if config.targets else []
-    settings = {name: getattr(config, name) for name in named}
+    told = run_folder.settings_of(config)
+    settings = {name: told[name] for name in (*named, "compute") if name in told}
     name = f"families-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     results = Results(folder / "results.csv")
@@ -56,7 +57,8 @@ def main(config: Config) -> dict[str, Any]:
             file=sys.stderr,
         )
     # Nothing is refused from here on: a refused comparison leaves no folder.
-    folder.mkdir(parents=True, exist_ok=True)
+    deciding = {name: told[name] for name in OF_RESULTS if name in told}
+    run_folder.prepare(folder, deciding, deciding, resume=True)
     with progress.bar(
         len(missing) * config.epochs, "epoch", show=config.progress
     ) as bar:
@@ -69,6 +71,8 @@ def main(config: Config) -> dict[str, Any]:
     return {"folder": str(folder), "rows": results.rows()}
 
 
+OF_RESULTS = ("dataset", "model", "epochs", "gate_learning_rate", "compute")
+"""Settings that decide what a member gives, beside what its lines say of it."""
 COLUMNS = (
     *(
         "dataset",

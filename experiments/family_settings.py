@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.harness import devices, ranges
 from l0jax import gates
 from l0jax.estimators import ESTIMATORS
 
@@ -39,9 +40,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnMesh):
     """Compare gate families on one network."""
 
+    mesh: str = ""
+    """devices, by the names of axes: members=4 splits the members of a family among
+    four; none: as many as are of use"""
     dataset: str = "mnist"
     """a data set of `experiments.mnist`"""
     model: str = "mlp"
@@ -69,6 +73,13 @@ class Config:
     """show a progress bar"""
 
 
+RANGES = {
+    "be at least 1": ("seeds", "epochs", "checkpoint_every"),
+    "be >= 0": ("lam",),
+    "lie in (0, 1]": ("targets",),
+}
+
+
 def kinds_of(name: str) -> tuple[str, ...]:
     """What a family may be compared at: a price, and a target, but for gates that pay
     something else than a probability, of which no cost is expected."""
@@ -82,9 +93,7 @@ def check(config: Config) -> None:
         if name not in VARIANTS:
             known = ", ".join(VARIANTS)
             raise ValueError(f"unknown family {name!r}; there is {known}")
-    for name in ("seeds", "epochs", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    ranges.check(config, RANGES)
     if not config.families or not (config.lam or config.targets):
         raise ValueError("give at least one family and one λ or target")
     without = [n for n in config.families if "target" not in kinds_of(n)]
@@ -93,9 +102,4 @@ def check(config: Config) -> None:
             f"nothing is expected to be left of {', '.join(without)}: there is no "
             "target for them, give lam"
         )
-    for lam in config.lam:
-        if not lam >= 0:
-            raise ValueError(f"lam must be >= 0, got {lam}")
-    for share in config.targets:
-        if not 0 < share <= 1:
-            raise ValueError(f"targets must lie in (0, 1], got {share}")
+    devices.check(config)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from experiments import mnist
 from experiments.family_settings import LEAK, VARIANTS, Config
+from experiments.harness import devices
 from experiments.mnist_evaluation import Seen, counter, sizes_of, to_floats, undecided
 from experiments.tasks import data
 from l0jax import gates, gating, train
@@ -71,9 +72,12 @@ class Family:
         self.settings, self.gate = its, gate
         self.keys = [jax.random.key(seed) for _, seed in members]
         model = mnist.network(its, dataset, self.keys[0])
-        self.once = mnist.training_of(its, gate, dataset, model)
+        once = mnist.training_of(its, gate, dataset, model)
+        self.once = once.replace(compute=devices.dtype_of(config))
         self.sweep = train.Sweep(
-            self.member, np.asarray([value for value, _ in members], np.float32)
+            self.member,
+            np.asarray([value for value, _ in members], np.float32),
+            devices=devices.members_on(config),
         )
 
     def member(self, value: Any) -> train.Training:

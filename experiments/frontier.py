@@ -25,7 +25,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.harness import command_line, json_lines, run_folder
+from experiments.harness import (
+    command_line,
+    devices,
+    json_lines,
+    ranges,
+    run_folder,
+)
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_settings import NETWORKS
 from experiments.mnist_training import architecture, loss_on, weight_groups
@@ -44,7 +50,7 @@ QUICK: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Close a dense network to a number of weights."""
 
     dataset: str = "mnist"
@@ -98,7 +104,13 @@ class Config:
     """show a progress bar"""
 
 
-UNTOLD = ("seeds", "test", "out", "progress")
+RANGES = {
+    "be at least 1": ("weights", "dense", "closing", "tuning", "batch_size"),
+    "be > 0": ("learning_rate", "gate_learning_rate", "multiplier_rate", "softness"),
+    "lie in [0, 1]": ("distil", "reached"),
+    "lie in [0, 1)": ("dropped",),
+}
+UNTOLD = ("seeds", "test", "out", "progress", *devices.PLACES)
 
 
 class Examples(NamedTuple):
@@ -123,17 +135,8 @@ def check(config: Config) -> gates.Gate:
         )
     if not config.seeds:
         raise ValueError("give at least one seed")
-    for name in ("weights", "dense", "closing", "tuning", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("learning_rate", "gate_learning_rate", "multiplier_rate", "softness"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
-    for name in ("distil", "reached"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
-    if not 0 <= config.dropped < 1:
-        raise ValueError(f"dropped must lie in [0, 1), got {config.dropped}")
+    ranges.check(config, RANGES)
+    devices.check(config, config.batch_size)
     return gate
 
 
@@ -295,6 +298,7 @@ class Closed:
             training,
             gating.key_for(self.key, name),
             self.examples,
+            on=config,
             epochs=epochs,
             batch_size=config.batch_size,
             folder=self.folder / "checkpoints" / f"{name}-{self.seed}",
@@ -309,7 +313,7 @@ class Closed:
             run.training, run.state = run.training.compact(
                 run.state, run.examples_to_come
             )
-        return run.training, run.state
+        return devices.alone(run.training, run.state)
 
     def error(
         self,
@@ -348,7 +352,7 @@ def learned_from(
         if batch.teacher is None and dropped:
             seen = jax.random.bernoulli(key, 1 - dropped, images.shape)
             images = jnp.where(seen, images / (1 - dropped), 0.0)
-        logits = model(images)
+        logits = devices.logits_of(model, images)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         found = nats.mean()
         if batch.teacher is not None:

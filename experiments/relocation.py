@@ -46,7 +46,7 @@ def main(
     check(config, heuristics)
     dataset = data.load(str(config.dataset), config.validation)
     told = run_folder.settings_of(config)
-    settings = {name: told[name] for name in OF_RESULTS}
+    settings = {name: told[name] for name in OF_RESULTS if name in told}
     name = f"relocation-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
     work = Work(config, dataset, folder, heuristics)

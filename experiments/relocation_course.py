@@ -83,6 +83,7 @@ def measure(
             f"{folder} is a run of {there['model']!r}; the bound is written out for "
             "the two hidden layers of an MLP"
         )
+    there = run_folder.whole(there)
     config = Config(**{name: there[name] for name in OF_RESULTS})
     dataset = data.load(str(config.dataset), config.validation)
     work = Work(config, dataset, folder, HEURISTICS)

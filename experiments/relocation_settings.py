@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from experiments.harness import devices
 from experiments.relocation_training import ARMS, MAIN_ARMS
 from l0jax import methods, models
 
@@ -71,9 +72,13 @@ QUICK: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnMesh):
     """Prune by every heuristic, at once and softly."""
 
+    mesh: str = ""
+    """devices, by the names of axes: data=8 splits each batch of a base network over
+    eight, and the runs of a program among them; none: one device for base networks, for
+    runs as many as are of use"""
     model: str = "mlp"
     """a name in `NETWORKS`"""
     dataset: str | None = None
@@ -110,7 +115,7 @@ class Config:
 
 OF_RESULTS = (
     *("model", "dataset", "examples", "chosen_by", "validation", "base_epochs"),
-    *("batch_size", "learning_rate"),
+    *("batch_size", "learning_rate", "compute"),
 )
 """Settings that decide what a single run gives."""
 
@@ -146,6 +151,7 @@ def check(config: Config, heuristics: Mapping[str, Heuristic]) -> None:
         if budget < 1:
             raise ValueError(f"a budget must be at least one step, got {budget}")
         ARMS[arm].closing.steps(budget)
+    devices.check(config, config.batch_size)
 
 
 class Case(NamedTuple):

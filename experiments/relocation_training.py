@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from experiments.harness import devices
 from experiments.tasks.images import Images, colours_of, normalised
 from l0jax import models, train, units
 from l0jax.dataflow import dataflow
@@ -73,11 +74,17 @@ class Doomed(NamedTuple):
 
 
 def plain(
-    model: models.Model, images: Images, optimizer: optax.GradientTransformation
+    model: models.Model,
+    images: Images,
+    optimizer: optax.GradientTransformation,
+    compute: Any = None,
 ) -> train.Training:
-    """Training of what is there."""
+    """Training of what is there, in the dtype `compute`."""
     return train.Training(
-        model, functools.partial(_loss, colours_of(images)), optimizer=optimizer
+        model,
+        functools.partial(_loss, colours_of(images)),
+        optimizer=optimizer,
+        compute=compute,
     )
 
 
@@ -88,8 +95,10 @@ def closing(
     structure: Structure,
     arm: Arm,
     budget: int,
+    compute: Any = None,
 ) -> Callable[[Doomed], train.Training]:
-    """The training of a member: its doomed units close in a part of the budget."""
+    """The training of a member in the dtype `compute`: its doomed units close in a part
+    of the budget."""
     colours, groups = colours_of(images), structure.groups
     every = {name: np.ones(group.size, bool) for name, group in groups.items()}
     kind = Balanced if arm.balanced else train.Training
@@ -99,6 +108,7 @@ def closing(
         structure=structure,
         gate=train.Chosen(every, arm.closing, budget),
         optimizer=optimizer,
+        compute=compute,
     )
     steps = arm.closing.steps(budget)
 
@@ -118,7 +128,8 @@ def closing(
 
 def _loss(colours: Images, model, batch):
     pixels, labels = batch
-    return cross_entropy(model(normalised(pixels, colours)), labels).mean(), {}
+    logits = devices.logits_of(model, normalised(pixels, colours))
+    return cross_entropy(logits, labels).mean(), {}
 
 
 class Decaying(NamedTuple):
@@ -159,12 +170,12 @@ def additional(arm: Arm, colours: Images, groups: units.Groups, of: Doomed):
 
     def loss(model, batch):
         pixels, labels = batch
-        x = normalised(pixels, colours)
+        x = devices.as_parameters(model, normalised(pixels, colours))
         graph, params, before = nnx.split(model, nnx.Param, ...)
 
         def run(params, x):
             net = nnx.merge(graph, params, before, copy=True)
-            logits = net(x)
+            logits = net(x).astype(jnp.float32)
             return logits, nnx.split(net, nnx.Param, ...)[2]
 
         def seen(params):

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 import l0jax.nnx
+from experiments.harness import devices
 from experiments.harness.loop import Run, by_step
 from experiments.relocation_settings import NETWORKS, Case, Config, Heuristic
 from experiments.relocation_training import ARMS, Arm, Doomed, Keep, closing, plain
@@ -69,6 +70,7 @@ class Work:
         self.images = Images(*jax.tree.map(jnp.asarray, images))
         self.data = self.images.images, self.images.labels
         self.optimizer = optax.adam(config.learning_rate)
+        self.compute = devices.dtype_of(config)
         self.sweeps: dict[Any, train.Sweep] = {}
         self.structure = removable(self.initial(0))
         self.fit = functools.cache(self._fit)
@@ -102,6 +104,7 @@ class Work:
             plain(self.initial(seed), self.images, optax.adam(rate)),
             gating.key_for(jax.random.key(seed), "base"),
             self.data,
+            on=self.config,
             epochs=self.config.base_epochs,
             batch_size=self.config.batch_size,
             folder=self.folder / "checkpoints" / f"base-{seed}",
@@ -112,7 +115,8 @@ class Work:
         run.restore()
         for _ in run:
             run.say(f"loss {run.means['loss']:.3f}")
-        trained = run.training.finish(run.state)
+        training, state = devices.alone(run.training, run.state)
+        trained = training.finish(state)
         storage.save(trained, folder)
         return trained
 
@@ -223,20 +227,26 @@ class Work:
         key = case.arm, case.budget, len(doomed)
         if key not in self.sweeps:
             how = self.images, self.optimizer, self.structure, ARMS[case.arm]
-            self.sweeps[key] = train.Sweep(
-                closing(base, *how, case.budget), settings, together=len(doomed)
-            )
+            member = closing(base, *how, case.budget, self.compute)
+            self.sweeps[key] = self.sweep(member, settings, len(doomed))
         return self.sweeps[key].at(settings)
 
     def plain(self, left: Sequence[models.Model]) -> train.Sweep:
         """Runs of small networks, likewise."""
         key = train.networks.network(left[0]).key, len(left)
         if key not in self.sweeps:
-            once = plain(left[0], self.images, self.optimizer)
-            self.sweeps[key] = train.Sweep(
-                lambda _: once, np.zeros(len(left)), together=len(left)
+            once = plain(left[0], self.images, self.optimizer, self.compute)
+            self.sweeps[key] = self.sweep(
+                lambda _: once, np.zeros(len(left)), len(left)
             )
         return self.sweeps[key]
+
+    def sweep(
+        self, member: Callable[[Any], train.Training], settings: Any, count: int
+    ) -> train.Sweep:
+        """So many runs on the devices that the flags ask for."""
+        own = devices.members_on(self.config)
+        return train.Sweep(member, settings, devices=own, together=count)
 
     def stepped(
         self, sweep: train.Sweep, states: TrainingState, orders: np.ndarray, bar: tqdm

@@ -28,7 +28,7 @@ from jaxtyping import PRNGKeyArray
 
 import l0jax.nnx
 from experiments.channel_run import prunable
-from experiments.harness import json_lines, run_folder
+from experiments.harness import devices, json_lines, run_folder
 from experiments.harness.loop import Run, by_step
 from experiments.reports.gate_shares import draw
 from experiments.tasks import data
@@ -56,7 +56,7 @@ RECIPE = Recipe(epochs=14, weight_decay=5e-4, drops=(0.6, 0.85))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(devices.OnDevices):
     """Train a gated wide residual network."""
 
     variant: tuple[str, ...] = ("fixed",)
@@ -122,7 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed, gates on maps": {"gates_on": "maps", "masked_norm": False},
     "fixed, gates on maps, masked norm": {"gates_on": "maps"},
 }
-UNTOLD = ("variant", "seeds", "out", "record", "progress")
+UNTOLD = ("variant", "seeds", "out", "record", "progress", *devices.PLACES)
 GATE = gates.make("hard_concrete")
 RULE = "paper"
 
@@ -138,7 +138,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             else "give at least one variant and one seed"
         )
     config.recipe.check("recipe")
-    told, defaults = (run_folder.settings_of(c, UNTOLD) for c in (config, Config()))
+    devices.check(config, config.recipe.batch_size)
+    each = (run_folder.settings_of(c, UNTOLD) for c in (config, Config()))
+    told, defaults = map(run_folder.whole, each)
     changed = [field for field in told if told[field] != defaults[field]]
     if config.record and changed:
         raise ValueError(
@@ -184,7 +186,7 @@ def run(name: str, config: Config, dataset: data.Dataset, seed: int) -> dict[str
     training.start(key)
     # Nothing is refused from here on: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
-    state, shares = trained(config, images, training, key, folder)
+    training, state, shares = trained(config, images, training, key, folder)
     result = {
         "variant": name,
         "seed": seed,
@@ -203,10 +205,8 @@ def network(
 ) -> models.ImageModel:
     """The network before training."""
     architecture = pre_activation.wide(config.depth, config.factor)
-    architecture |= {
-        "classes": dataset.classes,
-        "shape": dataset.train.images.shape[1:],
-    }
+    shape = dataset.train.images.shape[1:]
+    architecture |= {"classes": dataset.classes, "shape": shape}
     weights = nnx.Rngs(gating.key_for(key, "weights"))
     return models.PreActivationResNet(**architecture, rngs=weights)
 
@@ -269,7 +269,7 @@ def training_of(
         pixels, labels = batch
         x = normalised(pixels, images)
         x = augmented(key, x) if recipe.augment else x
-        return smoothed(model(x), labels, recipe.smoothing), {}
+        return smoothed(devices.logits_of(model, x), labels, recipe.smoothing), {}
 
     # Weight decay counts by the gates, and is no part of the optimiser.
     undecayed = dataclasses.replace(recipe, weight_decay=0.0)
@@ -306,9 +306,9 @@ def trained(
     training: train.Training,
     key: PRNGKeyArray,
     folder: Path,
-) -> tuple[train.TrainingState, list[float]]:
-    """The state after training, and the share of the multiply-accumulates that was
-    expected before each epoch and at the end."""
+) -> tuple[train.Training, train.TrainingState, list[float]]:
+    """The training and its state at the end, and the share of the multiply-accumulates
+    that was expected before each epoch and at the end."""
     recipe, structure = config.recipe, training.structure
 
     @jax.jit
@@ -320,6 +320,7 @@ def trained(
         training,
         key,
         (images.images, images.labels),
+        on=config,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         folder=folder / "checkpoints",
@@ -332,7 +333,7 @@ def trained(
         shares.append(float(left(run.state.gates["logits"])))
         run.notes["shares"] = shares
         run.say(f"loss {run.means['loss']:.3f}, MACs expected {100 * shares[-1]:.1f} %")
-    return run.state, shares
+    return *devices.alone(run.training, run.state), shares
 
 
 def tested(

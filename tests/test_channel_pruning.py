@@ -352,6 +352,11 @@ OTHERS = {
     "widths": ({"width": 2.0}, ["width = 1.0", "this run has 2.0"]),
     "a model": ({"model": "resnet20"}, ["model = tiny", "this run has resnet20"]),
     "training": ({"base": Recipe(epochs=2, batch_size=64)}, ["base = ", "'epochs': 2"]),
+    # (Of which nothing was recorded: it is the one of old.)
+    "a dtype": (
+        {"compute": "bfloat16"},
+        ["compute = float32", "this run has bfloat16"],
+    ),
 }
 
 

@@ -1,18 +1,27 @@
 """Flags that put a run on many devices."""
 
+import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import mnist
-from experiments.harness import devices, json_lines
-from experiments.harness.devices import OnDevices
+from experiments.harness import devices, json_lines, loop, run_folder
+from experiments.harness.devices import OnDevices, OnHosts, OnMesh
 from experiments.mnist_settings import Config, scientific
+from l0jax import train
+from tests import studies
+from tests.studies import STUDIES
 
 FLAGS = (
     *("--epochs", "12", "--dense", "no", "--target-macs", "0.3", "--batch-size", "104"),
@@ -124,3 +133,127 @@ def test_a_process_that_is_alone_is_told_so(monkeypatch):
 
 def refused(**_):
     raise ValueError("coordinator_address should be defined.")
+
+
+# ------------------------------------------------------------------- of every study
+
+
+def test_every_study_with_the_flags_is_looked_at():
+    def below(kind):
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    theirs = {
+        kind for kind in below(OnMesh) if kind.__module__.startswith("experiments.")
+    } - {OnMesh, OnDevices, OnHosts}
+    assert {type(study.config) for study in STUDIES.values()} == theirs
+
+
+# (Other tests train these on several devices.)
+SPLIT = STUDIES.keys() - {"mnist", "language_model"}
+QUICKEST = {"cifar", "wide_resnet", "frontier"}
+
+
+@pytest.mark.parametrize(
+    "names", [QUICKEST, pytest.param(SPLIT - QUICKEST, marks=pytest.mark.slow)]
+)
+def test_studies_train_on_two_devices_as_on_one(names, tmp_path, run_python):
+    """With parameters that are split too, where they may be."""
+    program = f"from tests import studies; studies.main({str(tmp_path)!r}, {names})"
+    found = json.loads(run_python(program, devices=2).splitlines()[-1])
+    assert set(found) == names
+    for name, (one, two) in found.items():
+        assert set(one) == {"1"}, name
+        assert set(two) == {"2"}, name
+        assert len(two["2"]) == len(one["1"]) > 0
+        assert two["2"] == pytest.approx(one["1"], rel=1e-3), name
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """How far a study comes: to its run folder, or to its first steps."""
+
+    class Came(Exception):
+        pass
+
+    def come(name, until, **flags):
+        study, found = STUDIES[name], []
+
+        def stop(*args, **how):
+            found.extend(args)
+            raise Came
+
+        with studies.small(), monkeypatch.context() as patch:
+            for owner, method in until:
+                patch.setattr(owner, method, stop)
+            config = dataclasses.replace(study.config, out=tmp_path / "run", **flags)
+            with pytest.raises(Came):
+                study.main(config)
+        return found
+
+    return come
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_where_a_study_runs_is_no_setting_of_it(name, started):
+    """And no dtype is one where it is the one of old: records and folders are those of
+    before there was a flag."""
+    until = [(run_folder, "prepare")]
+    folder, settings, *_ = started(name, until)
+    flags = {"mesh": "data=1"}
+    if isinstance(STUDIES[name].config, OnDevices):
+        flags["shard"] = "data"
+    there = started(name, until, **flags)
+    assert there[:2] == [folder, settings]
+    assert not {"mesh", "shard", "compute"} & settings.keys()
+    low = started(name, until, compute="bfloat16")
+    assert low[1] == {**settings, "compute": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_network_runs_in_the_dtype_that_is_asked_for(name, started):
+    """All products, from the first layer to the last; the loss is in float32."""
+    until = [(loop.Run, "__iter__"), (train.Sweep, "epoch")]
+    came = started(name, until, compute="bfloat16")
+    if isinstance(came[0], loop.Run):
+        training, state, data = came[0].training, came[0].state, came[0].data
+    else:
+        training, state, data = came[0].of(0), train.member_of(came[1], 0), came[2]
+    batch = jax.tree.map(lambda a: a[:4], data)
+    step = jax.make_jaxpr(training.task)(
+        state.params, state.rest, batch, jax.random.key(0)
+    )
+    products = re.findall(
+        r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)\b", str(step)
+    )
+    assert len(products) > 1
+    assert set(products) == {"bf16"}
+    assert step.out_avals[0].dtype == jnp.float32
+
+
+REFUSED = {
+    "unknown devices": ({"mesh": "data=64"}, "asks for 64 devices, and there are"),
+    "no mesh": ({"shard": "data"}, "shard is given, but no mesh"),
+    "unknown axis": (
+        {"mesh": "data=1", "shard": "model"},
+        "names the axis 'model'; the mesh has data",
+    ),
+    "uneven batch": ({"mesh": "data=7"}, "can't be split evenly over the 7 devices"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_devices_can_t_do_is_refused(name, case, tmp_path, monkeypatch):
+    flags, message = REFUSED[case]
+    study = STUDIES[name]
+    if "shard" in flags and not isinstance(study.config, OnDevices):
+        pytest.skip("it has no such flag")
+    if case == "uneven batch":
+        if name == "families":
+            pytest.skip("it splits no batch")
+        seven = types.SimpleNamespace(devices=np.zeros(7), axis_names=("data",))
+        monkeypatch.setattr(devices, "mesh_of", lambda _: seven)
+    out = tmp_path / "run"
+    with studies.small(), pytest.raises(ValueError, match=message):
+        study.main(dataclasses.replace(study.config, out=out, **flags))
+    assert not out.exists()

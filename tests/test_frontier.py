@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -73,9 +74,17 @@ def test_the_loss_is_that_of_labels_and_of_what_is_said():
     rng = np.random.default_rng(0)
     logits, said = rng.normal(size=(2, 5, 3)).astype(np.float32)
     labels = np.array([0, 1, 2, 1, 0], np.int32)
-    batch = frontier.Examples(np.zeros((5, 2), np.uint8), labels, said)
+    batch = frontier.Examples(jnp.zeros((5, 2), jnp.uint8), labels, said)
     loss = frontier.learned_from(16.0, 0.5, 0.25, 2.0)
-    found, metrics = loss(lambda images: logits, batch, jax.random.key(0))
+
+    class Says(nnx.Module):
+        def __init__(self):
+            self.logits = nnx.Param(jnp.asarray(logits))
+
+        def __call__(self, images):
+            return self.logits[...]
+
+    found, metrics = loss(Says(), batch, jax.random.key(0))
 
     def logarithms(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
