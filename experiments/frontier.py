@@ -13,18 +13,22 @@ were killed, and are lines of `runs.jsonl`, which `experiments.compare` reads.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
+from experiments.frontier_training import (
+    TOGETHER,
+    Examples,
+    learned_from,
+    of_single_weights,
+    said_by,
+)
 from experiments.harness import (
     command_line,
     devices,
@@ -34,15 +38,12 @@ from experiments.harness import (
 )
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_settings import NETWORKS
-from experiments.mnist_training import architecture, loss_on, weight_groups
+from experiments.mnist_training import architecture, loss_on
 from experiments.reports import runs
 from experiments.tasks import data
 from l0jax import costs, gates, gating, models, storage, train
-from l0jax.structure import Structure
 
 NAMES = {"group": "units", "weight": "weights"}
-TOGETHER = 500
-"""Images of a batch where nothing is learned."""
 QUICK: dict[str, Any] = {
     **{"dataset": "digits", "weights": 2_000, "dense": 60, "closing": 60},
     **{"tuning": 60, "gate_learning_rate": 3e-2},
@@ -77,6 +78,8 @@ class Config(devices.OnDevices):
     """decoupled, of all three"""
     dropped: float = 0.2
     """share of the pixels that the dense network doesn't see, others at each step"""
+    dropped_later: float = 0.1
+    """the same while it closes, and of what is left"""
     distil: float = 0.9
     """weight of what the dense network says; that of the labels is what is missing to
     one"""
@@ -108,17 +111,9 @@ RANGES = {
     "be at least 1": ("weights", "dense", "closing", "tuning", "batch_size"),
     "be > 0": ("learning_rate", "gate_learning_rate", "multiplier_rate", "softness"),
     "lie in [0, 1]": ("distil", "reached"),
-    "lie in [0, 1)": ("dropped",),
+    "lie in [0, 1)": ("dropped", "dropped_later"),
 }
 UNTOLD = ("seeds", "test", "out", "progress", *devices.PLACES)
-
-
-class Examples(NamedTuple):
-    """Images, labels, and logits of a teacher."""
-
-    images: Any
-    labels: Any
-    teacher: Any = None
 
 
 def check(config: Config) -> gates.Gate:
@@ -285,10 +280,14 @@ class Closed:
         rate = optax.cosine_decay_schedule(config.learning_rate, self.steps(epochs))
         if "structure" not in how:
             how["structure"] = models.structure(model).only()
+        dropped = config.dropped if name == "dense" else config.dropped_later
         training = train.Training(
             model,
             learned_from(
-                self.dataset.scale, config.dropped, config.distil, config.softness
+                self.dataset.scale,
+                dropped,
+                config.distil,
+                config.softness,
             ),
             optimizer=optax.adamw(rate, weight_decay=config.weight_decay),
             polyak=config.polyak,
@@ -329,56 +328,6 @@ class Closed:
         batches = zip(images, labels, strict=True)
         loss = loss_on(self.dataset.scale)
         return 100 * training.evaluate(state, batches, loss, rule=rule)["error"]
-
-
-def of_single_weights(model: Any) -> tuple[Structure, tuple[str, ...]]:
-    """The structure with a group for each kernel, of its single weights, and the names
-    of these."""
-    structure, single = models.structure(model), weight_groups(nnx.state(model))
-    for group in single.values():
-        structure = structure.add(group)
-    return structure, tuple(single)
-
-
-@functools.cache
-def learned_from(
-    scale: float, dropped: float, distil: float, softness: float
-) -> Callable[..., Any]:
-    """The loss of the labels, and of what the dense network says where that is there;
-    one function for each setting, so that all seeds are one program."""
-
-    def loss(model: Any, batch: Examples, key: Any) -> tuple[Any, dict[str, Any]]:
-        images = batch.images.astype(jnp.float32) / scale
-        if batch.teacher is None and dropped:
-            seen = jax.random.bernoulli(key, 1 - dropped, images.shape)
-            images = jnp.where(seen, images / (1 - dropped), 0.0)
-        logits = devices.logits_of(model, images)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        found = nats.mean()
-        if batch.teacher is not None:
-            apart = optax.losses.kl_divergence_with_log_targets(
-                jax.nn.log_softmax(logits / softness),
-                jax.nn.log_softmax(batch.teacher / softness),
-            ).mean()
-            # (Its gradients fall with the square of the temperature.)
-            found = (1 - distil) * found + distil * softness**2 * apart
-        return found, {"error": (logits.argmax(-1) != batch.labels).mean()}
-
-    return loss
-
-
-def said_by(model: Any, dataset: data.Dataset) -> np.ndarray:
-    """Logits of the training images."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def said(state, images):
-        scaled = images.astype(jnp.float32) / dataset.scale
-        return nnx.merge(graph, state)(scaled)
-
-    images = dataset.train.images
-    parts = range(TOGETHER, len(images), TOGETHER)
-    return np.concatenate([said(state, part) for part in np.split(images, [*parts])])
 
 
 def cli() -> None:
