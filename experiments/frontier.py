@@ -66,9 +66,9 @@ class Config(devices.OnDevices):
     """that may be left, biases not counted"""
     dense: int = 60
     """epochs of the dense network"""
-    closing: int = 100
+    closing: int = 200
     """epochs in which gates close"""
-    tuning: int = 100
+    tuning: int = 200
     """epochs of what is left"""
     batch_size: int = 100
     """examples of a step"""

@@ -50,7 +50,7 @@ class Row:
 
 UNITS = frontier.Config()
 LENET5 = dataclasses.replace(UNITS, model="lenet5", dense=20, closing=40, tuning=40)
-WEIGHTS = dataclasses.replace(UNITS, gates="weight")
+WEIGHTS = dataclasses.replace(UNITS, gates="weight", gate="bernoulli")
 ROWS = {
     "mlp-units": Row(
         UNITS,
