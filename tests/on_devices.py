@@ -16,6 +16,7 @@ import l0jax.models
 from l0jax import costs, gates, objectives, train, units
 from l0jax.train import training as core
 from tests import training_models as models
+from tests.pipelines import Digits, pipeline
 
 RULES = {
     r"first\.kernel": PartitionSpec(None, "model"),
@@ -215,6 +216,42 @@ def processes(folder, parts, part):
             "widths": [g.size for g in again.structure.groups.values()],
         }
     return found
+
+
+def stream(folder, parts, part):
+    """A run over a pipeline, of which each process has a part, and how it goes on
+    from where it was saved in the middle."""
+    images, labels = models.digits()
+    source = Digits(images[:960], labels[:960])
+
+    def data():
+        return pipeline(source, part=slice(part, None, parts), size=96 // parts)
+
+    def some(training, state, batches, steps):
+        """So many steps: the losses, and the labels that this process has seen."""
+        losses, seen = [], []
+        for batch in batches.take(steps):
+            # Devices of the second axis have the same examples.
+            there = {str(s.index): s.data for s in batch[1].addressable_shards}
+            seen += np.concatenate([*there.values()]).tolist()
+            state, metrics = training.step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return state, losses, seen
+
+    whole = perceptron(mesh=mesh())
+    checkpoints = train.Checkpoints(f"{folder}/stream-{parts}")
+    with train.Stream(data(), whole) as batches:
+        state, *_ = some(whole, whole.start(jax.random.key(0)), batches, 13)
+        training, state = whole.compact(state)
+        notes = {"stream": batches.get_state()}
+        checkpoints.save(13, training, state, notes)
+        _, *straight = some(training, state, batches, 17)
+    training, state, _ = checkpoints.restore(whole, jax.random.key(1))
+    with train.Stream(data(), whole) as batches:
+        batches.set_state(checkpoints.notes["stream"])
+        _, *resumed = some(training, state, batches, 17)
+    # (What each has seen is its own.)
+    return {"same": straight == resumed, "losses": resumed[0], "seen": resumed[1]}
 
 
 def main(name, port, of, at, folder):

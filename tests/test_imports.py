@@ -69,6 +69,8 @@ ONLY_IN = {
     "train.deciding": {"warnings"},
     "train.compacting": {"warnings"},
     "train.placement": {"re"},
+    # An extra, for data that don't fit into memory.
+    "train.streams": {"grain", "absl"},
     # The LASSO.
     "methods.channel_pruning": {"sklearn"},
 }

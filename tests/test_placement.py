@@ -99,6 +99,15 @@ def test_a_sharded_decoder_gives_what_one_device_gives(tmp_path):
 
 
 @pytest.mark.slow
+def test_each_process_goes_on_with_its_part_of_a_stream(tmp_path):
+    both = ran("stream", tmp_path, processes=2)
+    assert [found["same"] for found in both] == [True, True]
+    assert both[0]["losses"] == both[1]["losses"]
+    assert both[0]["seen"] != both[1]["seen"]
+    assert len(both[0]["seen"]) == 17 * 48
+
+
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     (alone,) = ran("processes", tmp_path)
     both = ran("processes", tmp_path, processes=2)

@@ -19,6 +19,7 @@ from l0jax.train.networks import module as module
 from l0jax.train.optimizers import gates_apart as gates_apart
 from l0jax.train.placement import Sharding as Sharding
 from l0jax.train.resuming import Checkpoints as Checkpoints
+from l0jax.train.streams import Stream as Stream
 from l0jax.train.targets import Target as Target
 from l0jax.train.training import Training as Training
 from l0jax.train.training import TrainingState as TrainingState
