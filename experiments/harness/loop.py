@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from experiments.harness import devices, profiling, progress
+from experiments.harness import devices, inputs, profiling, progress
 from experiments.harness.devices import OnDevices, OnMesh
 from l0jax import train
 from l0jax.train import Training, TrainingState
@@ -45,11 +45,13 @@ class Run:
         training: as it begins.
         key: from which all that is random is derived; epoch n has the same order of
             the examples in every run with this key.
-        data: arrays of all examples.
+        data: arrays of all examples, which are put on the device; or batches of a
+            `grain.IterDataset` that repeats, for what doesn't fit there.
         on: the devices it trains on, by default one, how many checkpoints it keeps, and
             whether a piece of it is watched.
         epochs: passes over them.
         batch_size: examples of a step.
+        steps_per_epoch: how many batches of a `grain.IterDataset` make an epoch.
         folder: of the checkpoints; None: there are none.
         every: epochs between checkpoints.
         until: the last epoch that is run; by default that of the training.
@@ -66,7 +68,7 @@ class Run:
         first_step_at: when the first steps of this process were done, by the clock.
 
     Raises:
-        ValueError: if the examples don't fill a batch; as `devices.on`.
+        ValueError: as `inputs.of` and `devices.on`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Run:
         on: OnMesh | None = None,
         epochs: int,
         batch_size: int,
+        steps_per_epoch: int | None = None,
         folder: Path | None = None,
         every: int = 1,
         until: int | None = None,
@@ -87,17 +90,9 @@ class Run:
     ):
         if on is not None:
             training = devices.on(training, on, batch_size)
-        if training.placement.mesh is None:
-            data = jax.tree.map(jnp.asarray, data)
-        self.data = training.placement.everywhere(data)
-        self.examples = len(jax.tree.leaves(self.data)[0])
+        self.inputs = inputs.of(data, training, key, batch_size, steps_per_epoch)
         self.batch_size, self.epochs = batch_size, epochs
-        self.steps_per_epoch = self.examples // batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"batch_size is {batch_size}, more than the {self.examples} training "
-                "examples"
-            )
+        self.steps_per_epoch = self.inputs.steps_per_epoch
         self.training, self.key = training, key
         self.state: TrainingState = training.start(key)
         kept = on if isinstance(on, OnDevices) else OnDevices()
@@ -119,12 +114,19 @@ class Run:
         self._show = show and devices.is_first()
 
     def restore(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+        """Goes on from the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: if it is of another training, or of one over data of the other
+                kind.
+        """
         if self.checkpoints is not None:
             self.training, self.state, self.epoch = self.checkpoints.restore(
                 self.training, self.key
             )
             self.notes = self.checkpoints.notes
+            if self.epoch:
+                self.inputs.restore(self.notes)
 
     def say(self, text: str) -> None:
         """Beside the progress bar."""
@@ -144,7 +146,7 @@ class Run:
             show=self._show,
         )
         try:
-            with bar:
+            with bar, self.inputs:
                 for epoch in range(self.epoch + 1, self.until + 1):
                     begun = time.perf_counter()
                     totals = self._one(epoch, bar)
@@ -155,21 +157,19 @@ class Run:
                     bar.set_postfix_str(self._said, refresh=False)
                     last = epoch == self.until
                     if self.checkpoints and (last or epoch % self.every == 0):
-                        self.checkpoints.save(
-                            epoch, self.training, self.state, self.notes
-                        )
+                        notes = self.notes | self.inputs.notes()
+                        self.checkpoints.save(epoch, self.training, self.state, notes)
         finally:
             if self.checkpoints:
                 self.checkpoints.wait()
 
     def _one(self, epoch: int, bar: Any) -> train.Totals:
         """Trains an epoch."""
-        order = train.order_of_epoch(self.key, epoch, self.examples, self.batch_size)
         found: list[train.Totals] = []
-        for part in parts(order):
+        for part in parts(self.inputs.order(epoch)):
             with self._watched():
-                self.state, totals = self.training.epoch(
-                    self.state, self.data, part, loop=self.loop
+                self.state, totals = self.inputs.trained(
+                    self.training, self.state, part, self.loop
                 )
                 found.append(totals)
                 if self.first_step_at is None:
