@@ -1,9 +1,11 @@
 """A run over a pipeline, beside one over arrays."""
 
 import jax
+import numpy as np
 import pytest
 
-from experiments.harness.loop import Run
+from benchmarks import input as benchmark
+from experiments.harness import loop
 from tests import training_models as models
 from tests.pipelines import pipeline
 from tests.test_streams import (
@@ -20,7 +22,9 @@ def run_over(data, folder=None, **settings):
     steps = None if isinstance(data, tuple) else STEPS
     settings = {"epochs": 5, "steps_per_epoch": steps, "show": False} | settings
     key = jax.random.key(0)
-    return Run(training_anew(), key, data, batch_size=100, folder=folder, **settings)
+    return loop.Run(
+        training_anew(), key, data, batch_size=100, folder=folder, **settings
+    )
 
 
 def trained(run):
@@ -86,3 +90,32 @@ def test_a_pipeline_that_ends_says_so():
     run = run_over(pipeline(source(), passes=1))
     with pytest.raises(ValueError, match="ended after 3 of the 12 batches"):
         trained(run)
+
+
+class Pixels:
+    """Random images of MNIST's shape, in the place of its records."""
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, at):
+        rng = np.random.default_rng(at)
+        image = rng.integers(0, 256, (28, 28, 1), np.uint8)
+        return image, np.int32(at % 10)
+
+
+def as_it_is(example):
+    return example
+
+
+def test_the_benchmark_compares_every_way(monkeypatch):
+    monkeypatch.setattr(benchmark, "BUFFERED", 3)
+    found = benchmark.measured("mlp", Pixels(), as_it_is, turns=1, steps=5)
+    assert [line["what"].split(",")[0] for line in found] == [
+        "mlp: step by step",
+        "mlp: Grain in this process",
+        "mlp: 1 worker",
+        "mlp: 2 workers",
+    ]
+    assert all(float(line["value"].rstrip("×")) > 0 for line in found)
+    assert all("waits" in line["detail"] for line in found[1:])

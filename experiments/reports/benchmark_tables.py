@@ -17,6 +17,7 @@ BENCHMARKED = {
     "compaction": "Training that compacts",
     "decoder": "A language model with gates, and at half of its size",
     "sweeps": "Many runs in one program",
+    "input": "Examples from the disk",
     "gpu": "On an accelerator",
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
