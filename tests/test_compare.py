@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks import run_folders
 from experiments import compare
 from experiments.reports import runs as reading
 from experiments.reports.printing import latex
@@ -147,3 +148,38 @@ def test_what_latex_takes_for_its_own_is_escaped():
     text = latex(["a_b", "c %"], [["1 & 2", "λ ± 3"]])
     assert r"a\_b & c \% \\" in text
     assert r"1 \& 2 & $\lambda$ $\pm$ 3 \\" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"error": math.nan}, "test error is nan, and must be a finite number"),
+        ({"error": "2"}, "test error is '2', and must be a finite number"),
+        ({"seed": "0"}, "seed is '0', and must be a int"),
+        ({"gate": None}, "method is None, and must be a str"),
+    ],
+)
+def test_values_of_another_kind_are_refused(change, words, tmp_path):
+    trained(tmp_path / "run", **change)
+    # (Tests check types where a result is made.)
+    with pytest.raises(ValueError, match=f"{words}|TypeCheckError") as error:
+        reading.runs(tmp_path / "run")
+    assert str(tmp_path / "run" / "summary.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"best_on_validation": 1}', "[" * 10**5]
+)
+def test_a_damaged_result_is_named(text, tmp_path):
+    trained(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        reading.runs(tmp_path / "run")
+
+
+def test_changed_records_are_read_or_refused_by_name(tmp_path):
+    """The first of the changes of benchmarks/run_folders.py."""
+    counts, examples = run_folders.count("relocation", 60, tmp_path)
+    assert set(counts) == {"as before", "other values", "refused"}, examples
+    counts, examples = run_folders.count("cifar", 60, tmp_path)
+    assert set(counts) == {"as before", "other values", "refused"}, examples

@@ -217,6 +217,22 @@ def test_a_line_that_was_cut_short_is_dropped_like_any_later_row(tmp_path):
     assert again.rows() == [row(1), row(2)]
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"epoch": 1, "lo', "[]", '{"loss": 1.0}', '{"epoch": "1"}', "[" * 10**5],
+)
+def test_another_damaged_line_is_named_and_not_dropped(damaged, tmp_path):
+    log = run_folder.Log(tmp_path)
+    log.row(row(1))
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    for text, number in ((f"{damaged}\n{whole}", 1), (f"{whole}{damaged}\n", 2)):
+        file.write_text(text)
+        with pytest.raises(run_folder.RunFolderError, match=f"line {number}, is damag"):
+            run_folder.Log(tmp_path).rows()
+
+
 def test_tensorboard_shows_what_the_rows_say(tmp_path):
     log = run_folder.Log(tmp_path)
     rows = [row(1, test_error=5.0), row(2)]

@@ -20,7 +20,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             entries.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: {error}; mend it") from error
     return entries
 

@@ -81,7 +81,7 @@ def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:
             old = json.loads(file.read_text())
             if not isinstance(old, dict):
                 raise ValueError(f"it holds a {type(old).__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunFolderError(
                 f"{file} is damaged ({error}), so that nobody knows what run the "
                 "folder holds; choose another --out"
@@ -179,7 +179,7 @@ def latency(folder: Path) -> costs.Table | None:
             tuple(map(tuple, stored["sizes"])),
             np.asarray(stored["seconds"], float),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, RecursionError, TypeError) as error:
         raise RunFolderError(
             f"{file} is damaged ({error!r}); remove it to measure anew"
         ) from error
@@ -217,15 +217,29 @@ class Log:
         self.events = None
 
     def rows(self) -> list[dict]:
+        """What was logged of each epoch. A last line that was cut short when the run
+        was killed is left out: its epoch is run again.
+
+        Raises:
+            RunFolderError: if another line is damaged.
+        """
         if not self.file.exists():
             return []
         rows = []
-        for line in self.file.read_text().splitlines():
+        lines = self.file.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
-                # Cut short when the run was killed; its epoch is run again.
-                break
+                row = json.loads(line)
+                if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+                    raise ValueError("it is no row of an epoch")
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break
+                raise RunFolderError(
+                    f"{self.file}, line {number}, is damaged ({error}); restore the "
+                    "file, or begin anew with another --out"
+                ) from error
+            rows.append(row)
         return rows
 
     def keep_until(self, epoch: int) -> None:

@@ -22,7 +22,9 @@ BENCHMARKED = {
     "selection": "Choosing channels",
     "relocation": "Closing units softly",
     "mutations": "Damaged files",
+    "run_folders": "Damaged records",
     "kills": "Runs that are killed",
+    "checkpoints": "A checkpoint after every epoch",
     "narrow_convolutions": "What half the channels of a convolution save",
 }
 

@@ -2,54 +2,16 @@
 
 import dataclasses
 import glob
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from experiments.harness import csv_lines, json_lines
 from experiments.harness.devices import PLACES
-from experiments.harness.run_folder import CONFIG, whole
+from experiments.harness.run_folder import whole
 from experiments.reports.printing import interval, mean_and_half_width
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One network that a run ended with.
-
-    Attributes:
-        study: the experiment.
-        run: folder of the run.
-        task: data set and network.
-        method: what chose the units, with what distinguishes it within the run.
-        seed: of the run.
-        settings: all that decides the result.
-        metrics: errors in per cent, losses in nats, by name.
-        costs: shares of the whole network that are left, by name.
-        seconds: of training, where they are known.
-        made: commit, device and versions, where they were recorded.
-    """
-
-    study: str
-    run: str
-    task: str
-    method: str
-    seed: int
-    settings: dict[str, Any]
-    metrics: dict[str, float]
-    costs: dict[str, float]
-    seconds: float | None
-    made: dict[str, Any]
-
-    def row(self) -> dict[str, Any]:
-        """As a line of a table: `pandas.DataFrame([r.row() for r in found])`."""
-        own = {
-            name: getattr(self, name)
-            for name in ("study", "run", "task", "method", "seed", "seconds")
-        }
-        return own | self.metrics | {f"{n} left": v for n, v in self.costs.items()}
+from experiments.reports.readers import LINES as LINES
+from experiments.reports.readers import READERS, Result, of_folder
 
 
 def runs(*patterns: str | Path) -> list[Result]:
@@ -114,165 +76,6 @@ def told_apart(results: Sequence[Result]) -> list[Result]:
             )
         there[key] = result
     return found
-
-
-def of_folder(folder: Path) -> Iterator[Result]:
-    """The results of one run; none if it has not finished any."""
-    for name, read in READERS.items():
-        if (folder / name).exists():
-            yield from read(folder)
-
-
-def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings, and what is told of the machine."""
-    file = folder / CONFIG
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    made = {name: stored.pop(name, None) for name in ("commit", "device", "versions")}
-    return stored, made
-
-
-def _of_mnist(folder: Path) -> Iterator[Result]:
-    summary = json.loads((folder / "summary.json").read_text())
-    if "best_on_validation" not in summary:
-        return
-    settings, made = _config(folder)
-    last = summary["last"]
-    yield Result(
-        "mnist",
-        str(folder),
-        f"{summary['dataset']} {summary['model']}",
-        settings.get("gate", "hard_concrete"),
-        settings.get("seed", 0),
-        settings,
-        {
-            "test error": last["test_error"],
-            "validation error": last["validation_error"],
-        },
-        {
-            "weights": last["weights"] / summary["dense_weights"],
-            **{f"{n} expected": b["expected"] for n, b in _budget(summary)},
-            **{f"{n} decided": b["decided"] for n, b in _budget(summary)},
-        },
-        summary["seconds"],
-        made,
-    )
-
-
-def _budget(summary: dict[str, Any]) -> Iterable[tuple[str, dict[str, float]]]:
-    return summary.get("budget", {}).items()
-
-
-def _of_channels(folder: Path) -> Iterator[Result]:
-    settings, made = _config(folder)
-    for line in json_lines.read(folder / "results.jsonl"):
-        yield Result(
-            "channel_pruning",
-            str(folder),
-            f"{settings.get('dataset')} {settings.get('model')}",
-            line["method"],
-            line["seed"],
-            settings,
-            {
-                "test error": line["trained"]["test"],
-                "validation error": line["trained"]["validation"],
-                "base test error": line["base"]["test"],
-            },
-            {what: line[what][1] / line[what][0] for what in ("params", "macs")},
-            line["choosing"],
-            made,
-        )
-
-
-def _of_wide_resnet(folder: Path) -> Iterator[Result]:
-    settings, made = _config(folder)
-    for line in json_lines.read(folder / "result.jsonl"):
-        yield Result(
-            "wide_resnet",
-            str(folder),
-            f"{settings.get('dataset')} WRN-{settings.get('depth')}",
-            # (Older runs don't say which variant they are.)
-            line.get("variant", folder.name.rsplit("-", 1)[0]),
-            line.get("seed", int(folder.name.rsplit("-", 1)[-1])),
-            settings,
-            {
-                "test error": line["gated"]["test"],
-                "validation error": line["gated"]["validation"],
-            },
-            {"macs": line["kept"], "macs expected": line["expected"]},
-            None,
-            made,
-        )
-
-
-def _of_csv(folder: Path) -> Iterator[Result]:
-    settings, made = _config(folder)
-    for line in csv_lines.read(folder / "results.csv"):
-        task = f"{line['dataset']} {line['model']}"
-        if "family" in line:
-            at = (
-                f"target {line['target']}" if line.get("target") else f"λ {line['lam']}"
-            )
-            whole = float(line["dense_weights"]), float(line["dense_macs"])
-            yield Result(
-                "families",
-                str(folder),
-                task,
-                f"{line['family']}, {at}, {line['rule']}",
-                int(line["seed"]),
-                settings,
-                {
-                    "test error": float(line["test_error"]),
-                    "validation error": float(line["validation_error"]),
-                },
-                {
-                    "weights": float(line["weights"]) / whole[0],
-                    "macs": float(line["macs"]) / whole[1],
-                },
-                None,
-                made,
-            )
-        else:
-            yield Result(
-                "relocation",
-                str(folder),
-                task,
-                f"{line['arm']}, {line['heuristic']}, {line['ratio']} in "
-                f"{line['budget']}",
-                int(line["seed"]),
-                settings,
-                {
-                    "test error": 100 - float(line["test"]),
-                    "validation error": 100 - float(line["validation"]),
-                },
-                {},
-                float(line["seconds"]),
-                made,
-            )
-
-
-LINES = "runs.jsonl"
-"""Where studies write their results as they are read here."""
-
-
-def _of_lines(folder: Path) -> Iterator[Result]:
-    named = {field.name for field in dataclasses.fields(Result)} - {"run"}
-    for line in json_lines.read(folder / LINES):
-        yield Result(
-            run=str(folder), **{name: line[name] for name in line.keys() & named}
-        )
-
-
-READERS = {
-    LINES: _of_lines,
-    "summary.json": _of_mnist,
-    "results.jsonl": _of_channels,
-    "result.jsonl": _of_wide_resnet,
-    "results.csv": _of_csv,
-}
-"""By the file of a run folder that they read."""
-
-
-# ------------------------------------------------------------------------ several runs
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
