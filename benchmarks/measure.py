@@ -60,12 +60,22 @@ def run(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true", help="write it down")
+    parser.add_argument("--to", type=Path, help="write it into this file too")
     parser.add_argument("--turns", type=int, default=turns, help="of each contender")
     arguments = parser.parse_args()
     entries = main(arguments)
     for e in entries:
         print(f"{e['what']}: {e['value']} ({e['verdict']} {e['limit']}); {e['detail']}")
-    if arguments.record:
-        RESULTS.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(e) + "\n" for e in entries)
-        (RESULTS / f"{name}.jsonl").write_text(lines)
+    files = [RESULTS / f"{name}.jsonl"] if arguments.record else []
+    for file in [*files, *([arguments.to] if arguments.to else [])]:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+
+def aligned(table: list[list[str]]) -> str:
+    """A table whose columns begin below one another."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in table
+    )

@@ -13,6 +13,8 @@ import pytest
 import tyro
 from flax import nnx
 
+from benchmarks import __main__ as every_benchmark
+from benchmarks import measure
 from experiments import (
     mnist,
     mnist_rows,
@@ -476,8 +478,41 @@ def test_benchmarks_and_notes_are_printed(place):
 
 def test_every_benchmark_is_printed():
     modules = {file.stem for file in places.BENCHMARKS.parent.glob("*.py")}
-    shared = {"__init__", "killed", "measure", "networks", "vision"}
+    shared = {"__init__", "__main__", "killed", "measure", "networks", "vision"}
     assert {*benchmark_tables.BENCHMARKED, "zoo"} == modules - shared
+
+
+def test_benchmarks_stand_in_one_table(place, monkeypatch, capsys):
+    (place / "benchmarks").mkdir()
+    monkeypatch.setattr(measure, "RESULTS", place / "benchmarks")
+    for name in ("steps", "sweeps"):
+        entries = [measure.entry(f"of {name}", 0.5, 1.0, "×", "x")]
+        entries += [measure.entry("b", 2.0, 1.0, "", "")]
+        text = "".join(json.dumps(each) + "\n" for each in entries)
+        (place / "benchmarks" / f"{name}.jsonl").write_text(text)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "sweeps", "steps", "--recorded"])
+    every_benchmark.main()
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["benchmark", "what", "measured"]
+    assert [row.split()[0] for row in rows] == ["sweeps", "sweeps", "steps", "steps"]
+    assert {row.index("0.50×") for row in (rows[0], rows[2])} == {header.index("meas")}
+    assert "NOT within" in rows[1]
+
+
+def test_a_benchmark_is_measured_in_a_process_of_its_own(tmp_path):
+    (row, *_) = every_benchmark.measured("run_folders", ["--turns", "3"], tmp_path)
+    assert row[0] == "run_folders"
+    assert row[4] == "within"
+    (failed,) = every_benchmark.measured("steps", ["--turns", "x"], tmp_path)
+    assert failed[1] == "it failed"
+
+
+@pytest.mark.parametrize("name", ["kill", "gpu"])
+def test_a_benchmark_that_there_is_not_is_refused(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", name])
+    with pytest.raises(SystemExit):
+        every_benchmark.main()
+    assert f"no benchmark is {name}: steps, " in capsys.readouterr().err
 
 
 def zoo_row(model, **more):
