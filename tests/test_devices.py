@@ -215,7 +215,7 @@ def test_the_network_runs_in_the_dtype_that_is_asked_for(name, started):
     until = [(loop.Run, "__iter__"), (train.Sweep, "epoch")]
     came = started(name, until, compute="bfloat16")
     if isinstance(came[0], loop.Run):
-        training, state, data = came[0].training, came[0].state, came[0].data
+        training, state, data = came[0].training, came[0].state, came[0].inputs.data
     else:
         training, state, data = came[0].of(0), train.member_of(came[1], 0), came[2]
     batch = jax.tree.map(lambda a: a[:4], data)

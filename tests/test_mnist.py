@@ -39,6 +39,7 @@ from experiments import (
 from experiments.harness import loop, run_folder
 from experiments.tasks import data
 from l0jax import costs, gates, models, objectives, storage, train, units
+from l0jax.checkpoints import Checkpoints
 from l0jax.estimators import ESTIMATORS
 
 SHORT = mnist.Config(
@@ -1065,7 +1066,7 @@ def test_what_the_last_step_of_an_epoch_breaks_is_noticed(
     monkeypatch.setattr(train.Training, "epoch", spoiling(epoch, before=False))
     with pytest.raises(mnist.Diverged, match=rf"epoch {epoch}\).*{good};"):
         run(tmp_path / "run")
-    steps = storage.Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     assert all(finite(diverged, step) for step in steps)
     assert [row["epoch"] for row in diverged.rows] == list(range(1, epoch))
 
@@ -1301,6 +1302,8 @@ def test_where_and_how_far_is_no_setting():
         "mesh": "data=8",
         "shard": "data",
         "distributed": True,
+        "keep_checkpoints": 3,
+        "profile": True,
     }
     for name, value in changes.items():
         assert mnist.scientific(dataclasses.replace(SHORT, **{name: value})) == settings
