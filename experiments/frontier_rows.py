@@ -19,6 +19,7 @@ import matplotlib.style
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments import frontier
 from experiments.harness import json_lines, rows, run_folder
@@ -139,6 +140,9 @@ def picture(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         )
         axes.axhline(dense, color=BLACK, linewidth=0.8, linestyle=":", label="dense")
         axes.set_xscale("log")
+        budgets = sorted({ROWS[name].config.weights for name in here})
+        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets], minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("weights left")
         axes.set_ylabel("test error, %")
         axes.set_title(task)
