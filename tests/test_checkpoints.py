@@ -355,3 +355,49 @@ def test_what_another_thread_could_not_write_is_said_at_once_and_raised(
     found, lines = restore(tmp_path)
     check(found, 1)
     assert len(lines) == 1
+
+
+# ------------------------------------------------------------------ several processes
+
+
+@pytest.mark.parametrize("first_failed", [False, True])
+def test_a_process_that_waits_for_the_first_raises_if_that_fails(
+    first_failed, tmp_path, monkeypatch
+):
+    """As the second of two, which writes nothing, and which would wait for ever."""
+    of_run = Checkpoints(tmp_path, asynchronous=True)
+    monkeypatch.setattr(of_run, "_writer", None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    told = []
+
+    def broadcast(mine):
+        told.append(bool(mine))
+        return np.asarray(first_failed)
+
+    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", broadcast)
+    if first_failed:
+        with pytest.raises(OSError, match="by the first process, which says why"):
+            of_run.save(1, state(1.0), {})
+    else:
+        of_run.save(1, state(1.0), {})
+    assert told == [False]
+    assert of_run.steps() == []
+
+
+def test_the_first_process_tells_the_others_that_it_failed(tmp_path, monkeypatch):
+    told = []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def broadcast(mine):
+        told.append(bool(mine))
+        return np.asarray(mine)
+
+    monkeypatch.setattr(checkpoints, "_write_arrays", full)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", broadcast)
+    with pytest.raises(OSError, match="No space left"):
+        Checkpoints(tmp_path).save(1, state(1.0), {})
+    assert told == [True]
