@@ -16,6 +16,7 @@ from flax import nnx
 from benchmarks import __main__ as every_benchmark
 from benchmarks import measure
 from experiments import (
+    frontier_rows,
     mnist,
     mnist_rows,
     mnist_training,
@@ -103,6 +104,7 @@ def place(tmp_path, monkeypatch):
         (study_tables.circuits, "circuits"),
     ):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
+    monkeypatch.setattr(frontier_rows, "RESULTS", tmp_path / "results" / "frontier")
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
