@@ -59,6 +59,7 @@ class Trained:
         training: what is trained.
         data: on what.
         epochs: at each call.
+        folder: of its checkpoints.
         asynchronous: whether checkpoints are written by another thread; None: there are
             none.
     """
@@ -68,12 +69,13 @@ class Trained:
         training: train.Training,
         data: Any,
         epochs: int,
+        folder: Path,
         asynchronous: bool | None,
     ):
         self.training, self.data = training, data
         self.state = training.start(jax.random.key(0))
         self.epochs, self.asynchronous, self.done = epochs, asynchronous, 0
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = folder
 
     def __call__(self) -> None:
         checkpoints = None
@@ -96,12 +98,13 @@ def main(arguments: Any, epochs: int = 10, examples: int = 55_000) -> list[dict]
     training = training_of(models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0)))
     data = noise_of(examples)
     ways = {"no checkpoints": None, "waited for": False, "another thread": True}
-    going: dict[str, Callable[[], None]] = {
-        name: Trained(training, data, epochs, asynchronous)
-        for name, asynchronous in ways.items()
-    }
-    measure.take_turns(going, 1)
-    seconds = measure.take_turns(going, arguments.turns)
+    with tempfile.TemporaryDirectory() as place:
+        going: dict[str, Callable[[], None]] = {
+            name: Trained(training, data, epochs, Path(place) / name, asynchronous)
+            for name, asynchronous in ways.items()
+        }
+        measure.take_turns(going, 1)
+        seconds = measure.take_turns(going, arguments.turns)
     said = measure.milliseconds(seconds, epochs).replace(" ms", " ms an epoch")
     return [
         entry(

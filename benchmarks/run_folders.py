@@ -7,10 +7,11 @@ A run of `experiments.mnist` on the bundled digits, with a target and a table of
 seconds, and recorded results of two other studies are changed as `benchmarks.mutations`
 changes saved models: bits flipped, ranges cut, inserted, swapped and zeroed, files
 lost, renamed and exchanged, JSON edited. Each folder is then read as a run that goes on
-reads it, and as `experiments.compare` does. What is no record any more, or holds a
-value of another type, must be refused with the file's name. These records are text
-without digests, so that another number in the place of a number is read; of models and
-checkpoints, which have digests, it is not. Two minutes. --turns is how many of each.
+reads it, and as `experiments.compare` does. What is no record any more, holds a value
+of another type, or other settings, must be refused with the file's name. The rest of
+these records is text without digests, so that another number in the place of a number
+is read; of models and checkpoints, which have digests, it is not. A minute. --turns is
+how many of each.
 """
 
 import collections
@@ -61,17 +62,17 @@ FOLDERS = {"mnist": of_mnist, "cifar": of_cifar, "relocation": of_relocation}
 FAULTS = ("foreign error", "file not named")
 
 
-def outcome(folder: Path) -> str:
+def settings_of(files: Files) -> dict[str, Any]:
+    """What a run that goes on in the folder has: the settings that are recorded."""
+    stored = json.loads(files.get(run_folder.CONFIG, b"{}"))
+    made = ("commit", "device", "versions", "threefry_partitionable")
+    return {name: value for name, value in stored.items() if name not in made}
+
+
+def outcome(folder: Path, settings: dict[str, Any]) -> str:
     """In a word, what comes of reading a folder: `refused: …` or `read: …`."""
     try:
-        file = folder / run_folder.CONFIG
-        stored = json.loads(file.read_text()) if file.exists() else {}
-        own = stored if isinstance(stored, dict) else {}
-    except (ValueError, RecursionError):
-        own = {}
-    deciding = {name: own[name] for name in own if name not in ("versions", "commit")}
-    try:
-        run_folder.prepare(folder, deciding, deciding, resume=True)
+        run_folder.prepare(folder, settings, settings, resume=True)
         found: list[Any] = [run_folder.Log(folder).rows()]
         found += [str(run_folder.latency(folder)), list(runs.of_folder(folder))]
     except (ValueError, FileNotFoundError) as error:
@@ -99,7 +100,8 @@ def count(
     """How often what came of it, and an example of each."""
     files, folder = FOLDERS[kind](place / f"{kind}-run"), place / kind
     mutations.put(files, folder)
-    whole = outcome(folder)
+    settings = settings_of(files)
+    whole = outcome(folder, settings)
     if not whole.startswith("read"):
         raise RuntimeError(f"the whole folder can't be read: {whole}")
     counts: collections.Counter[str] = collections.Counter()
@@ -107,7 +109,7 @@ def count(
     for seed in range(turns):
         mutations.put(changed(files, random.Random(f"{kind} {seed}")), folder)
         with warnings.catch_warnings(action="ignore"):
-            found = outcome(folder)
+            found = outcome(folder, settings)
         word = found.split(":")[0]
         if word == "read":
             word = "as before" if found == whole else "other values"

@@ -1,5 +1,6 @@
 """The newest checkpoint that is whole is found, whatever happened to the others."""
 
+import argparse
 import json
 import shutil
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from every_dtype import WIDE, every_dtype, of_dtype, same_bits
 
+from benchmarks import checkpoints as measured
 from l0jax import checkpoints, encoding
 from l0jax.checkpoints import Checkpoints
 
@@ -401,3 +403,12 @@ def test_the_first_process_tells_the_others_that_it_failed(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         Checkpoints(tmp_path).save(1, state(1.0), {})
     assert told == [True]
+
+
+def test_what_saving_costs_is_measured():
+    """`benchmarks.checkpoints`, small: a ratio of each of the two ways of saving."""
+    with jax.numpy_dtype_promotion("standard"):
+        entries = measured.main(argparse.Namespace(turns=1), epochs=2, examples=200)
+    assert [each["value"].endswith("×") for each in entries] == [True, True]
+    assert "another thread" in entries[0]["what"]
+    assert entries[0]["limit"] == "≤ 1.02×"

@@ -78,7 +78,7 @@ class Checkpoints:
         """Returns when all that was saved is on the disk.
 
         Raises:
-            ValueError, OSError: as `save`.
+            OSError: as `save`.
         """
         self._files.wait()
 
