@@ -62,6 +62,13 @@ def test_a_profiled_run_ends_as_the_same_run_without(tmp_path, capsys):
     assert profiling.read(tmp_path / "watched" / "checkpoints" / "profile").operations
 
 
+def test_a_run_of_which_nothing_can_be_watched_says_so(tmp_path, capsys):
+    """Of one piece, which is compiled."""
+    how = {"epochs": 1, "dense": "no", "progress": False}
+    mnist.main(Config(**how, profile=True, out=tmp_path / "run"))
+    assert "nothing was watched" in capsys.readouterr().out
+
+
 def seconds(row):
     return {name: row[name] for name in row if "seconds" in name or "steps_per" in name}
 

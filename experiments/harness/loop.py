@@ -159,6 +159,8 @@ class Run:
                     if self.checkpoints and (last or epoch % self.every == 0):
                         notes = self.notes | self.inputs.notes()
                         self.checkpoints.save(epoch, self.training, self.state, notes)
+            if self.profile and devices.is_first():
+                tqdm.write("nothing was watched: no piece followed one of its program")
         finally:
             if self.checkpoints:
                 self.checkpoints.wait()
