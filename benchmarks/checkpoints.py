@@ -7,7 +7,7 @@ An MLP (784-300-100-10, gates on its units, Adam: 3.2 MB of arrays) is trained o
 examples without checkpoints, with such that are waited for, and with such that another
 thread writes (`asynchronous=True`): of all networks here it has the shortest epochs for
 its size. Contenders take turns; the last checkpoint is waited for. Examples are noise:
-how long a step takes does not depend on them. Two minutes on two cores.
+how long a step takes does not depend on them. Three minutes on two cores.
 """
 
 import tempfile
@@ -119,4 +119,4 @@ def main(arguments: Any, epochs: int = 10, examples: int = 55_000) -> list[dict]
 
 
 if __name__ == "__main__":
-    measure.run(__doc__, "checkpoints", main, turns=9)
+    measure.run(__doc__, "checkpoints", main, turns=15)

@@ -311,7 +311,7 @@ def fingerprint(found: Any) -> str:
         arrays = units.arrays(nnx.state(found))
     else:
         about, arrays = str(jax.tree.structure(found)), units.arrays(found)
-    whole = {path: encoding.encode(path, leaf)[0] for path, leaf in arrays.items()}
+    whole, _ = encoding.encode_all(arrays)
     return hashlib.sha256(f"{about}{whole}".encode()).hexdigest()
 
 

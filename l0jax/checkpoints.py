@@ -1,13 +1,11 @@
 """Checkpoints: states of a run on the disk, of which the newest whole one is found.
 
-The arrays are written by Orbax. Beside them lies a record of what they are, with the
-digest of their files, written last: a checkpoint that was cut short has none, or one
-that does not fit.
+The arrays are one file in the format of safetensors. Beside it lies a record of what
+they are, with the digest of each, written last: a checkpoint that was cut short has
+none, or one that does not fit.
 """
 
 import copy
-import hashlib
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +23,8 @@ Folder = Path | str
 
 
 class Checkpoints:
-    """The checkpoints of one run: `folder/<step>/`, the newest `keep` of them.
+    """The checkpoints of one run: `folder/<step>.safetensors`, the newest `keep` of
+    them.
 
     Args:
         folder: where they lie; made when the first one is saved.
@@ -52,7 +51,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were begun, oldest first."""
         return sorted(
-            int(entry.name) for entry in self.folder.glob("*") if _is_step(entry)
+            int(file.stem) for file in self.folder.glob("*.safetensors") if _is_of(file)
         )
 
     def save(self, step: int, state: PyTree, notes: dict[str, Any]) -> None:
@@ -68,16 +67,14 @@ class Checkpoints:
                 it stay. What another thread meets is raised by whatever waits for it,
                 and a warning says it at once.
         """
-        described, arrays = encoding.encode_all(state)
-        record: dict[str, Any] = {"arrays": described, "notes": notes}
-        encoding.sealed(record)
-        arrays = {path: _plain(a) for path, a in arrays.items() if a.size}
+        described, arrays = encoding.describe_all(state)
+        encoding.sealed({"arrays": described, "notes": notes})
         if self._writer is None:
-            self._write_together(step, record, arrays)
+            self._write_together(step, notes, described, arrays)
             return
         self.wait()
         # Whoever trains on may give the buffers away, and change the notes.
-        mine = copy.deepcopy(record), jax.tree.map(np.array, arrays)
+        mine = copy.deepcopy(notes), described, jax.tree.map(np.array, arrays)
         self._writing = self._writer.submit(self._write, step, *mine)
         self._writing.add_done_callback(_say)
 
@@ -109,18 +106,17 @@ class Checkpoints:
                 another state than `like` gives.
         """
         self.wait()
-        records = {int(e.stem) for e in self.folder.glob("*.json") if _is_of_step(e)}
+        records = {int(e.stem) for e in self.folder.glob("*.json") if _is_of(e)}
         for step in sorted({*self.steps(), *records}, reverse=True):
-            target = self.folder / str(step)
-            text = b""
+            target = self._arrays(step)
             try:
-                text = files.read(self._record(step), encoding.LARGEST_RECORD)
-                record = _opened(target, text)
+                record, parts = self._opened(step)
             except (OSError, ValueError) as error:
-                if _is_older(target, text):
+                if (self.folder / str(step)).is_dir():
                     raise ValueError(
-                        f"checkpoint {target} was written by an older version of "
-                        "l0jax: end the run with that one, or begin it anew elsewhere"
+                        f"checkpoint {self.folder / str(step)} was written by an older "
+                        "version of l0jax: end the run with that one, or begin it anew "
+                        "elsewhere"
                     ) from error
                 why = " ".join(str(error).split())
                 warn(
@@ -129,45 +125,59 @@ class Checkpoints:
                 )
                 continue
             state = like(record["notes"])
-            return step, _restored(target, record["arrays"], state), record["notes"]
+            found = _restored(target, record["arrays"], parts, state)
+            return step, found, record["notes"]
         return None
 
-    def _write_together(self, step: int, record: dict, arrays: dict) -> None:
+    def _opened(self, step: int) -> tuple[dict[str, Any], dict[str, memoryview]]:
+        """The record of a checkpoint that is whole, and the bytes of its arrays."""
+        record = encoding.opened(
+            files.read(self._record(step), encoding.LARGEST_RECORD)
+        )
+        if record.keys() != {"arrays", "notes"}:
+            raise ValueError(f"its record holds {', '.join(record)}")
+        described = record["arrays"]
+        encoding.check_descriptions(described)
+        content = files.read(self._arrays(step), encoding.length(described))
+        return record, encoding.apart(described, content)
+
+    def _write_together(self, step: int, *parts: Any) -> None:
         """Of several processes the first writes; if it can't, all raise."""
         failed = None
         if jax.process_index() == 0:
             try:
-                self._write(step, record, arrays)
-            except OSError as error:
+                self._write(step, *parts)
+            # Whatever it is: the others would wait for ever.
+            except Exception as error:
                 failed = error
         if jax.process_count() > 1:
             at_first = multihost_utils.broadcast_one_to_all(failed is not None)
             if at_first and failed is None:
                 failed = OSError(
-                    f"checkpoint {self.folder / str(step)} can't be written by the "
-                    "first process, which says why"
+                    f"checkpoint {self._arrays(step)} can't be written by the first "
+                    "process, which says why"
                 )
         if failed is not None:
             raise failed
 
-    def _write(self, step: int, record: dict, arrays: dict) -> None:
-        target = self.folder / str(step)
+    def _write(self, step: int, notes: Any, described: dict, arrays: dict) -> None:
+        described = encoding.digested(described, arrays)
+        record = encoding.sealed({"arrays": described, "notes": notes})
         try:
-            _write_arrays(target, arrays)
-            record |= {"bytes": _bytes(target), "files": _digest(target)}
-            files.write(self._record(step), encoding.sealed(record).encode())
-        # Whatever Orbax and what is below it raise where there is no room.
-        except Exception as error:
-            for part in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
-            why = str(error).strip().splitlines()[-1:]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write(self._arrays(step), *encoding.parts(described, arrays))
+            files.write(self._record(step), record.encode())
+        except OSError as error:
             raise OSError(
-                f"checkpoint {target} can't be written ({' '.join(why)}); those before "
-                "it are as they were: make room, and go on from the newest"
+                f"checkpoint {self._arrays(step)} can't be written ({error}); those "
+                "before it are as they were: make room, and go on from the newest"
             ) from error
         for old in self.steps()[: -self.keep]:
             self._record(old).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / str(old))
+            self._arrays(old).unlink()
+
+    def _arrays(self, step: int) -> Path:
+        return self.folder / f"{step}.safetensors"
 
     def _record(self, step: int) -> Path:
         return self.folder / f"{step}.json"
@@ -180,97 +190,27 @@ def _say(written: Future[None]) -> None:
         warnings.warn(str(error), stacklevel=2)
 
 
-def _opened(target: Path, text: bytes) -> dict[str, Any]:
-    """The record of a checkpoint that is whole."""
-    record = encoding.opened(text)
-    if record.keys() != {"arrays", "notes", "bytes", "files"}:
-        raise ValueError(f"its record holds {', '.join(record)}")
-    encoding.check_descriptions(record["arrays"])
-    # In this order: what is of another size may take forever to read.
-    if _bytes(target) != record["bytes"] or _digest(target) != record["files"]:
-        raise ValueError("its files are not those that were saved")
-    return record
-
-
-def _is_step(entry: Path) -> bool:
-    return entry.is_dir() and _is_number(entry.name)
-
-
-def _is_of_step(entry: Path) -> bool:
-    return entry.is_file() and _is_number(entry.stem)
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _is_older(target: Path, text: bytes) -> bool:
-    """Whether it is the record of a whole checkpoint of the first version."""
-    try:
-        record = encoding.parsed(text)
-    except ValueError:
-        return False
-    return record.keys() == {"digest", "notes"} and record["digest"] == _digest(target)
-
-
-def _checkpointer():
-    # Imported here: it takes a second, and a first step need not wait for it.
-    import orbax.checkpoint as ocp
-
-    if jax.process_count() == 1:
-        return ocp.StandardCheckpointer()
-    # What it is given is on this host: it need not wait for the others.
-    here = jax.process_index()
-    return ocp.StandardCheckpointer(
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=here,
-            active_processes={here},
-            barrier_sync_key_prefix=f"process{here}",
-        )
-    )
-
-
-# What Orbax stores under names of its own, on every platform.
-_PLAIN = {"bool", "bfloat16", *(np.dtype(code).name for code in "bhilqBHILQefdFD")}
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """What Orbax stores: the raw bytes of an array whose dtype it does not know."""
-    if array.dtype.name in _PLAIN:
-        return array
-    return array[..., None].view(np.uint8)
-
-
-def _write_arrays(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not arrays:  # Orbax has no checkpoint of nothing.
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        return
-    checkpointer = _checkpointer()
-    checkpointer.save(target, arrays, force=True)
-    checkpointer.wait_until_finished()
+def _is_of(file: Path) -> bool:
+    """Whether it is of a checkpoint, by its name."""
+    name = file.stem
+    number = name.isascii() and name.isdigit() and str(int(name)) == name
+    return number and file.is_file()
 
 
 def _restored(
-    target: Path, described: dict[str, encoding.Description], like: PyTree
+    target: Path,
+    described: dict[str, encoding.Description],
+    parts: dict[str, memoryview],
+    like: PyTree,
 ) -> PyTree:
     """The state of a whole checkpoint, in the structure of `like`."""
-    empty = {
-        path: np.zeros(each["shape"], encoding.DTYPES[each["dtype"]])
-        for path, each in described.items()
-    }
-    wanted = {path: _plain(array) for path, array in empty.items() if array.size}
     try:
-        found = _checkpointer().restore(target, wanted) if wanted else {}
         arrays = {
-            path: encoding.decode(path, each, _stored(found.get(path, empty[path])))
-            for path, each in described.items()
+            p: encoding.decode(p, described[p], part) for p, part in parts.items()
         }
-    # Whatever a version of Orbax raises that reads other files than this one.
-    except Exception as error:
+    except ValueError as error:
         raise ValueError(
-            f"checkpoint {target} is what was saved, but can't be read: "
-            f"{type(error).__name__}: {error}"
+            f"checkpoint {target} is what was saved, but can't be read: {error}"
         ) from error
     kinds = {p: (np.shape(leaf), leaf.dtype) for p, leaf in units.arrays(like).items()}
     held = {path: (array.shape, array.dtype) for path, array in arrays.items()}
@@ -284,23 +224,3 @@ def _restored(
     return jax.tree_util.tree_map_with_path(
         lambda key_path, _: arrays[units.path_of(key_path)], like
     )
-
-
-def _stored(array: Any) -> Any:
-    return encoding.bytes_of(np.ascontiguousarray(array))
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in _files(folder))
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in _files(folder):
-        total.update(str(file.relative_to(folder)).encode() + b"\0")
-        total.update(file.read_bytes())
-    return total.hexdigest()

@@ -52,17 +52,22 @@ keys also `key`, the name of their generator."""
 # ------------------------------------------------------------------------- one array
 
 
-def encode(path: str, leaf: Any) -> tuple[Description, np.ndarray]:
-    """What an array is, and its values on the host, in row-major order.
+def describe(path: str, leaf: Any) -> tuple[Description, np.ndarray]:
+    """What an array is, but for its digest, and its values on the host, in row-major
+    order; of an array on the host, those are a view.
 
     Raises:
         ValueError: if it is no array; if its dtype can't be stored, or JAX as it is set
-            up would load it as another.
+            up would load it as another; if the format has no place for its name.
     """
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise ValueError(
             f"{path!r} is a {type(leaf).__name__} and can't be saved: give an array, "
             "such as jnp.asarray makes of a number"
+        )
+    if path == "__metadata__":
+        raise ValueError(
+            "safetensors has another use for the name '__metadata__': rename the array"
         )
     described: Description = {}
     if isinstance(leaf, jax.Array) and is_key(leaf):
@@ -80,46 +85,53 @@ def encode(path: str, leaf: Any) -> tuple[Description, np.ndarray]:
     array = np.asarray(leaf, DTYPES[name])
     array = np.ascontiguousarray(array).reshape(array.shape)
     described |= {"dtype": name, "shape": list(array.shape)}
-    described["sha256"] = hashlib.sha256(bytes_of(array)).hexdigest()
     return described, array
+
+
+def describe_all(tree: PyTree) -> tuple[dict[str, Description], dict[str, np.ndarray]]:
+    """`describe` of all arrays, by path.
+
+    Raises:
+        ValueError: as `describe`.
+    """
+    both = {p: describe(p, leaf) for p, leaf in units.arrays(tree).items()}
+    return {p: d for p, (d, _) in both.items()}, {p: a for p, (_, a) in both.items()}
+
+
+def digested(
+    described: Mapping[str, Description], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Description]:
+    """The descriptions with the digests of their arrays."""
+    return {
+        path: {**each, "sha256": hashlib.sha256(bytes_of(arrays[path])).hexdigest()}
+        for path, each in described.items()
+    }
 
 
 def encode_all(tree: PyTree) -> tuple[dict[str, Description], dict[str, np.ndarray]]:
     """Of all arrays by path what they are, and their values on the host.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: as `describe`.
     """
-    both = {p: encode(p, leaf) for p, leaf in units.arrays(tree).items()}
-    return {p: d for p, (d, _) in both.items()}, {p: a for p, (_, a) in both.items()}
+    described, arrays = describe_all(tree)
+    return digested(described, arrays), arrays
 
 
 def decode(path: str, described: Description, content: Any) -> jax.Array:
-    """The array of these bytes.
+    """The array of these bytes, which are those that were saved.
 
     Raises:
-        ValueError: if they are not those that were saved; if JAX as it is set up has no
-            such arrays.
+        ValueError: if they are no such array; if JAX as it is set up has none.
     """
-    if hashlib.sha256(content).hexdigest() != described["sha256"]:
-        raise ValueError(f"array {path!r} is not what was saved")
     if (
         described["dtype"] == "bool"
         and np.frombuffer(content, np.uint8).max(initial=0) > 1
     ):
         raise ValueError(f"array {path!r} holds flags that are neither 0 nor 1")
-    array = np.frombuffer(content, DTYPES[described["dtype"]])
-    return restored(path, described, array.reshape(described["shape"]))
-
-
-def restored(path: str, described: Description, array: np.ndarray) -> jax.Array:
-    """The array in JAX, of the dtype that it had; random keys as such.
-
-    Raises:
-        ValueError: if JAX as it is set up has no such arrays.
-    """
     _check_width(path, described["dtype"])
-    leaf = jnp.asarray(array)
+    array = np.frombuffer(content, DTYPES[described["dtype"]])
+    leaf = jnp.asarray(array.reshape(described["shape"]))
     if "key" not in described:
         return leaf
     try:
@@ -168,17 +180,16 @@ def _check_width(path: str, name: str) -> None:
 def pack(
     described: Mapping[str, Description], arrays: Mapping[str, np.ndarray]
 ) -> bytes:
-    """All arrays as one file in the format of safetensors.
+    """All arrays as one file in the format of safetensors."""
+    return b"".join(parts(described, arrays))
 
-    Raises:
-        ValueError: if the format has no place for an array of such a name.
-    """
-    if "__metadata__" in described:
-        raise ValueError(
-            "safetensors has another use for the name '__metadata__': rename the array"
-        )
-    parts = [bytes_of(arrays[path]) for path in _in_order(described)]
-    return b"".join([header(described), *parts])
+
+def parts(
+    described: Mapping[str, Description], arrays: Mapping[str, np.ndarray]
+) -> list[Any]:
+    """What `pack` joins: bytes, and views of the arrays."""
+    ordered = [bytes_of(arrays[path]) for path in _in_order(described)]
+    return [header(described), *ordered]
 
 
 def header(described: Mapping[str, Description]) -> bytes:
@@ -205,18 +216,36 @@ def unpack(
     """The arrays of a file that `pack` wrote.
 
     Raises:
+        ValueError: as `apart` and `decode`.
+    """
+    found = apart(described, content)
+    return {path: decode(path, described[path], part) for path, part in found.items()}
+
+
+def apart(
+    described: Mapping[str, Description], content: bytes
+) -> dict[str, memoryview]:
+    """The bytes of each array in a file that `pack` wrote.
+
+    Raises:
         ValueError: if the file holds other arrays or other values, or anything else.
     """
     expected = header(described)
-    whole = len(expected) + sum(map(size_of, described.values()))
-    if not content.startswith(expected) or len(content) != whole:
+    if not content.startswith(expected) or len(content) != length(described):
         _tell_apart(described, content)
-    arrays, at = {}, len(expected)
+    found, at = {}, len(expected)
     for path in _in_order(described):
         end = at + size_of(described[path])
-        arrays[path] = decode(path, described[path], memoryview(content)[at:end])
+        found[path] = memoryview(content)[at:end]
+        if hashlib.sha256(found[path]).hexdigest() != described[path]["sha256"]:
+            raise ValueError(f"array {path!r} is not what was saved")
         at = end
-    return {path: arrays[path] for path in described}
+    return {path: found[path] for path in described}
+
+
+def length(described: Mapping[str, Description]) -> int:
+    """Bytes of a file of these arrays."""
+    return len(header(described)) + sum(map(size_of, described.values()))
 
 
 def size_of(described: Description) -> int:

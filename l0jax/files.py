@@ -1,6 +1,7 @@
 """Files that are read as a whole and written as a whole."""
 
 from pathlib import Path
+from typing import Any
 
 
 def read(file: Path, largest: int) -> bytes:
@@ -16,8 +17,18 @@ def read(file: Path, largest: int) -> bytes:
     return file.read_bytes()
 
 
-def write(file: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees all of it or none."""
-    scratch = file.with_suffix(".part")
-    scratch.write_bytes(content)
-    scratch.replace(file)
+def write(file: Path, *parts: Any) -> None:
+    """Writes a file, its parts (bytes, or views of such) one after the other, so that a
+    reader sees all of it or none.
+
+    Raises:
+        OSError: if it can't be written; nothing of it stays.
+    """
+    scratch = file.with_name(f"{file.name}.part")
+    try:
+        with scratch.open("wb") as to:
+            to.writelines(parts)
+        scratch.replace(file)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

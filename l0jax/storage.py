@@ -322,8 +322,7 @@ def load(
         encoding.check_descriptions(described)
         if "program" in record:
             _check_there(folder, PROGRAM)
-        largest = len(encoding.header(described)) + MARGIN
-        largest += sum(map(encoding.size_of, described.values()))
+        largest = encoding.length(described) + MARGIN
         arrays = encoding.unpack(described, files.read(folder / ARRAYS, largest))
         if "program" in record:
             return _load_program(folder, record, arrays)

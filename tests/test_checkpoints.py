@@ -1,8 +1,6 @@
 """The newest checkpoint that is whole is found, whatever happened to the others."""
 
 import argparse
-import json
-import shutil
 import threading
 
 import jax
@@ -48,23 +46,33 @@ def check(found, step):
         np.testing.assert_array_equal(a, b)
 
 
+def arrays_of(folder, step):
+    return folder / f"{step}.safetensors"
+
+
 def damage_by_truncation(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-7])
+    file = arrays_of(folder, step)
+    file.write_bytes(file.read_bytes()[:-7])
 
 
 def damage_by_one_bit(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
+    file = arrays_of(folder, step)
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    file.write_bytes(content)
 
 
-def damage_by_loss_of_a_file(folder, step):
-    files = [file for file in (folder / str(step)).rglob("*") if file.is_file()]
-    min(files, key=lambda file: file.stat().st_size).unlink()
+def damage_by_more_than_there_was(folder, step):
+    with arrays_of(folder, step).open("ab") as file:
+        file.write(b"\0")
+
+
+def damage_by_loss_of_the_arrays(folder, step):
+    arrays_of(folder, step).unlink()
+
+
+def damage_by_arrays_of_another_step(folder, step):
+    arrays_of(folder, step).write_bytes(arrays_of(folder, step - 1).read_bytes())
 
 
 def damage_by_death_before_the_record(folder, step):
@@ -76,18 +84,14 @@ def damage_to_the_record(folder, step):
     file.write_text(file.read_text()[:20])
 
 
-def damage_by_an_empty_folder(folder, step):
-    shutil.rmtree(folder / str(step))
-    (folder / str(step)).mkdir()
-
-
 DAMAGES = [
     damage_by_truncation,
     damage_by_one_bit,
-    damage_by_loss_of_a_file,
+    damage_by_more_than_there_was,
+    damage_by_loss_of_the_arrays,
+    damage_by_arrays_of_another_step,
     damage_by_death_before_the_record,
     damage_to_the_record,
-    damage_by_an_empty_folder,
 ]
 
 
@@ -112,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(damage, tmp_path):
     check(found, 9)
     assert len(lines) == 1
     assert str(tmp_path / "10") in lines[0]
-    damage(tmp_path, 9)
+    damage_by_truncation(tmp_path, 9)
     found, lines = restore(tmp_path)
     assert found is None
     assert len(lines) == 2
@@ -124,7 +128,7 @@ def test_only_the_newest_are_kept(keep, tmp_path):
     kept = [2, 9, 10, 11, 100][-keep:]
     assert of_run.steps() == kept
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
-        [str(step) for step in kept] + [f"{step}.json" for step in kept]
+        f"{step}.{kind}" for step in kept for kind in ("json", "safetensors")
     )
 
 
@@ -143,8 +147,12 @@ def test_a_death_while_saving_over_a_step_leaves_no_stale_record(tmp_path, monke
     """The record of the old state must not vouch for the new one, nor the reverse."""
     of_run = save(tmp_path, [9, 10])
 
-    def die(file, text):
-        raise KeyboardInterrupt
+    write = checkpoints.files.write
+
+    def die(file, *parts):
+        if file.suffix == ".json":
+            raise KeyboardInterrupt
+        write(file, *parts)
 
     monkeypatch.setattr(checkpoints.files, "write", die)
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +183,7 @@ def test_a_relative_folder_is_the_one_at_the_start(tmp_path, monkeypatch):
     of_run.save(1, state(1.0), {})
     monkeypatch.chdir("/")
     assert of_run.steps() == [1]
-    assert (tmp_path / "run" / "1").is_dir()
+    assert arrays_of(tmp_path / "run", 1).is_file()
 
 
 @pytest.mark.parametrize(
@@ -193,15 +201,6 @@ def test_a_state_of_another_shape_or_dtype_is_refused(like, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         of_run.restore(lambda _: like, pytest.fail)
     assert str(tmp_path / "1") in str(error.value)
-
-
-def test_a_checkpoint_whose_folder_is_lost_is_missed(tmp_path):
-    save(tmp_path, [9, 10])
-    (tmp_path / "10").rename(tmp_path / "ten")
-    found, lines = restore(tmp_path)
-    check(found, 9)
-    assert len(lines) == 1
-    assert str(tmp_path / "10") in lines[0]
 
 
 def test_a_state_of_nothing_is_a_checkpoint(tmp_path):
@@ -244,9 +243,9 @@ def test_where_there_is_no_room_the_checkpoints_before_stay(tmp_path, run_python
     """The limit is that of the size of a file: tests can't fill a disk."""
     out = run_python(NO_ROOM.replace("FOLDER", repr(str(tmp_path / "checkpoints"))))
     said, there, restored, after = out.splitlines()[-4:]
-    assert "2 can't be written (OUT_OF_RANGE" in said
+    assert "2.safetensors can't be written ([Errno 27]" in said
     assert said.endswith("make room, and go on from the newest")
-    assert there == "['1', '1.json']"
+    assert there == "['1.json', '1.safetensors']"
     assert restored == "1 {'epoch': 1} True"
     assert after == "2"
 
@@ -270,7 +269,7 @@ def test_checkpoints_come_back_bit_for_bit(dtype, tmp_path):
 
 def test_a_checkpoint_with_an_absurdly_large_file_is_passed_over(tmp_path):
     save(tmp_path, [9, 10])
-    with (tmp_path / "10" / "more").open("wb") as file:
+    with arrays_of(tmp_path, 10).open("r+b") as file:
         file.truncate(2**36)
     found, lines = restore(tmp_path)
     check(found, 9)
@@ -288,10 +287,10 @@ def test_what_json_can_not_hold_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_an_older_version_says_so(tmp_path):
-    """As they were before there were digests of each array."""
+    """The arrays were a folder, whose files were those of another library."""
     save(tmp_path, [9, 10])
-    record = {"digest": checkpoints._digest(tmp_path / "10"), "notes": {}}
-    (tmp_path / "10.json").write_text(json.dumps(record) + "\n")
+    arrays_of(tmp_path, 10).unlink()
+    (tmp_path / "10" / "ocdbt").mkdir(parents=True)
     with pytest.raises(ValueError, match="10 was written by an older version of l0jax"):
         restore(tmp_path)
 
@@ -344,7 +343,9 @@ def test_what_another_thread_could_not_write_is_said_at_once_and_raised(
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints.files, "write", full)
             of_run.save(2, state(2.0), {})
-            with pytest.raises(OSError, match=r"2 can't be written .*No space left"):
+            with pytest.raises(
+                OSError, match=r"2.safetensors can't be written .*No space"
+            ):
                 {
                     "wait": of_run.wait,
                     "save": lambda: of_run.save(3, state(3.0), {}),
@@ -356,7 +357,8 @@ def test_what_another_thread_could_not_write_is_said_at_once_and_raised(
     of_run.wait()
     found, lines = restore(tmp_path)
     check(found, 1)
-    assert len(lines) == 1
+    assert lines == []
+    assert not list(tmp_path.glob("2.*"))
 
 
 # ------------------------------------------------------------------ several processes
@@ -397,7 +399,7 @@ def test_the_first_process_tells_the_others_that_it_failed(tmp_path, monkeypatch
         told.append(bool(mine))
         return np.asarray(mine)
 
-    monkeypatch.setattr(checkpoints, "_write_arrays", full)
+    monkeypatch.setattr(checkpoints.files, "write", full)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", broadcast)
     with pytest.raises(OSError, match="No space left"):

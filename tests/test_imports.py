@@ -48,7 +48,7 @@ TOUCH_THE_DISK = ("files", "storage", "checkpoints")
 ONLY_IN = {
     "storage": {"hashlib", "pathlib", "jax2onnx", "onnxruntime"}
     | {"os", "subprocess", "sys", "warnings"},
-    "checkpoints": {"hashlib", "pathlib", "orbax", "shutil", "warnings", "concurrent"},
+    "checkpoints": {"pathlib", "warnings", "concurrent"},
     "files": {"pathlib"},
     # To read and write bytes, of which storage makes files.
     "encoding": {"hashlib", "json"},
@@ -64,7 +64,7 @@ ONLY_IN = {
     # Kendall's tau.
     "agnosticism": {"scipy"},
     # To see whether a loss asks for a key, and to say what one should know.
-    "train.training": {"inspect"},
+    "train.training": {"inspect", "warnings"},
     "train.resuming": {"pathlib", "warnings"},
     "train.deciding": {"warnings"},
     "train.compacting": {"warnings"},
@@ -173,12 +173,6 @@ def imported_at_once(module):
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-
-
-def test_orbax_is_imported_only_to_save():
-    """At the top of the file, reading a shrunk model would wait for it."""
-    top = imported_at_once("checkpoints")
-    assert not any(name.startswith(("orbax", "optax")) for name in top)
 
 
 def test_report_imports_matplotlib_only_to_draw():

@@ -58,7 +58,8 @@ def test_a_profiled_run_ends_as_the_same_run_without(tmp_path, capsys):
     assert "of it without any operation" in capsys.readouterr().out
     assert watched["last"] == {**plain["last"], **seconds(watched["last"])}
     there = {entry.name for entry in (tmp_path / "watched" / "checkpoints").iterdir()}
-    assert there == {"profile", *"234", *(f"{n}.json" for n in (2, 3, 4))}
+    kinds = ("json", "safetensors")
+    assert there == {"profile", *(f"{n}.{kind}" for n in "234" for kind in kinds)}
     assert profiling.read(tmp_path / "watched" / "checkpoints" / "profile").operations
 
 
