@@ -1,10 +1,15 @@
-"""Programs of the tests on many devices: each prints JSON, once by each process.
+"""Programs of the tests on many devices: each prints JSON, once by each process. Also
+`ran`, which runs them.
 
 python -m tests.on_devices NAME PORT PROCESSES PROCESS FOLDER
 """
 
 import json
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -252,6 +257,44 @@ def stream(folder, parts, part):
         _, *resumed = some(training, state, batches, 17)
     # (What each has seen is its own.)
     return {"same": straight == resumed, "losses": resumed[0], "seen": resumed[1]}
+
+
+def ran(name, folder, processes=1, seconds=300):
+    """What a program gave, on eight devices of so many processes."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={8 // processes}"
+    begun = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "tests.on_devices", name),
+                *(str(port), str(processes), str(at), str(folder)),
+            ],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for at in range(processes)
+    ]
+    found = []
+    for process in begun:
+        try:
+            out, error = process.communicate(timeout=seconds)
+        finally:
+            for other in begun:
+                if process.returncode:
+                    other.kill()
+        assert process.returncode == 0, error[-3000:]
+        found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def apart(a, b):
+    return np.abs(np.subtract(a["losses"], b["losses"]))[:50].max()
 
 
 def main(name, port, of, at, folder):

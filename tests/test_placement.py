@@ -1,64 +1,22 @@
 """Many devices and many processes give what one gives (law 12)."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from benchmarks import devices as measured
 from l0jax import units
 from l0jax.train.placement import Placement, parameter_of
 from tests import on_devices
 from tests import training_models as models
+from tests.on_devices import apart, ran
 from tests.test_readme import blocks
 
 PARAMS = {"first": {"kernel": jnp.zeros((6, 4))}, "out": {"kernel": jnp.zeros((4, 3))}}
-
-
-def ran(name, folder, processes=1, seconds=300):
-    """What a program gave, on eight devices of so many processes."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += f" --xla_force_host_platform_device_count={8 // processes}"
-    begun = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-m", "tests.on_devices", name),
-                *(str(port), str(processes), str(at), str(folder)),
-            ],
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            cwd=Path(__file__).parent.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for at in range(processes)
-    ]
-    found = []
-    for process in begun:
-        try:
-            out, error = process.communicate(timeout=seconds)
-        finally:
-            for other in begun:
-                if process.returncode:
-                    other.kill()
-        assert process.returncode == 0, error[-3000:]
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
-
-
-def apart(a, b):
-    return np.abs(np.subtract(a["losses"], b["losses"]))[:50].max()
 
 
 @pytest.mark.slow
@@ -126,11 +84,46 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert found["seen"] == pytest.approx(expected["seen"], rel=1e-5)
 
 
+def test_what_the_benchmark_prints_of_all_that(monkeypatch):
+    """From the numbers of such programs, of which one differs by five millionths."""
+    alone = {"losses": [2.0] * 50, "widths": [4], "restored": True, "specs": {}}
+    other = alone | {"losses": [2.0] * 49 + [2.000005]}
+    kinds = [f"{kind}, {way}" for kind in on_devices.KINDS for way in on_devices.WAYS]
+    ways = {"data": alone, "sharded": alone}
+    found = {
+        "trajectories": {k: other if k == kinds[1] else alone for k in kinds},
+        "processes": ways,
+        "decoder": {"alone": alone, "sharded": other},
+        "collectives": {"gated": {"all-reduce": 3}, "plain": {"all-reduce": 2}},
+    }
+
+    def ran(name, folder, processes=1):
+        return [found[name]] * processes
+
+    monkeypatch.setattr(on_devices, "ran", ran)
+    lines = measured.of_trajectories("") + measured.of_collectives("")
+    assert len(lines) == len(kinds) - len(on_devices.KINDS) + 2 + 1 + 1
+    values = [each["value"] for each in lines]
+    assert values[0] == "5.00 millionths"
+    assert [each["verdict"] for each in lines].count("NOT within") == 2
+    assert lines[-1]["verdict"] == "NOT within"
+    assert lines[-2]["verdict"] == "within"  # the decoder's, which may differ more
+
+
+def test_a_sweep_uses_all_devices_that_it_is_given():
+    assert measured.of_program("members", 8) == [8]
+
+
 # ------------------------------------------------------------------------------ rules
 
 
 # A mesh of devices that aren't there.
-SIX = Mock(spec=Mesh, axis_names=("data", "model"), shape={"data": 3, "model": 2})
+SIX = Mock(
+    spec=Mesh,
+    axis_names=("data", "model"),
+    shape={"data": 3, "model": 2},
+    axis_types=(AxisType.Auto,) * 2,
+)
 
 
 def test_the_first_rule_that_matches_counts():

@@ -1,5 +1,6 @@
 """Training of users' networks: the laws of the core, for every kind of network."""
 
+import math
 import re
 import warnings
 from unittest.mock import Mock
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 import l0jax.nnx
 from l0jax import costs, estimators, gates, gating, objectives, train, units
@@ -393,8 +394,52 @@ def test_eight_devices_train_as_one(run_python):
         assert int(gathers) == 0, name
 
 
+WITHOUT_WAITING = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from l0jax import gates, train
+from tests import training_models as models
+
+make, loss = models.MODELS["perceptron"]
+data = next(models.batches(0, size=96))
+order = jnp.arange(2 * 96).reshape(2, 96) % 96
+
+def training_of(**how):
+    return train.Training(
+        make(), loss, models.EXAMPLE, gate=gates.HardConcrete(), price=1e-3,
+        optimizer=optax.sgd(0.05), **how,
+    )
+
+# (Its axes are of the type that models would have to know.)
+training = training_of(mesh=jax.make_mesh((jax.device_count(),), ("data",)))
+state = training.start(jax.random.key(0))
+batch = training.split(data)
+for _ in range(STEPS):
+    state, metrics = training.step(state, batch)
+jax.block_until_ready(state)
+training.evaluate(state, (batch for _ in range(STEPS)))
+for _ in range(STEPS // 4):
+    state, totals = training.epoch(state, data, order)
+jax.block_until_ready(state)
+alone = training_of()
+sweep = train.Sweep(lambda price: alone.replace(price=price), jnp.ones(8))
+states = sweep.start([jax.random.key(0)] * 8)
+orders = jnp.stack([order] * 8)
+for _ in range(STEPS // 4):
+    states, totals = sweep.epoch(states, data, orders)
+jax.block_until_ready(states)
+print(int(state.step), states.step.tolist())
+"""
+
+
+def test_a_loop_that_never_waits_comes_to_an_end(run_python):
+    """The threads of XLA's CPU client would all wait for one another."""
+    program = WITHOUT_WAITING.replace("STEPS", "400")
+    assert run_python(program, devices=8).split()[:2] == ["600", "[200,"]
+
+
 def test_a_batch_that_cant_be_split_is_refused():
-    three = Mock(spec=Mesh, axis_names=("data",), shape={"data": 3})
+    auto = (AxisType.Auto,)
+    three = Mock(spec=Mesh, axis_names=("data",), shape={"data": 3}, axis_types=auto)
     training = training_of("perceptron")
     training.placement = Placement(three)
     with pytest.raises(ValueError, match="can't be split evenly over 3 devices"):
@@ -970,6 +1015,36 @@ def test_single_weights_are_gated_and_units_go_with_them():
     begun = smaller.start(jax.random.key(0))._replace(key=())
     assert jax.tree.map(jnp.shape, begun) == shapes
     smaller.step(left, next(models.batches(0)))
+
+
+def test_units_that_cost_nothing_under_a_target_are_named():
+    structure = training_of("perceptron").structure
+    for path in ("first.bias", "second.kernel"):
+        size = math.prod(structure.arrays[path].shape)
+        structure = structure.add(units.Group(path, size, (units.Slot(path, None),)))
+    with pytest.warns(UserWarning, match="'first.bias' cost nothing in macs") as said:
+        training_of("perceptron", structure=structure)
+    assert len(said) == 1
+    training_of("perceptron", structure=structure, target=train.Target("density", 0.3))
+
+
+def _first_closed(training):
+    """A network's arrays, its structure, and which units are left without the first."""
+    network, structure = training.network, training.structure
+    tree = network.tree(network.params, network.rest)
+    return tree, {"first": np.arange(48) > 0}, structure
+
+
+def test_a_structure_of_another_network_is_refused():
+    structure = training_of("perceptron").structure
+    small = training_of("perceptron").network.finished(
+        *_first_closed(training_of("perceptron"))
+    )
+    said = r"'first.(kernel|bias)', where the units of first lie, has shape .*, and in "
+    with pytest.raises(ValueError, match=said + r"the model it is \((64, )?47,?\)"):
+        train.Training(small, models.loss, structure=structure, optimizer=SGD)
+    with pytest.raises(ValueError, match=r"in the model it is none; trace this model"):
+        training_of("function", structure=structure)
 
 
 def test_a_network_without_gates_ends_as_it_is():

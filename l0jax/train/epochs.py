@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating
+from l0jax.train import placement
 
 if TYPE_CHECKING:
     from l0jax.train.training import Training, TrainingState
@@ -124,7 +125,9 @@ def within(
     if loop:
         rows = np.asarray(order)
         return over(training, state, (_taken(training, data, each) for each in rows))
-    return _scan(training, state, data, jnp.asarray(order))
+    state, totals = _scan(training, state, data, jnp.asarray(order))
+    placement.keep_pace(training.placement.mesh, totals.first_bad_step)
+    return state, totals
 
 
 def _part(training: "Training", data: PyTree, rows: Any) -> PyTree:
@@ -183,6 +186,10 @@ class Sweep:
         together: how many members a device steps at once, by `vmap`. By default all,
             but one after the other on a CPU, where the weights and the optimiser's
             moments of one small network fit into the cache and those of all do not.
+
+    Attributes:
+        members: how many there are.
+        devices: those that members are split among.
     """
 
     def __init__(
@@ -209,10 +216,11 @@ class Sweep:
             devices = devices[: math.ceil(self.members / turns)]
         if not devices:
             raise ValueError("no device is given to put members on")
+        self.devices = tuple(devices)
         self._idle = -self.members % len(devices)
         if together is None and devices[0].platform == "cpu":
             together = 1
-        mesh = Mesh(np.asarray(devices), ("members",))
+        mesh = self._mesh = Mesh(np.asarray(devices), ("members",))
         each, all_of = PartitionSpec("members"), PartitionSpec()
         places = (each, each, all_of, each)
 
@@ -286,6 +294,7 @@ class Sweep:
         for piece in pieces:
             rows = jax.device_put(piece, self._shardings[3])
             states, found = self._run(settings, states, data, rows)
+            placement.keep_pace(self._mesh, found.first_bad_step)
             totals = found if totals is None else _plus(totals, found)
         assert totals is not None
         return self._own((states, totals))

@@ -7,6 +7,7 @@ their paths, what an optimiser keeps as the parameter that it keeps it for, gate
 single weights as the weights they multiply. All else is held by every device whole.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from l0jax import units
@@ -43,6 +44,7 @@ class Placement:
 
     Args:
         mesh: devices; over its first axis batches are split. None: the default device.
+            Of whatever type its axes are, here the compiler decides (`AxisType.Auto`).
         rules: how parameters are split, as `Sharding` has it.
 
     Raises:
@@ -54,6 +56,12 @@ class Placement:
     rules: tuple[tuple[str, PartitionSpec | str], ...] = ()
 
     def __post_init__(self):
+        auto = AxisType.Auto
+        if self.mesh is not None and {*self.mesh.axis_types} != {auto}:
+            # Such as `jax.make_mesh` gives: with it, models would say where all is.
+            names = self.mesh.axis_names
+            mesh = Mesh(self.mesh.devices, names, axis_types=(auto,) * len(names))
+            object.__setattr__(self, "mesh", mesh)
         if self.rules and self.mesh is None:
             raise ValueError(
                 "sharding= says how parameters are split over a mesh, and no mesh= is "
@@ -281,6 +289,41 @@ class Placement:
             # What other processes hold: all of them call this.
             tree = _moved(tree, self._at(WHOLE))
         return jax.device_get(tree)
+
+
+# How many of our programs over several CPU devices may be under way.
+_MOST_UNDER_WAY = 4
+_under_way: collections.deque[jax.Array] = collections.deque()
+
+
+def keep_pace(mesh: Mesh | None, launched: PyTree) -> None:
+    """Waits, on several CPU devices, for what was launched a few programs ago.
+
+    Else it may wait for ever. XLA starts each device's part of a program in a thread,
+    of which there are no more than devices or cores, and lets it wait there while 32
+    programs of the device are under way. Once all threads wait, there is none left for
+    those to run in; after 40 seconds XLA ends the process.
+
+    Args:
+        mesh: over which the program is.
+        launched: what the program gives, or some of it.
+    """
+    if mesh is None or not _has_few_threads(mesh):
+        return
+    first = jax.tree.leaves(launched)[0]
+    if isinstance(first, jax.core.Tracer):
+        return
+    _under_way.append(first)
+    if len(_under_way) > _MOST_UNDER_WAY:
+        before = _under_way.popleft()
+        if not before.is_deleted():  # Else it was given to a later program.
+            jax.block_until_ready(before)
+
+
+@functools.lru_cache
+def _has_few_threads(mesh: Mesh) -> bool:
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return len(here) > 1 and here[0].platform == "cpu"
 
 
 def _named(spec: PartitionSpec) -> set[str]:

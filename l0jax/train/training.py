@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -165,6 +166,8 @@ class Training:
         self.compute = compute
         if structure is None:
             structure = self._read(example)
+        else:
+            self._check_sizes(structure)
         self.structure = structure
         self.whole = structure
         self.alive = {n: np.ones(g.size, bool) for n, g in structure.groups.items()}
@@ -172,6 +175,7 @@ class Training:
         gated = self.gated
         self._sizes = sizes_of(self.network.params, gated, self.charges(gated))
         self._derive()
+        self._warn_of_what_costs_nothing()
 
     def _read(self, example: PyTree) -> Structure:
         if example is None and isinstance(self.gating, Ungated):
@@ -267,6 +271,46 @@ class Training:
             name: Group(name, group.size, below(group.used_by), below(group.made_by))
             for name, group in groups.items()
         }
+
+    def _check_sizes(self, structure: Structure) -> None:
+        """Raises ValueError unless the structure is of a network of these sizes."""
+        network = self.network
+        arrays = units.arrays(network.tree(network.params, network.rest))
+        for path, read in structure.arrays.items():
+            if path in arrays and np.shape(arrays[path]) == read.shape:
+                continue
+            here = np.shape(arrays[path]) if path in arrays else "none"
+            groups = [
+                name
+                for name, group in structure.groups.items()
+                if path in {slot.path for slot in (*group.used_by, *group.made_by)}
+            ]
+            of = f", where the units of {', '.join(groups)} lie," if groups else ""
+            raise ValueError(
+                f"the structure is that of another network: its array {path!r}{of} has "
+                f"shape {read.shape}, and in the model it is {here}; trace this model"
+            )
+
+    def _warn_of_what_costs_nothing(self) -> None:
+        """Of gates that nothing pushes."""
+        budget = self._budget
+        if (
+            self._constraint is None
+            or budget is None
+            or budget.target.cost == "density"
+        ):
+            return
+        whole = budget.left({}, self.structure)
+        for name in self._gated:
+            size = self.structure.groups[name].size
+            one = {name: np.arange(size) < 1}
+            if size > 1 and budget.left(one, self.structure) == whole:
+                warnings.warn(
+                    f"the units of {name!r} cost nothing in {budget.target.name}, so "
+                    "that the target closes none of their gates: leave the group out, "
+                    "or give a cost that counts them",
+                    stacklevel=3,
+                )
 
     def _check(self) -> None:
         if isinstance(self.polyak, jax.core.Tracer):
@@ -419,7 +463,9 @@ class Training:
             The state after it, and on the device: the loss, the penalty, the metrics of
             the loss, and of a target its excess and its multiplier.
         """
-        return _step(self, state, self.split(batch))
+        state, metrics = _step(self, state, self.split(batch))
+        placement.keep_pace(self.placement.mesh, metrics)
+        return state, metrics
 
     def taken(
         self, state: TrainingState, batch: PyTree
@@ -653,6 +699,7 @@ class Training:
             batch = self.placement.split_if_even(batch)
             size = len(jax.tree.leaves(batch)[0])
             found = _evaluated(self, loss or self.loss, params, state, batch)
+            placement.keep_pace(self.placement.mesh, found)
             for name, value in found.items():
                 total[name] = total.get(name, 0.0) + size * value
             count += size
@@ -696,6 +743,7 @@ class Training:
         total, count = None, 0
         for batch in batches:
             found = _statistics(self, params, state, self.split(batch))
+            placement.keep_pace(self.placement.mesh, found)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             count += 1
         if total is None:
