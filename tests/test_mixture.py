@@ -143,6 +143,62 @@ def test_draws_are_the_inverse_cdf_in_closed_form(name):
         np.testing.assert_allclose(z, np.clip(1.2 * s - 0.1, 0, 1), atol=1e-9)
 
 
+CLOSED = [
+    name
+    for name, pair in gates.PAIRS.items()
+    if pair.mixed_quantile is not gates.Pair.mixed_quantile
+]
+
+
+def test_the_pairs_with_a_closed_form():
+    assert {*CLOSED} == {*VECTORS}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.003, 0.01, 0.1, 1.0, 1.1, 10.0, 1e3])
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms_are_exact_in_single_precision(name, scale):
+    """Q(s) is the u that s was drawn with, wherever a gate is neither 0 nor 1; sharp
+    pairs underflow, and have their modes alone."""
+    gate = Mixture(gates.make_pair(name, scale=scale))
+    cells = (np.arange(0, 65536, 11, dtype=np.float32) + 0.5) / 65536
+
+    def below(z):
+        with jax.enable_x64(True):
+            pair, s = gates.make_pair(name, scale=scale), jnp.asarray((z + 0.1) / 1.2)
+            off, on = np.asarray(pair.cdf(s)), 1 - np.asarray(pair.cdf(1 - s))
+        pi = 1 / (1 + math.exp(-eta))
+        return (1 - pi) * off + pi * on
+
+    for eta in (-15.0, -4.0, -0.3, 0.0, 1.0, 4.6, 15.0):
+        logits = jnp.full(len(cells), eta, jnp.float32)
+        z = np.asarray(gate.quantile(jnp.asarray(cells), logits), np.float64)
+        assert np.isfinite(z).all()
+        assert (np.diff(z) >= -1e-6).all()
+        q, (low, high) = below(z), below(np.array([0.0, 1.0]))
+        inside = (z > 0) & (z < 1)
+        np.testing.assert_allclose(q[inside], cells[inside], atol=1e-6)
+        assert (cells[z == 0] <= low + 1e-6).all()
+        assert (cells[z == 1] >= high - 1e-6).all()
+
+
+def test_a_pair_made_of_another_one_is_not_drawn_by_its_closed_form():
+    """A user's, who knows of the cdf and the density alone."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Narrower(gates.PAIRS["logistic"]):
+        def cdf(self, s):
+            return super().cdf(2 * s)
+
+        def density(self, s):
+            return 2 * super().density(2 * s)
+
+    u, logits = jnp.linspace(0.01, 0.99, 99), jnp.zeros(99)
+    found = Mixture(Narrower(0.2)).quantile(u, logits)
+    expected = Mixture(gates.make_pair("logistic", scale=0.1)).quantile(u, logits)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert Narrower.mixed_quantile is gates.Pair.mixed_quantile
+
+
 @pytest.mark.parametrize("name", VECTORS)
 @in_float64
 def test_implicit_gradients_are_those_of_the_closed_form(name):

@@ -115,7 +115,8 @@ class Mixture(Stretched):
         return self.quantile(*uniform_beside(key, logits))
 
     def quantile(self, u: Logits, logits: Logits) -> Logits:
-        r"""The gate below which z lies with probability u, by bisection.
+        r"""The gate below which z lies with probability u, by bisection unless the pair
+        has a closed form.
 
         Its derivatives in the logits and in the pair's scale are those of the implicit
         function $Q(s) = u$, and none is given in u.
@@ -210,6 +211,9 @@ def quantile(
 ) -> Logits:
     """The number in [0, 1] below which a mixture lies with probability u once it is
     stretched to (gamma, zeta)."""
+    closed = pair.at_scale(scale).mixed_quantile(u, logits)
+    if closed is not None:
+        return jnp.clip(closed * (zeta - gamma) + gamma, 0.0, 1.0)
     survival = functools.partial(_survival, pair.at_scale(scale), gamma, zeta)
 
     def halve(_, bounds):

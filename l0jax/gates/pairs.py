@@ -2,12 +2,15 @@ r"""Pairs of distributions for mixture-distributed gates: one near 0, its mirror
 
 A pair is a base distribution $R_0$ that converges to $\delta(0)$ as its `scale` goes to
 0; the other one is $R_1(s) = 1 - R_0(1 - s)$. A new pair is a subclass that states a
-cdf and a density; what is drawn, and every gradient, follows from the two.
+cdf and a density; what is drawn, and every gradient, follows from the two. Where the
+mixture's quantile has a closed form, `mixed_quantile` says so: drawing takes a fifth of
+the time.
 """
 
 import abc
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +38,12 @@ class Pair(abc.ABC):
     def __post_init__(self):
         positive(scale=self.scale)
 
+    def __init_subclass__(cls, **settings: Any):
+        super().__init_subclass__(**settings)
+        if "cdf" in vars(cls) and "mixed_quantile" not in vars(cls):
+            # That of a parent would be of another distribution.
+            cls.mixed_quantile = Pair.mixed_quantile
+
     @abc.abstractmethod
     def cdf(self, s: Numbers) -> Numbers:
         """R0(s)."""
@@ -42,6 +51,16 @@ class Pair(abc.ABC):
     @abc.abstractmethod
     def density(self, s: Numbers) -> Numbers:
         """The derivative of `cdf`."""
+
+    def mixed_quantile(self, u: Numbers, logits: Numbers) -> Numbers | None:
+        r"""The s below which a mixture with weights $\sigma(\eta)$ lies with
+        probability u; None if there is no closed form.
+
+        Args:
+            u: in (0, 1).
+            logits: $\eta$; at $-\infty$ there is only the first distribution.
+        """
+        return None
 
     def at_scale(self, scale: float | Float[Array, ""]) -> "Pair":
         """The same pair with another scale, which may be traced."""
@@ -62,6 +81,23 @@ class Exponential(Pair):
     def density(self, s):
         """r0(s)."""
         return -jnp.exp(-s / self.scale) / (self.scale * jnp.expm1(-1 / self.scale))
+
+    def mixed_quantile(self, u, logits):
+        r"""The root of a quadratic equation for $e^{-\kappa s}$ (DVAE++)."""
+        pi, rest = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+        near, far = -jnp.expm1(-1 / self.scale), jnp.exp(-1 / self.scale)
+        # In logarithms, and without a difference, each from the end that it is near.
+        b = rest - pi * far - u * near
+        square = jnp.square(b) + 4 * rest * pi * far
+        root = jnp.log((jnp.abs(b) + jnp.sqrt(square)) / 2)
+        low = jax.nn.log_sigmoid(-logits) - root
+        high = root - jax.nn.log_sigmoid(logits)
+        sharp = jnp.where(b > 0, self.scale * low, 1 + self.scale * high)
+        # And for 1 - e^(-kappa s), which is small for all s if the scale is large.
+        b = 1 - pi * near + u * near
+        square = jnp.maximum(jnp.square(b) - 4 * rest * u * near, 0)
+        wide = jnp.log1p(-2 * u * near / (b + jnp.sqrt(square)))
+        return jnp.where(self.scale > 1, -self.scale * wide, sharp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +247,16 @@ class Logistic(Pair):
         half = jax.nn.sigmoid(s / self.scale) * jax.nn.sigmoid(-s / self.scale)
         return half / self.scale
 
+    def mixed_quantile(self, u, logits):
+        r"""The root of a quadratic equation for $y = e^{s / \text{scale}}$:
+        $(1 - u) k y^2 + b y - u = 0$ with $k = e^{-1 / \text{scale}}$."""
+        far = jnp.exp(-1 / self.scale)
+        b = jax.nn.sigmoid(-logits) + jax.nn.sigmoid(logits) * far - u * (1 + far)
+        root = jnp.abs(b) + jnp.sqrt(jnp.square(b) + 4 * far * u * (1 - u))
+        low = jnp.log(2 * u / root)
+        high = jnp.log(root / (2 * (1 - u)))
+        return jnp.where(b > 0, self.scale * low, 1 + self.scale * high)
+
 
 @dataclasses.dataclass(frozen=True)
 class Laplace(Pair):
@@ -226,6 +272,22 @@ class Laplace(Pair):
     def density(self, s):
         """r0(s)."""
         return jnp.exp(-jnp.abs(s) / self.scale) / (2 * self.scale)
+
+    def mixed_quantile(self, u, logits):
+        r"""That of the tail below 0 or above 1, or between them the root of a quadratic
+        equation for $e^{-s / \text{scale}}$."""
+        pi, rest = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+        far = jnp.exp(-1 / self.scale)
+        below, above = rest + pi * far, pi + rest * far  # twice what lies there
+        product = rest * pi * far
+        d = rest - u
+        root = jnp.log(jnp.abs(d) + jnp.sqrt(jnp.square(d) + product))
+        low = jax.nn.log_sigmoid(-logits) - root
+        high = root - jax.nn.log_sigmoid(logits)
+        s = jnp.where(d > 0, self.scale * low, 1 + self.scale * high)
+        s = jnp.where(2 * u < below, self.scale * jnp.log(2 * u / below), s)
+        tail = 1 - self.scale * jnp.log(2 * (1 - u) / above)
+        return jnp.where(2 * (1 - u) < above, tail, s)
 
 
 def _inside(s: Numbers) -> Numbers:
