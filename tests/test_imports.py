@@ -64,7 +64,8 @@ ONLY_IN = {
     # Kendall's tau.
     "agnosticism": {"scipy"},
     # To see whether a loss asks for a key, and to say what one should know.
-    "train.training": {"inspect", "warnings"},
+    "train.training": {"warnings"},
+    "train.tasks": {"inspect"},
     "train.resuming": {"pathlib", "warnings"},
     "train.deciding": {"warnings"},
     "train.compacting": {"warnings"},

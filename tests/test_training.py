@@ -1047,6 +1047,41 @@ def test_a_structure_of_another_network_is_refused():
         training_of("function", structure=structure)
 
 
+def test_members_of_a_sweep_are_evaluated_by_one_program():
+    """And recalibrated: what they differ in is no part of it."""
+    traced = []
+
+    def counted(model, batch):
+        traced.append(jnp.shape(batch[0]))
+        return models.loss(model, batch)
+
+    make, _ = models.MODELS["nnx"]
+    one = train.Training(
+        make(),
+        counted,
+        models.EXAMPLE,
+        gate=gates.HardConcrete(),
+        price=1e-3,
+        optimizer=SGD,
+    )
+    others = (
+        one.replace(price=2e-3),
+        one.replace(
+            price=None, target=train.Target(costs.macs, 0.5), optimizer=optax.adam(1e-2)
+        ),
+    )
+    found = []
+    for training in (one, *others):
+        state = training.start(jax.random.key(0))
+        found.append(training.evaluate(state, models.validation())["error"])
+        training.recalibrate(state, models.batches(0))
+    assert found[0] == found[1]
+    # Once in evaluation mode, and three times within the one that recalibrates.
+    assert len(traced) == 4
+    one.replace(compute=jnp.bfloat16).evaluate(state, models.validation())
+    assert len(traced) == 5
+
+
 def test_a_network_without_gates_ends_as_it_is():
     training = train.Training(
         models.Perceptron(nnx.Rngs(0)), models.loss, optimizer=SGD

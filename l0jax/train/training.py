@@ -12,8 +12,6 @@ Keys are derived, never split in a chain: all that is random in step t is drawn 
 
 import copy
 import dataclasses
-import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -25,13 +23,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from l0jax import gating, objectives, units
+from l0jax import objectives, units
 from l0jax.compaction import removable
 from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
 from l0jax.structure import Structure
 from l0jax.tracing import trace
-from l0jax.train import averages, compacting, deciding, epochs, losses, placement
+from l0jax.train import averages, compacting, deciding, epochs, losses, placement, tasks
 from l0jax.train.compacting import Compaction
 from l0jax.train.deciding import Decision
 from l0jax.train.epochs import Totals
@@ -40,6 +38,7 @@ from l0jax.train.losses import Loss, Metrics
 from l0jax.train.networks import Network, network
 from l0jax.train.placement import Placement, Sharding
 from l0jax.train.targets import Budget, Target, sizes_of
+from l0jax.train.tasks import Task
 from l0jax.units import Group, Groups, Keep
 
 Penalty = Callable[[PyTree], Float[Array, ""]]
@@ -621,31 +620,11 @@ class Training:
             ValueError: unless the loss is a scalar with metrics that are arrays; if the
                 network changes the shape of what it writes.
         """
-        loss = self.loss if loss is None else loss
-        wants_key = "key" in inspect.signature(loss).parameters
-        lower = (params, batch)
-        if self.compute is not None:
-            lower = jax.tree.map(self._computed, lower)
-        model, left = self.network.run(
-            lower[0], rest, gating.key_for(key, "network"), training
-        )
-        more = {"key": gating.key_for(key, "loss")} if wants_key else {}
-        found = loss(model, lower[1], **more)
-        value, metrics = losses.checked(loss, found)
-        after = left()
-        losses.check_rest(rest, after)
-        after = jax.tree.map(
-            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
-            after,
-            rest,
-        )
-        return value, (metrics, after)
+        task = self._task_of(loss)
+        return task(params, rest, batch, key, training=training)
 
-    def _computed(self, leaf: Any) -> Any:
-        """A float in the dtype in which the network runs."""
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return jnp.asarray(leaf).astype(self.compute)
+    def _task_of(self, loss: Loss | None = None) -> Task:
+        return Task(self.network, loss or self.loss, self.compute)
 
     # -------------------------------------------------------------- what is left
 
@@ -694,11 +673,11 @@ class Training:
         """
         params = self.folded(state, self._decided(state, rule))
         total: dict[str, Any] = {}
-        count = 0
+        task, count = self._task_of(loss), 0
         for batch in batches:
             batch = self.placement.split_if_even(batch)
             size = len(jax.tree.leaves(batch)[0])
-            found = _evaluated(self, loss or self.loss, params, state, batch)
+            found = tasks.evaluated(task, params, state.rest, batch, state.key)
             placement.keep_pace(self.placement.mesh, found)
             for name, value in found.items():
                 total[name] = total.get(name, 0.0) + size * value
@@ -740,9 +719,10 @@ class Training:
                 no running average.
         """
         params = self.folded(state, self._decided(state, rule))
-        total, count = None, 0
+        task, total, count = self._task_of(), None, 0
         for batch in batches:
-            found = _statistics(self, params, state, self.split(batch))
+            batch = self.split(batch)
+            found = tasks.statistics(task, params, state.rest, batch, state.key)
             placement.keep_pace(self.placement.mesh, found)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             count += 1
@@ -856,44 +836,3 @@ def _take(training: Training, state: TrainingState, batch: PyTree):
 
 
 _step = jax.jit(_take, static_argnums=0, donate_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluated(training: Training, loss: Loss, params, state: TrainingState, batch):
-    value, (metrics, _) = training.task(
-        params, state.rest, batch, state.key, training=False, loss=loss
-    )
-    return {"loss": value, **metrics}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _statistics(training: Training, params, state: TrainingState, batch):
-    """For each running average what a batch alone would leave, and whether it is
-    one."""
-    floating = {
-        path: leaf
-        for path, leaf in units.arrays(state.rest).items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-
-    def after(value: float) -> dict[str, Array]:
-        rest = units.replace(
-            state.rest, {p: jnp.full_like(a, value) for p, a in floating.items()}
-        )
-        _, (_, left) = training.task(params, rest, batch, state.key)
-        left = units.arrays(left)
-        return {path: left[path] for path in floating}
-
-    zero, one, two = map(after, (0.0, 1.0, 2.0))
-    found = {}
-    for path, leaf in floating.items():
-        old = one[path] - zero[path]
-        # What isn't written keeps its value.
-        kept = jnp.all(old == 1)
-        share = jnp.where(kept, 0.0, old)
-        linear = jnp.allclose(two[path] - one[path], old, rtol=1e-3, atol=1e-3)
-        linear &= jnp.allclose(old, old.ravel()[0], rtol=1e-3, atol=1e-3)
-        batch_alone = zero[path] / (1 - share)
-        value = jnp.where(kept, leaf, batch_alone)
-        found[path] = value, linear.astype(jnp.int32)
-    return found
