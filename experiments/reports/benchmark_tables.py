@@ -9,6 +9,7 @@ from experiments.reports.printing import markdown
 KEYS = ("what", "value", "limit", "verdict", "detail")
 BENCHMARKED = {
     "steps": "A training step",
+    "families": "A training step with gates of each family",
     "pages": "A training step in large pages of memory",
     "structure": "Reading models, counting and removing",
     "reading": "Reading large programs",
@@ -17,6 +18,7 @@ BENCHMARKED = {
     "compaction": "Training that compacts",
     "decoder": "A language model with gates, and at half of its size",
     "sweeps": "Many runs in one program",
+    "devices": "Many devices",
     "input": "Examples from the disk",
     "gpu": "On an accelerator",
     "selection": "Choosing channels",

@@ -122,3 +122,15 @@ def statistics(
         value = jnp.where(kept, leaf, batch_alone)
         found[path] = value, linear.astype(jnp.int32)
     return found
+
+
+@jax.jit
+def times(tree: PyTree, number: Array | int) -> PyTree:
+    """All arrays times a number, in one program."""
+    return jax.tree.map(lambda a: a * jnp.asarray(number, a.dtype), tree)
+
+
+@jax.jit
+def plus(tree: PyTree, other: PyTree) -> PyTree:
+    """The sums of all arrays, in one program: on many devices each has its price."""
+    return jax.tree.map(jnp.add, tree, other)

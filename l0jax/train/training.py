@@ -672,17 +672,16 @@ class Training:
             ValueError: if there is no batch.
         """
         params = self.folded(state, self._decided(state, rule))
-        total: dict[str, Any] = {}
-        task, count = self._task_of(loss), 0
+        task, total, count = self._task_of(loss), None, 0
         for batch in batches:
             batch = self.placement.split_if_even(batch)
             size = len(jax.tree.leaves(batch)[0])
             found = tasks.evaluated(task, params, state.rest, batch, state.key)
             placement.keep_pace(self.placement.mesh, found)
-            for name, value in found.items():
-                total[name] = total.get(name, 0.0) + size * value
+            found = tasks.times(found, size)
+            total = found if total is None else tasks.plus(total, found)
             count += size
-        if not count:
+        if total is None:
             raise ValueError("there is no batch to evaluate")
         return {name: float(value) / count for name, value in total.items()}
 
@@ -724,7 +723,7 @@ class Training:
             batch = self.split(batch)
             found = tasks.statistics(task, params, state.rest, batch, state.key)
             placement.keep_pace(self.placement.mesh, found)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total = found if total is None else tasks.plus(total, found)
             count += 1
         if total is None:
             raise ValueError("there is no batch to recalibrate with")
