@@ -108,7 +108,7 @@ class Checkpoints:
         self.wait()
         records = {int(e.stem) for e in self.folder.glob("*.json") if _is_of(e)}
         for step in sorted({*self.steps(), *records}, reverse=True):
-            target = self._arrays(step)
+            target = self.arrays(step)
             try:
                 record, parts = self._opened(step)
             except (OSError, ValueError) as error:
@@ -138,7 +138,7 @@ class Checkpoints:
             raise ValueError(f"its record holds {', '.join(record)}")
         described = record["arrays"]
         encoding.check_descriptions(described)
-        content = files.read(self._arrays(step), encoding.length(described))
+        content = files.read(self.arrays(step), encoding.length(described))
         return record, encoding.apart(described, content)
 
     def _write_together(self, step: int, *parts: Any) -> None:
@@ -154,7 +154,7 @@ class Checkpoints:
             at_first = multihost_utils.broadcast_one_to_all(failed is not None)
             if at_first and failed is None:
                 failed = OSError(
-                    f"checkpoint {self._arrays(step)} can't be written by the first "
+                    f"checkpoint {self.arrays(step)} can't be written by the first "
                     "process, which says why"
                 )
         if failed is not None:
@@ -165,18 +165,21 @@ class Checkpoints:
         record = encoding.sealed({"arrays": described, "notes": notes})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files.write(self._arrays(step), *encoding.parts(described, arrays))
+            files.write(self.arrays(step), *encoding.parts(described, arrays))
             files.write(self._record(step), record.encode())
         except OSError as error:
             raise OSError(
-                f"checkpoint {self._arrays(step)} can't be written ({error}); those "
+                f"checkpoint {self.arrays(step)} can't be written ({error}); those "
                 "before it are as they were: make room, and go on from the newest"
             ) from error
-        for old in self.steps()[: -self.keep]:
+        # One that was cut short is none of those that are kept.
+        whole = [each for each in self.steps() if self._record(each).exists()]
+        for old in set(self.steps()) - {step, *whole[-self.keep :]}:
             self._record(old).unlink(missing_ok=True)
-            self._arrays(old).unlink()
+            self.arrays(old).unlink()
 
-    def _arrays(self, step: int) -> Path:
+    def arrays(self, step: int) -> Path:
+        """The file with the arrays of a checkpoint."""
         return self.folder / f"{step}.safetensors"
 
     def _record(self, step: int) -> Path:

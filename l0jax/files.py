@@ -1,5 +1,6 @@
 """Files that are read as a whole and written as a whole."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read(file: Path, largest: int) -> bytes:
 
 def write(file: Path, *parts: Any) -> None:
     """Writes a file, its parts (bytes, or views of such) one after the other, so that a
-    reader sees all of it or none.
+    reader sees all of it or none, even after a loss of power.
 
     Raises:
         OSError: if it can't be written; nothing of it stays.
@@ -28,6 +29,8 @@ def write(file: Path, *parts: Any) -> None:
     try:
         with scratch.open("wb") as to:
             to.writelines(parts)
+            to.flush()
+            os.fsync(to.fileno())
         scratch.replace(file)
     except OSError:
         scratch.unlink(missing_ok=True)

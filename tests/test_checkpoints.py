@@ -132,6 +132,18 @@ def test_only_the_newest_are_kept(keep, tmp_path):
     )
 
 
+def test_one_that_was_cut_short_is_none_of_those_that_are_kept(tmp_path):
+    of_run = save(tmp_path, [9, 10, 11])
+    damage_by_death_before_the_record(tmp_path, 11)
+    of_run.save(12, state(12.0), {"epoch": 12, "best": None})
+    assert of_run.steps() == [10, 12]
+
+
+def test_what_was_just_saved_is_kept(tmp_path):
+    """A run that was begun anew beside checkpoints of a longer one."""
+    assert save(tmp_path, [9, 10, 1]).steps() == [1, 9, 10]
+
+
 def test_saving_over_a_half_written_checkpoint(tmp_path):
     """A run that died while saving saves the same step again when it is resumed."""
     save(tmp_path, [9, 10])

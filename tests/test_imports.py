@@ -49,7 +49,7 @@ ONLY_IN = {
     "storage": {"hashlib", "pathlib", "jax2onnx", "onnxruntime"}
     | {"os", "subprocess", "sys", "warnings"},
     "checkpoints": {"pathlib", "warnings", "concurrent"},
-    "files": {"pathlib"},
+    "files": {"os", "pathlib"},
     # To read and write bytes, of which storage makes files.
     "encoding": {"hashlib", "json"},
     # To say on which line of the user's code something is.

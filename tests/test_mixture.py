@@ -199,6 +199,49 @@ def test_a_pair_made_of_another_one_is_not_drawn_by_its_closed_form():
     assert Narrower.mixed_quantile is gates.Pair.mixed_quantile
 
 
+def test_what_is_mixed_in_before_a_pair_is_not_drawn_by_the_pairs_closed_form():
+    class Half:
+        def cdf(self, s):
+            return super().cdf(2 * s)
+
+        def density(self, s):
+            return 2 * super().density(2 * s)
+
+    class Narrower(Half, gates.PAIRS["laplace"]):
+        pass
+
+    class Renamed(gates.PAIRS["laplace"]):
+        pass
+
+    assert Narrower.mixed_quantile is gates.Pair.mixed_quantile
+    assert Renamed.mixed_quantile is gates.PAIRS["laplace"].mixed_quantile
+
+
+def test_a_closed_form_of_another_distribution_is_refused():
+    class Wrong(gates.PAIRS["logistic"]):
+        def mixed_quantile(self, u, logits):
+            return super().mixed_quantile(u, logits) + 0.05
+
+    with pytest.raises(ValueError, match=r"Wrong\.mixed_quantile must invert"):
+        Mixture(Wrong())
+
+
+@pytest.mark.parametrize("scale", [0.012, 0.02, 0.05])
+@pytest.mark.parametrize("name", CLOSED)
+def test_slopes_stay_bounded_where_noise_and_weight_are_equal(name, scale):
+    """1 - pi is a cell of the noise: such a draw lies exactly between the modes."""
+    gate = Mixture(gates.make_pair(name, scale=scale))
+    u = jnp.float32((37550 + 0.5) / 65536)
+    near = math.log(1 / float(u) - 1) + 3e-8 * np.arange(-8, 9)
+    logits = jnp.asarray(near, jnp.float32)
+    z, slope = jax.jvp(
+        lambda eta: gate.quantile(jnp.full(17, u), eta), (logits,), (jnp.ones(17),)
+    )
+    assert np.isfinite(z).all()
+    # (Of the middle itself they are 1e8 and more.)
+    assert np.abs(slope).max() < 2e5
+
+
 @pytest.mark.parametrize("name", VECTORS)
 @in_float64
 def test_implicit_gradients_are_those_of_the_closed_form(name):

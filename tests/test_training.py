@@ -417,6 +417,7 @@ for _ in range(STEPS):
     state, metrics = training.step(state, batch)
 jax.block_until_ready(state)
 training.evaluate(state, (batch for _ in range(STEPS)))
+training.recalibrate(state, [batch])  # of which there is nothing
 for _ in range(STEPS // 4):
     state, totals = training.epoch(state, data, order)
 jax.block_until_ready(state)

@@ -273,6 +273,11 @@ def check_pair(pair: Pair, edge: float) -> None:
         ends = np.asarray(pair.cdf(jnp.asarray([-1e6, 1e6])), np.float64)
         density = np.asarray(pair.density(jnp.asarray(s)), np.float64)
         sharp = float(pair.at_scale(1 / 3000).cdf(jnp.asarray(edge)))
+        u, logits = jnp.linspace(0.05, 0.95, 19), jnp.full(19, 0.7)
+        drawn, below = pair.mixed_quantile(u, logits), u
+        if drawn is not None:
+            off, on = pair.cdf(drawn), 1 - pair.cdf(1 - drawn)
+            below = jax.nn.sigmoid(-logits) * off + jax.nn.sigmoid(logits) * on
     if not np.allclose(ends, [0, 1], atol=1e-5):
         raise ValueError(
             f"{name}.cdf must go from 0 to 1, got {ends[0]:.3g} and {ends[1]:.3g} far "
@@ -289,6 +294,12 @@ def check_pair(pair: Pair, edge: float) -> None:
         raise ValueError(
             f"{name}.density must be the derivative of its cdf: at {s[1 + at]:.3g} it "
             f"is {density[1 + at]:.3g}, and the cdf rises by {slope[at]:.3g}"
+        )
+    if not np.allclose(below, u, atol=1e-3):
+        at = int(np.argmax(np.abs(np.asarray(below) - np.asarray(u))))
+        raise ValueError(
+            f"{name}.mixed_quantile must invert the mixture's cdf: below what it gives "
+            f"for {float(u[at]):.3g} lies {float(below[at]):.3g}"
         )
     mirrored = 1 - cdf[::-1]
     if not (cdf >= mirrored - 1e-6).all():

@@ -40,8 +40,12 @@ class Pair(abc.ABC):
 
     def __init_subclass__(cls, **settings: Any):
         super().__init_subclass__(**settings)
-        if "cdf" in vars(cls) and "mixed_quantile" not in vars(cls):
-            # That of a parent would be of another distribution.
+        first = {
+            name: [name in vars(each) for each in cls.__mro__].index(True)
+            for name in ("cdf", "mixed_quantile")
+        }
+        if first["cdf"] < first["mixed_quantile"]:
+            # It would be that of another distribution.
             cls.mixed_quantile = Pair.mixed_quantile
 
     @abc.abstractmethod
@@ -88,7 +92,7 @@ class Exponential(Pair):
         near, far = -jnp.expm1(-1 / self.scale), jnp.exp(-1 / self.scale)
         # In logarithms, and without a difference, each from the end that it is near.
         b = rest - pi * far - u * near
-        square = jnp.square(b) + 4 * rest * pi * far
+        square = _apart(b) + 4 * rest * pi * far
         root = jnp.log((jnp.abs(b) + jnp.sqrt(square)) / 2)
         low = jax.nn.log_sigmoid(-logits) - root
         high = root - jax.nn.log_sigmoid(logits)
@@ -252,7 +256,7 @@ class Logistic(Pair):
         $(1 - u) k y^2 + b y - u = 0$ with $k = e^{-1 / \text{scale}}$."""
         far = jnp.exp(-1 / self.scale)
         b = jax.nn.sigmoid(-logits) + jax.nn.sigmoid(logits) * far - u * (1 + far)
-        root = jnp.abs(b) + jnp.sqrt(jnp.square(b) + 4 * far * u * (1 - u))
+        root = jnp.abs(b) + jnp.sqrt(_apart(b) + 4 * far * u * (1 - u))
         low = jnp.log(2 * u / root)
         high = jnp.log(root / (2 * (1 - u)))
         return jnp.where(b > 0, self.scale * low, 1 + self.scale * high)
@@ -281,13 +285,20 @@ class Laplace(Pair):
         below, above = rest + pi * far, pi + rest * far  # twice what lies there
         product = rest * pi * far
         d = rest - u
-        root = jnp.log(jnp.abs(d) + jnp.sqrt(jnp.square(d) + product))
+        root = jnp.log(jnp.abs(d) + jnp.sqrt(_apart(d) + product))
         low = jax.nn.log_sigmoid(-logits) - root
         high = root - jax.nn.log_sigmoid(logits)
         s = jnp.where(d > 0, self.scale * low, 1 + self.scale * high)
         s = jnp.where(2 * u < below, self.scale * jnp.log(2 * u / below), s)
         tail = 1 - self.scale * jnp.log(2 * (1 - u) / above)
         return jnp.where(2 * (1 - u) < above, tail, s)
+
+
+def _apart(b: Numbers) -> Numbers:
+    """The square of a difference of probabilities, which is known but for its rounding:
+    at 0 a sharp pair would be drawn from the middle between its modes, where next to
+    nothing is, and the slope without bounds."""
+    return jnp.square(b) + jnp.finfo(b.dtype).eps ** 2
 
 
 def _inside(s: Numbers) -> Numbers:

@@ -310,10 +310,10 @@ def keep_pace(mesh: Mesh | None, launched: PyTree) -> None:
     """
     if mesh is None or not _has_few_threads(mesh):
         return
-    first = jax.tree.leaves(launched)[0]
-    if isinstance(first, jax.core.Tracer):
+    arrays = jax.tree.leaves(launched)[:1]
+    if any(isinstance(each, jax.core.Tracer) for each in arrays):
         return
-    _under_way.append(first)
+    _under_way.extend(arrays)
     if len(_under_way) > _MOST_UNDER_WAY:
         before = _under_way.popleft()
         if not before.is_deleted():  # Else it was given to a later program.

@@ -42,10 +42,10 @@ class Checkpoints:
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint's folder, damaged or not; None if there is none. One
+        """The newest checkpoint's arrays, damaged or not; None if there is none. One
         that is being written is not yet there."""
         steps = self._files.steps()
-        return self._files.folder / str(steps[-1]) if steps else None
+        return self._files.arrays(steps[-1]) if steps else None
 
     def save(
         self,

@@ -30,8 +30,8 @@ class Task:
         self._key = network.key, loss, compute
         try:
             hash(self._key)
-        except TypeError:  # A module may have attributes that have no hash.
-            self._key = id(network), loss, compute
+        except TypeError:  # Attributes of a module, or of a loss, may have no hash.
+            self._key = id(network), id(loss), compute
 
     def __hash__(self) -> int:
         return hash(self._key)
