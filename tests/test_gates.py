@@ -414,6 +414,15 @@ def test_gates_take_arrays_of_any_shape(family, shape):
         assert values.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (4096,), (4097,), (30_001,), (99, 101)])
+def test_normal_noise_is_the_quantile_of_uniform_noise(shape):
+    """In a loop where there is much of it, which takes rows of one length."""
+    u = noise.uniform(jax.random.key(13), shape)
+    found = jax.jit(noise.normal)(u)
+    assert found.shape == shape
+    np.testing.assert_allclose(found, special.ndtri(np.asarray(u, np.float64)), 1e-5)
+
+
 @pytest.mark.parametrize("size", [1000, 1001, 200_000])
 def test_noise_is_uniform_on_the_open_interval(size):
     u = np.asarray(noise.uniform(jax.random.key(13), (size,)), np.float64)

@@ -8,9 +8,9 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from l0jax.gates import noise
 from l0jax.gates.clipped import uniform_beside
 from l0jax.gates.family import Family, Logits, positive
 
@@ -56,7 +56,7 @@ class MultiplicativeNoise(Family):
     def sample(self, key: PRNGKeyArray, logits: Logits) -> Logits:
         """One draw per gate, with pathwise gradients."""
         u, logits = uniform_beside(key, logits)
-        return 1 + jnp.exp(self.log_alpha(logits) / 2) * ndtri(u)
+        return 1 + jnp.exp(self.log_alpha(logits) / 2) * noise.normal(u)
 
     def prob_active(self, logits: Logits) -> Logits:
         """1."""

@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, UInt32
 
 CELLS = 65536
@@ -29,6 +30,15 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     words = _words(key, (size + 3) // 4)
     cells = jnp.stack([words >> 16, words & (CELLS - 1)]).reshape(-1)[:size]
     return ((cells.astype(jnp.float32) + 0.5) / CELLS).reshape(shape)
+
+
+def normal(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The standard normal numbers below which one lies with probability u, of noise."""
+    if u.size <= 4 * _SMALL:
+        return ndtri(u)
+    # In a loop, because XLA would draw u again for each use that `ndtri` makes of it.
+    rows = jnp.pad(u.reshape(-1), (0, u.size % 2), constant_values=0.5).reshape(2, -1)
+    return jax.lax.map(ndtri, rows).reshape(-1)[: u.size].reshape(u.shape)
 
 
 @functools.partial(jax.jit, inline=True)

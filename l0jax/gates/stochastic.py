@@ -7,9 +7,10 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax.scipy.special import ndtr, ndtri
+from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from l0jax.gates import noise
 from l0jax.gates.clipped import Clipped, uniform_beside
 from l0jax.gates.family import Logits, positive
 
@@ -51,7 +52,7 @@ class Stochastic(Clipped):
     def sample(self, key: PRNGKeyArray, logits: Logits) -> Logits:
         """One draw per gate, with pathwise gradients."""
         u, logits = uniform_beside(key, logits)
-        return jnp.clip(_mu(logits) + self.sigma * ndtri(u), 0.0, 1.0)
+        return jnp.clip(_mu(logits) + self.sigma * noise.normal(u), 0.0, 1.0)
 
     def survival(self, x: float, logits: Logits) -> Logits:
         r"""$P(z > x) = \Phi((\mu - x) / \sigma)$."""
