@@ -308,16 +308,26 @@ def keep_pace(mesh: Mesh | None, launched: PyTree) -> None:
         mesh: over which the program is.
         launched: what the program gives, or some of it.
     """
-    if mesh is None or not _has_few_threads(mesh):
-        return
     arrays = jax.tree.leaves(launched)[:1]
-    if any(isinstance(each, jax.core.Tracer) for each in arrays):
+    if not _may_hang(mesh, arrays):
         return
     _under_way.extend(arrays)
     if len(_under_way) > _MOST_UNDER_WAY:
         before = _under_way.popleft()
         if not before.is_deleted():  # Else it was given to a later program.
             jax.block_until_ready(before)
+
+
+def wait(mesh: Mesh | None, tree: PyTree) -> None:
+    """Waits for arrays, where many programs are launched on them that would else wait,
+    and `keep_pace` tells why they might for ever."""
+    if _may_hang(mesh, jax.tree.leaves(tree)):
+        jax.block_until_ready(tree)
+
+
+def _may_hang(mesh: Mesh | None, arrays: list[Any]) -> bool:
+    traced = any(isinstance(each, jax.core.Tracer) for each in arrays)
+    return mesh is not None and not traced and _has_few_threads(mesh)
 
 
 @functools.lru_cache

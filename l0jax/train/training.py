@@ -691,6 +691,8 @@ class Training:
     def folded(self, state: TrainingState, decision: Decision) -> PyTree:
         """The parameters that are evaluated, with gates of test time multiplied in."""
         params, own = self.averaged(state)
+        # What follows are many small programs, all of which would wait for these.
+        placement.wait(self.placement.mesh, params)
         z = {name: jnp.asarray(values) for name, values in decision.z.items()}
         return self.gating.fold(params, own, z, self._gated)
 
