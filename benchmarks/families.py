@@ -6,10 +6,9 @@
 An MLP (784-300-100-10) and LeNet-5 are trained in batches of 100 with a gate on each
 unit, and the MLP with one on each weight, beside the same network without gates. The
 share of the random numbers is what is saved if the noise is no longer drawn but counted
-up, which costs next to nothing. (That is more than drawing takes alone where XLA fuses
-it with what a family makes of its noise, and draws it again for each use: normal
-noise.) Contenders take turns in one process, and a ratio is the median over turns. Ten
-minutes on two cores.
+up, which costs next to nothing. (It would be more than drawing takes alone where XLA
+fused it with what a family makes of its noise.) Contenders take turns in one process,
+and a ratio is the median over turns. Ten minutes on two cores.
 """
 
 import dataclasses
