@@ -20,19 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from benchmarks import measure
-from benchmarks.checkpoints import loss, noise_of
+from benchmarks.checkpoints import noise_of, training_of
 from benchmarks.measure import entry
-from l0jax import costs, gates, models, train
+from l0jax import costs, models, train
 from tests import on_devices
 
 MILLIONTH = " millionths"
@@ -43,7 +41,7 @@ EXAMPLES, BATCH, EPOCHS = 9_600, 96, 5
 # --------------------------------------------------------------- what all of them give
 
 
-def of_trajectories(folder: str) -> list[dict]:
+def of_losses(folder: str) -> list[dict]:
     """Eight devices, and two processes with four each, beside one device."""
     (found,) = on_devices.ran("trajectories", folder)
     entries = []
@@ -117,18 +115,6 @@ def of_collectives(folder: str) -> list[dict]:
 # ------------------------------------------------------------------- what it costs
 
 
-def training_of(model: models.Model, **how: Any) -> train.Training:
-    return train.Training(
-        model,
-        loss,
-        structure=models.structure(model),
-        gate=gates.HardConcrete(),
-        target=train.Target(costs.macs, 0.5),
-        optimizer=optax.adam(1e-3),
-        **how,
-    )
-
-
 def mlp() -> models.Model:
     return models.MLP((784, 300, 100, 10), rngs=nnx.Rngs(0))
 
@@ -136,7 +122,7 @@ def mlp() -> models.Model:
 def epochs() -> list[float]:
     """Seconds of epochs over a mesh of all devices, after the first."""
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    training = training_of(mlp(), mesh=mesh)
+    training = training_of(mlp()).replace(mesh=mesh)
     data, state = noise_of(EXAMPLES), training.start(jax.random.key(0))
     seconds = []
     for at in range(EPOCHS + 1):
@@ -202,7 +188,7 @@ def of_scaling(turns: int) -> list[dict]:
 
 def main(arguments: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        entries = of_trajectories(folder) + of_collectives(folder)
+        entries = of_losses(folder) + of_collectives(folder)
     (used,) = of_program("members", 8)
     idle = entry(
         "of 8 devices, those that 12 members of a sweep leave idle",

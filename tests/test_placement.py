@@ -101,7 +101,7 @@ def test_what_the_benchmark_prints_of_all_that(monkeypatch):
         return [found[name]] * processes
 
     monkeypatch.setattr(on_devices, "ran", ran)
-    lines = measured.of_trajectories("") + measured.of_collectives("")
+    lines = measured.of_losses("") + measured.of_collectives("")
     assert len(lines) == len(kinds) - len(on_devices.KINDS) + 2 + 1 + 1
     values = [each["value"] for each in lines]
     assert values[0] == "5.00 millionths"

@@ -308,10 +308,10 @@ def keep_pace(mesh: Mesh | None, launched: PyTree) -> None:
         mesh: over which the program is.
         launched: what the program gives, or some of it.
     """
-    arrays = jax.tree.leaves(launched)[:1]
-    if not _may_hang(mesh, arrays):
+    if mesh is None or not _has_few_threads(mesh):
         return
-    _under_way.extend(arrays)
+    for first in _not_traced(launched)[:1]:
+        _under_way.append(first)
     if len(_under_way) > _MOST_UNDER_WAY:
         before = _under_way.popleft()
         if not before.is_deleted():  # Else it was given to a later program.
@@ -321,13 +321,12 @@ def keep_pace(mesh: Mesh | None, launched: PyTree) -> None:
 def wait(mesh: Mesh | None, tree: PyTree) -> None:
     """Waits for arrays, where many programs are launched on them that would else wait,
     and `keep_pace` tells why they might for ever."""
-    if _may_hang(mesh, jax.tree.leaves(tree)):
-        jax.block_until_ready(tree)
+    if mesh is not None and _has_few_threads(mesh):
+        jax.block_until_ready(_not_traced(tree))
 
 
-def _may_hang(mesh: Mesh | None, arrays: list[Any]) -> bool:
-    traced = any(isinstance(each, jax.core.Tracer) for each in arrays)
-    return mesh is not None and not traced and _has_few_threads(mesh)
+def _not_traced(tree: PyTree) -> list[jax.Array]:
+    return [a for a in jax.tree.leaves(tree) if not isinstance(a, jax.core.Tracer)]
 
 
 @functools.lru_cache

@@ -617,11 +617,9 @@ class Training:
         """A loss at given parameters, its metrics, and the rest that is left.
 
         Raises:
-            ValueError: unless the loss is a scalar with metrics that are arrays; if the
-                network changes the shape of what it writes.
+            ValueError: as `train.tasks.Task`.
         """
-        task = self._task_of(loss)
-        return task(params, rest, batch, key, training=training)
+        return self._task_of(loss)(params, rest, batch, key, training=training)
 
     def _task_of(self, loss: Loss | None = None) -> Task:
         return Task(self.network, loss or self.loss, self.compute)
