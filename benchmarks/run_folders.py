@@ -28,7 +28,7 @@ from benchmarks import measure, mutations
 from benchmarks.measure import entry
 from benchmarks.mutations import Files
 from experiments import mnist
-from experiments.harness import run_folder
+from experiments.harness import results, run_folder
 from experiments.mnist_settings import Config
 from experiments.reports import places, runs
 
@@ -48,7 +48,9 @@ def of_mnist(folder: Path) -> Files:
 def of_cifar(_: Path) -> Files:
     """What is recorded of a recipe."""
     there = places.RESULTS / "cifar" / "cifar10-resnet20"
-    return {name: (there / name).read_bytes() for name in ("config.json", runs.LINES)}
+    return {
+        name: (there / name).read_bytes() for name in ("config.json", results.LINES)
+    }
 
 
 def of_relocation(_: Path) -> Files:

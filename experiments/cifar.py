@@ -12,10 +12,8 @@ begins where this ended.
 """
 
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +24,9 @@ import tyro
 
 from experiments.channel_run import network
 from experiments.channel_settings import check_network
-from experiments.harness import devices, json_lines, run_folder
+from experiments.harness import devices, results, run_folder
 from experiments.harness.loop import Diverged
-from experiments.reports import places, runs
+from experiments.reports import places
 from experiments.reports.printing import interval, markdown
 from experiments.tasks import data
 from experiments.tasks.images import Recipe, Trainer, check_filled, errors, images_of
@@ -88,14 +86,13 @@ def main(config: Config) -> list[dict[str, Any]]:
     model = config.model.replace(":", "-")
     folder = config.out or run_folder.default(f"{config.dataset}-{model}", settings)
     run_folder.prepare(folder, settings, settings, resume=True)
-    file = folder / runs.LINES
     for seed in config.seeds:
-        if not any(line["seed"] == seed for line in json_lines.read(file)):
+        if (seed,) not in results.there(folder, "seed"):
             line = one(config, dataset, folder, seed)
-            json_lines.add(file, {"settings": settings, **line})
+            results.put(folder, [{"settings": settings, **line}])
     if config.record:
         record(folder, recorded(config.dataset, model))
-    return json_lines.read(file)
+    return results.read(folder)
 
 
 def recorded(dataset: str, model: str) -> Path:
@@ -106,24 +103,19 @@ def recorded(dataset: str, model: str) -> Path:
 def record(folder: Path, kept: Path) -> None:
     """Puts a run's results and networks into those that are kept, in the place of such
     as were made with other settings."""
-    lines = json_lines.read(folder / runs.LINES)
-    there = kept / run_folder.CONFIG
-    if there.exists():
-        old = run_folder.whole(json.loads(there.read_text()))
-        new = run_folder.whole(lines[0]["settings"])
-        if any(old.get(name) != value for name, value in new.items()):
-            shutil.rmtree(kept)
+    lines = results.read(folder)
+    old, new = (
+        [run_folder.whole(line["settings"]) for line in of[:1]]
+        for of in (results.read(kept), lines)
+    )
+    if old and old != new:
+        shutil.rmtree(kept)
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / run_folder.CONFIG, there)
+    shutil.copy(folder / run_folder.CONFIG, kept / run_folder.CONFIG)
     for line in lines:
         name = f"base-{line['seed']}"
         shutil.copytree(folder / name, kept / name, dirs_exist_ok=True)
-    json_lines.merge(kept / runs.LINES, lines, identity)
-
-
-def identity(line: Mapping[str, Any]) -> tuple[str, str, int]:
-    """Which result it is."""
-    return line["task"], str(line["settings"]), line["seed"]
+    results.put(kept, lines, {"seed": ()})
 
 
 def one(
@@ -155,7 +147,6 @@ def one(
         "params": costs.exact(structure, cost=costs.params),
         "macs": costs.exact(structure, cost=costs.macs),
         "seconds": seconds,
-        "made": run_folder.made_by(),
     }
 
 
@@ -163,7 +154,7 @@ def section() -> str:
     """What `RESULTS.md` says of the recorded recipes."""
     rows = []
     for folder in sorted(RECORDED.glob("*/")):
-        lines = json_lines.read(folder / runs.LINES)
+        lines = results.read(folder)
         of = lines[0]["settings"]
         known = [line["seconds"] for line in lines if line["seconds"] is not None]
         validation, test = (

@@ -6,7 +6,7 @@
 Prints a Markdown table with a line for each method: test errors with 95 % intervals
 over seeds, what is left of the network, and with `--against` how far each is above one
 method on the same seeds. With `--out` it is also written as `table.md`, `table.csv` and
-`table.tex`, every network as a line of `results.csv`, and `frontier.png` draws errors
+`table.tex`, every network as a line of `runs.csv`, and `frontier.png` draws errors
 against what is left.
 """
 
@@ -60,7 +60,7 @@ def main(config: Config) -> str:
         csv_lines.write(config.out / "table.csv", rows)
         each = [result.row() for result in found]
         columns = list(dict.fromkeys(name for row in each for name in row))
-        csv_lines.write(config.out / "results.csv", each, columns)
+        csv_lines.write(config.out / "runs.csv", each, columns)
         with matplotlib.style.context(["default", STYLE]):
             frontier(found).savefig(config.out / "frontier.png")
     return text

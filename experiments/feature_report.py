@@ -20,24 +20,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.feature_methods import ALL, FAMILIES, METHODS
-from experiments.harness import command_line, csv_lines, json_lines
+from experiments.harness import command_line, results
+from experiments.harness.results import Line
 from experiments.reports import places, runs
 from experiments.reports.printing import interval, markdown, mean_and_half_width
 from experiments.reports.style import BLUE, COLOURS, STYLE
 from experiments.tasks import tables
 
-Line = Mapping[str, Any]
 PUBLISHED = {"Sequential Attention": 95.6, "LassoNet": 87.3}
 """Accuracies of 50 pixels of MNIST, in per cent, from tables of others."""
 
 
 def write(folder: Path) -> bool:
     """Writes all of it; whether there is a result."""
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     if not lines:
         return False
     (folder / "table.md").write_text(document(lines) + "\n")
-    csv_lines.write(folder / "runs.csv", map(row, lines), list(row(lines[0])))
+    runs.write_csv(folder, "data", "k", "setting", "features")
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
@@ -48,24 +48,13 @@ def write(folder: Path) -> bool:
     return True
 
 
-def row(line: Line) -> dict[str, Any]:
-    """Of the CSV."""
-    own = {n: line[n] for n in ("data", "k", "method", "seed", "setting", "seconds")}
-    features = " ".join(map(str, line["features"]))
-    return own | line["metrics"] | {"features": features}
-
-
 # ------------------------------------------------------------------------- the numbers
 
 
 def by_method(lines: Iterable[Line], name: str) -> dict[int, dict[str, list[Line]]]:
     """Of each k of a set, the seeds of each method; `all` apart, at the last k."""
-    found: dict[int, dict[str, list[Line]]] = {}
-    for line in lines:
-        if line["data"] == name:
-            there = found.setdefault(line["k"], {})
-            there.setdefault(line["method"], []).append(line)
-    return found
+    its = [line for line in lines if line["data"] == name]
+    return {k: results.by(of, "method") for k, of in results.by(its, "k").items()}
 
 
 def right(its: Sequence[Line]) -> list[float]:
@@ -185,7 +174,7 @@ def known(lines: Sequence[Line]) -> str:
 def section() -> str:
     """What `RESULTS.md` says of the results that are recorded."""
     folder = places.ROOT / "experiments" / "results" / "feature-selection"
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     if not lines:
         return ""
     inside = folder.relative_to(places.ROOT)

@@ -30,7 +30,7 @@ pixels gates are ahead of the LASSO, on the small tables nothing stands apart.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,11 @@ from experiments import feature_methods
 from experiments.feature_methods import ALL, METHODS, PAIRS, Recipe
 from experiments.harness import (
     command_line,
-    json_lines,
     progress,
     ranges,
+    results,
     run_folder,
 )
-from experiments.reports import runs
 from experiments.tasks import tables
 from experiments.tasks.dataset import DataError
 from experiments.tasks.tables import Part
@@ -111,19 +110,17 @@ class Config:
 def main(config: Config) -> list[dict[str, Any]]:
     """Runs what is missing; all lines of the folder."""
     check(config)
-    file = config.out / runs.LINES
-    missing = [*_missing(config, json_lines.read(file))]
+    missing = [*_missing(config)]
     with progress.bar(len(missing), "choice", show=config.progress) as bar:
         for name, seed, method, counts in missing:
             bar.set_description(f"{name}, seed {seed}, {method}")
-            found = results(config, name, seed, method, counts)
-            json_lines.merge(file, found, identity)
+            results.put(config.out, chosen(config, name, seed, method, counts), ORDER)
             bar.update()
     # Imported at the end, when its second no longer delays the first step.
     from experiments import feature_report
 
     feature_report.write(config.out)
-    return json_lines.read(file)
+    return results.read(config.out)
 
 
 def recipe_of(config: Config, name: str) -> Recipe:
@@ -156,7 +153,7 @@ def check(config: Config) -> None:
                     f"{k} features are to be kept, and {name} has {features}: give "
                     f"counts from 1 to {features}"
                 )
-    for line in json_lines.read(config.out / runs.LINES):
+    for line in results.read(config.out):
         if line["data"] not in config.data:
             continue
         for key, value in told(config, line["data"]).items():
@@ -173,11 +170,9 @@ def told(config: Config, name: str) -> dict[str, Any]:
     return run_folder.settings_of(recipe_of(config, name))
 
 
-def _missing(
-    config: Config, lines: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, int, str, tuple[int, ...]]]:
+def _missing(config: Config) -> Iterator[tuple[str, int, str, tuple[int, ...]]]:
     """What is to be run: seed by seed, so that what is there compares at any time."""
-    there = {(line["data"], line["seed"], line["method"], line["k"]) for line in lines}
+    there = results.there(config.out, "data", "seed", "method", "k")
     for name in config.data:
         for seed in config.seeds:
             for method in config.methods:
@@ -189,13 +184,11 @@ def _missing(
                     yield name, seed, method, left
 
 
-def identity(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a line is of, in the order of the file."""
-    name, method = line["data"], line["method"]
-    return tables.NAMES.index(name), line["k"], METHODS.index(method), line["seed"]
+ORDER = {"data": tables.NAMES, "k": (), "method": METHODS, "seed": ()}
+"""Of the lines of the file."""
 
 
-def results(
+def chosen(
     config: Config, name: str, seed: int, method: str, counts: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
     """A line for each k."""

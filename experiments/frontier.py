@@ -32,14 +32,13 @@ from experiments.frontier_training import (
 from experiments.harness import (
     command_line,
     devices,
-    json_lines,
     ranges,
+    results,
     run_folder,
 )
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_settings import NETWORKS
 from experiments.mnist_training import architecture, loss_on
-from experiments.reports import runs
 from experiments.tasks import data
 from l0jax import costs, gates, gating, models, storage, train
 
@@ -142,18 +141,18 @@ def main(config: Config) -> dict[str, Any]:
     settings = run_folder.settings_of(config, UNTOLD)
     name = f"{config.dataset}-{config.model}-frontier"
     folder = config.out or run_folder.default(name, settings)
-    file = folder / runs.LINES
+    there = results.there(folder, "seed")
     missing = [
         Closed(config, gate, dataset, folder, seed)
         for seed in config.seeds
-        if all(line["seed"] != seed for line in json_lines.read(file))
+        if (seed,) not in there
     ]
     # What can be known is refused by now: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
     for each in missing:
         line = {"study": "frontier", "settings": settings, **each.result()}
-        json_lines.add(file, {**line, "made": run_folder.made_by()})
-    return {"folder": str(folder), "results": json_lines.read(file)}
+        results.put(folder, [line])
+    return {"folder": str(folder), "results": results.read(folder)}
 
 
 class Closed:

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments import frontier
-from experiments.harness import json_lines, rows, run_folder
-from experiments.reports import places, runs
+from experiments.harness import results, rows, run_folder
+from experiments.reports import places
 from experiments.reports.printing import interval, markdown, mean_and_half_width
 from experiments.reports.style import BLACK, COLOURS, STYLE
 
@@ -85,33 +85,24 @@ def run(row: str, seed: int) -> None:
         for line in frontier.main(config)["results"]
         if line["seed"] == seed
     ]
-    order = {name: at for at, name in enumerate(ROWS)}
-
-    def identity(line: Mapping[str, Any]) -> tuple[int, str, int]:
-        # Rows that another version of this file knows are kept, at the end.
-        return order.get(line["row"], len(order)), line["row"], line["seed"]
-
-    json_lines.merge(RESULTS / runs.LINES, new, identity)
+    results.put(RESULTS, new, {"row": ROWS, "seed": ()})
     with matplotlib.style.context(["default", STYLE]):
         picture(recorded()).savefig(RESULTS / PICTURE)
 
 
 def recorded() -> dict[str, list[dict[str, Any]]]:
     """The results of each row, by seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in json_lines.read(RESULTS / runs.LINES):
-        if line["row"] in ROWS:
-            found.setdefault(line["row"], []).append(line)
-    return found
+    found = results.by(results.read(RESULTS), "row")
+    return {row: lines for row, lines in found.items() if row in ROWS}
 
 
-def picture(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def picture(of_rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Errors against weights, ours with 95 % intervals and those that are published."""
-    tasks = dict.fromkeys(its[0]["task"] for its in results.values())
+    tasks = dict.fromkeys(its[0]["task"] for its in of_rows.values())
     figure = Figure(figsize=(4.5 * max(len(tasks), 1), 4), layout="constrained")
     panels = figure.subplots(1, max(len(tasks), 1), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=False):
-        here = {name: its for name, its in results.items() if its[0]["task"] == task}
+        here = {name: its for name, its in of_rows.items() if its[0]["task"] == task}
         for at, (name, its) in enumerate(here.items()):
             weights = np.mean([line["weights"] for line in its])
             error, half = mean_and_half_width(
@@ -152,33 +143,33 @@ def picture(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def section() -> str:
     """What `RESULTS.md` says of the rows that are recorded."""
-    results = recorded()
-    if not results:
+    there = recorded()
+    if not there:
         return ""
     header = [
         *("row", "published", "its error", "weights", "test error, last epoch"),
         *("of the dense network", "architectures by seed", "seeds", ""),
     ]
     inside = RESULTS.relative_to(places.ROOT)
-    of = next(iter(results.values()))[0]["settings"]
+    of = next(iter(there.values()))[0]["settings"]
     return "\n\n".join(
         [
             "### A number of weights, and what the dense network says",
             "`python -m experiments.frontier_rows ROW`: a dense network is trained, "
             "closed to a number of weights by gates, and what is left is trained on; "
             f"it learns from labels and, with {of['distil']:g} of the weight, from the "
-            f"dense network. Epochs: {epochs(results)}. Published networks have other "
+            f"dense network. Epochs: {epochs(there)}. Published networks have other "
             "numbers of epochs and learn from labels alone.",
-            markdown(header, [line(name, its) for name, its in results.items()]),
+            markdown(header, [line(name, its) for name, its in there.items()]),
             f"![error against weights]({inside}/{PICTURE})",
         ]
     )
 
 
-def epochs(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def epochs(of_rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Of the three trainings of each row."""
     said: dict[str, list[str]] = {}
-    for name, its in results.items():
+    for name, its in of_rows.items():
         of = its[0]["settings"]
         number = " + ".join(str(of[part]) for part in ("dense", "closing", "tuning"))
         said.setdefault(number, []).append(f"`{name}`")

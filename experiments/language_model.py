@@ -17,12 +17,11 @@ stored as it comes, and a run that was killed goes on where it was.
 import dataclasses
 from typing import Any
 
-from experiments.harness import command_line, json_lines, run_folder
+from experiments.harness import command_line, results, run_folder
 from experiments.harness.loop import Diverged
 from experiments.language_methods import METHODS, check_budget
 from experiments.language_run import Run
 from experiments.language_settings import OF_BASE, QUICK, UNTOLD, Config, check
-from experiments.reports import runs
 from experiments.tasks import text
 from experiments.tasks.dataset import DataError
 
@@ -37,36 +36,30 @@ def main(config: Config) -> dict[str, Any]:
     folder = config.out or run_folder.default(f"{config.text}-decoder", settings)
     if config.base_from is not None:
         run_folder.check_base(config.base_from, settings, OF_BASE)
+    there = results.there(folder, "method", "seed")
     missing = [
         Run(config, found, folder, method, METHODS[method], seed)
         for seed in config.seeds
         for method in config.method
-        if not has(folder, method, seed)
+        if (method, seed) not in there
     ]
     if missing:
         check_budget(missing[0])
     # What can be known is refused by now: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
     for run in missing:
-        result = {
+        line = {
             "study": "language_model",
             "task": f"{config.text} decoder",
             "settings": settings,
             **run.result(),
-            "made": run_folder.made_by(),
         }
-        json_lines.add(folder / runs.LINES, result)
+        results.put(folder, [line])
     # Imported at the end, when its second no longer delays the first step.
     from experiments import language_report
 
     language_report.write(folder)
-    return {"folder": str(folder), "results": json_lines.read(folder / runs.LINES)}
-
-
-def has(folder, method: str, seed: int) -> bool:
-    """Whether a result is there."""
-    there = json_lines.read(folder / runs.LINES)
-    return any((line["method"], line["seed"]) == (method, seed) for line in there)
+    return {"folder": str(folder), "results": results.read(folder)}
 
 
 def cli() -> None:

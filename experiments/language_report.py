@@ -9,9 +9,8 @@
 - `texts.md`: how the models go on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.style
@@ -19,29 +18,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.compare import point
-from experiments.harness import command_line, csv_lines, json_lines
+from experiments.harness import command_line, results
+from experiments.harness.results import Line, Result
 from experiments.reports import runs
 from experiments.reports.printing import markdown, mean_and_half_width
 from experiments.reports.style import STYLE
 
-Line = Mapping[str, Any]
 AGAINST = "uniform"
 
 
 def write(folder: Path) -> bool:
     """Writes all of it; whether there is a result."""
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     if not lines:
         return False
-    found = [*runs.of_folder(folder)]
+    found = results.of_folder(folder)
     (folder / "table.md").write_text(table(found) + "\n")
-    # (The folder is the one that this lies in.)
-    each = [
-        {name: cell for name, cell in result.row().items() if name != "run"}
-        for result in found
-    ]
-    columns = list(dict.fromkeys(name for row in each for name in row))
-    csv_lines.write(folder / "runs.csv", each, columns)
+    runs.write_csv(folder)
     (folder / "texts.md").write_text(texts(lines))
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
@@ -51,10 +44,10 @@ def write(folder: Path) -> bool:
     return True
 
 
-def table(results: Sequence[runs.Result]) -> str:
+def table(found: Sequence[Result]) -> str:
     """A line for each method, and how far it is from uniform narrowing."""
-    there = {result.method for result in results}
-    return markdown(*runs.lines(results, AGAINST if AGAINST in there else None))
+    there = {result.method for result in found}
+    return markdown(*runs.lines(found, AGAINST if AGAINST in there else None))
 
 
 def texts(lines: Sequence[Line]) -> str:
@@ -67,21 +60,13 @@ def texts(lines: Sequence[Line]) -> str:
     return "\n".join(parts)
 
 
-def by_method(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Seeds of each method."""
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        found.setdefault(line["method"], []).append(line)
-    return found
-
-
-def losses(results: Sequence[runs.Result]) -> Figure:
+def losses(found: Sequence[Result]) -> Figure:
     """Loss against what is left, a panel for each cost."""
-    costs = list(results[0].costs)
+    costs = list(found[0].costs)
     figure = Figure(figsize=(4 * len(costs) + 2, 4), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    methods = runs.by_method(results)
-    base, _ = mean_and_half_width(r.metrics["base test loss"] for r in results)
+    methods = runs.by_method(found)
+    base, _ = mean_and_half_width(r.metrics["base test loss"] for r in found)
     for axes, cost in zip(panels, costs, strict=True):
         axes.axhline(base, color="grey", linestyle=":", label="base")
         for at, ((_, method), its) in enumerate(methods.items()):
@@ -106,7 +91,7 @@ def left(lines: Sequence[Line]) -> Figure:
         ),
         f"stream of {width}": (width, lambda line: [line["width"]]),
     }
-    methods = by_method(lines)
+    methods = results.by(lines, "method")
     blocks = len(lines[0]["blocks"])
     height = 0.34 * len(methods) + 1.2
     figure = Figure(figsize=(10, height), layout="constrained")

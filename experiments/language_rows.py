@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from experiments import language_model, language_report
-from experiments.harness import json_lines, rows, run_folder
+from experiments.harness import results, rows, run_folder
 from experiments.harness.alone import alone
 from experiments.language_methods import GATES, METHODS, SCORES
 from experiments.language_settings import LATENCY, UNTOLD, Config
@@ -83,19 +83,9 @@ def record(row: str, new: Sequence[dict[str, Any]]) -> None:
     """Puts results into those of a row, each in the place of an older one of the same
     method and seed, and draws them. Results of other settings go: they are no seeds of
     these."""
-    known = {name: at for at, name in enumerate(METHODS)}
     folder = folder_of(row)
-    file = folder / runs.LINES
     with alone(folder / "figures"):
-        there = json_lines.read(file)
-        settings = run_folder.whole(new[0]["settings"])
-        alike = [
-            line for line in there if run_folder.whole(line["settings"]) == settings
-        ]
-        lines = {(line["method"], line["seed"]): line for line in [*alike, *new]}
-        # Methods that another version of this file knows are kept, at the end.
-        order = sorted(lines, key=lambda it: (known.get(it[0], len(known)), *it))
-        json_lines.write(file, [lines[each] for each in order])
+        results.put(folder, new, {"method": METHODS, "seed": ()}, alike=True)
         language_report.write(folder)
 
 
@@ -104,7 +94,7 @@ def section() -> str:
     parts = []
     for row in ROWS:
         folder = folder_of(row)
-        lines = json_lines.read(folder / runs.LINES)
+        lines = results.read(folder)
         if not lines:
             continue
         if not parts:
@@ -113,8 +103,8 @@ def section() -> str:
         parts += [
             f"### {row}",
             told(row, lines),
-            language_report.table(list(runs.of_folder(folder))),
-            statements(list(runs.of_folder(folder))),
+            language_report.table(results.of_folder(folder)),
+            statements(results.of_folder(folder)),
             f"![loss against what is left]({inside}/figures/losses.png)",
             f"![what is left of each block]({inside}/figures/left.png)",
             f"[How they go on]({inside}/texts.md), [as CSV]({inside}/runs.csv).",
@@ -145,12 +135,12 @@ def told(row: str, lines: Sequence[dict[str, Any]]) -> str:
     return " ".join(filter(None, said))
 
 
-def statements(results: Sequence[runs.Result]) -> str:
+def statements(found: Sequence[results.Result]) -> str:
     """How the best gates stand beside the best score, uniform narrowing and a new
     network. Which is best is decided on the validation text, over the seeds that all of
     a kind have."""
-    there: dict[str, dict[int, runs.Result]] = {}
-    for result in results:
+    there: dict[str, dict[int, results.Result]] = {}
+    for result in found:
         there.setdefault(result.method, {})[result.seed] = result
 
     def best(of: Collection[str]) -> str | None:

@@ -39,8 +39,8 @@ import optax
 from flax import nnx
 
 from experiments import language_report, language_rows
-from experiments.harness import json_lines
-from experiments.reports import runs, style
+from experiments.harness import results
+from experiments.reports import style
 from experiments.tasks import text
 from l0jax import costs, gates, models, train
 from l0jax.models.decoder import Decoder, Sizes, generate
@@ -220,9 +220,9 @@ for name, each in (("base", base), ("small", tuned)):
 
 # %%
 folder = language_rows.folder_of("half")
-found = list(runs.of_folder(folder))
+found = results.of_folder(folder)
 display(language_report.losses(found))
 
 # %%
-display(language_report.left(json_lines.read(folder / runs.LINES)))
+display(language_report.left(results.read(folder)))
 print(language_rows.statements(found))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import channel_pruning, channel_settings, cifar
-from experiments.harness import json_lines
+from experiments.harness import results
 from experiments.reports import runs
 from experiments.reports.printing import interval
 from experiments.tasks import data
@@ -33,7 +33,7 @@ def test_a_run_is_a_line_and_is_not_made_twice(tmp_path, monkeypatch):
     assert found.metrics == line["metrics"]
     recorded = cifar.recorded("digits", "resnet20")
     assert recorded.parent == tmp_path / "recorded"
-    assert json_lines.read(recorded / runs.LINES) == [line]
+    assert results.read(recorded) == [line]
     test = interval([line["metrics"]["test error"]])
     assert (
         f"| 1 | {interval([line['metrics']['validation error']])} % | {test} % |"
@@ -76,7 +76,7 @@ def test_recorded_networks_are_pruned_by_others_and_are_of_one_recipe(
         dataclasses.replace(TINY, base=other, out=tmp_path / "anew", record=True)
     )
     assert not (kept / "base-1").exists()
-    assert len(json_lines.read(kept / runs.LINES)) == 1
+    assert len(results.read(kept)) == 1
 
 
 @pytest.mark.parametrize("test", [True, False])

@@ -131,7 +131,7 @@ def test_the_table_is_written_in_all_formats(tmp_path):
     assert [row["method"] for row in rows] == ["dcp", "l0_gates", "hard_concrete"]
     assert rows[0]["macs left, %"] == "40.00"
     assert rows[2]["macs left, %"] == "-"
-    with (tmp_path / "out" / "results.csv").open(newline="") as stream:
+    with (tmp_path / "out" / "runs.csv").open(newline="") as stream:
         each = list(csv.DictReader(stream))
     assert [float(row["test error"]) for row in each] == [8.0, 9.0, 8.5, 9.0, 2.0]
     table = (tmp_path / "out" / "table.tex").read_text()

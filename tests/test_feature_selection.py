@@ -11,7 +11,7 @@ import pytest
 from experiments import feature_methods, feature_report, feature_selection
 from experiments.feature_methods import METHODS, Recipe
 from experiments.feature_selection import Config
-from experiments.harness import json_lines
+from experiments.harness import json_lines, results
 from experiments.reports import places, runs
 from experiments.tasks import tables
 from experiments.tasks.dataset import Dataset, Split
@@ -68,7 +68,7 @@ def test_what_is_held_out_chooses_nothing(method):
 
 
 def test_what_tells_only_in_company_is_found_by_gates_and_not_by_a_linear_model(folder):
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     of = {(line["method"], line["seed"]): line for line in lines}
     for seed in QUICK.seeds:
         assert of["hard_concrete", seed]["features"] == [0, 1]
@@ -103,7 +103,7 @@ def test_every_method_s_network_takes_the_same_steps(monkeypatch, tmp_path):
     config = dataclasses.replace(config, selecting=10, training=33, gate_rates=(0.1,))
     monkeypatch.setattr(feature_methods, "orders", orders)
     for method in ("forest", "random", "all"):
-        list(feature_selection.results(config, "wine", 0, method, (5,)))
+        list(feature_selection.chosen(config, "wine", 0, method, (5,)))
     # The last network learns from what settings were chosen with, too.
     assert taken == 3 * [(106, (33, 32)), (142, (33, 32))]
 
@@ -147,7 +147,7 @@ def test_the_setting_with_the_smallest_validation_loss_stays(monkeypatch, tmp_pa
 
     monkeypatch.setattr(feature_methods, "candidates", lambda *_: tried)
     monkeypatch.setattr(feature_selection, "tested", tested)
-    (line,) = feature_selection.results(QUICK, "wine", 0, "forest", (3,))
+    (line,) = feature_selection.chosen(QUICK, "wine", 0, "forest", (3,))
     assert (line["setting"], line["features"]) == ("b", [3, 4, 5])
     assert line["metrics"]["test error"] == pytest.approx(30.0)
     assert seen.count(142) == 1, "the test part is read once"
@@ -157,11 +157,11 @@ def test_the_setting_with_the_smallest_validation_loss_stays(monkeypatch, tmp_pa
 
 
 def test_what_is_there_is_not_run_again(folder, tmp_path, monkeypatch):
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     assert len(lines) == 2 * len(QUICK.methods)
     config = dataclasses.replace(QUICK, out=tmp_path)
     left = [each for each in lines if (each["method"], each["seed"]) != ("forest", 1)]
-    json_lines.write(tmp_path / runs.LINES, left)
+    json_lines.write(tmp_path / results.LINES, left)
     run = []
     whole = feature_methods.candidates
 
@@ -331,7 +331,7 @@ def test_results_are_told_from_their_folder_alone(tmp_path, monkeypatch):
         *(line("wine", k, "forest", 0, 0.2, 10.0, 13) for k in (5, 10)),
         line("ring_50", 2, "lasso", 0, 0.2, 10.0, 52),
     ]
-    json_lines.write(folder / runs.LINES, lines)
+    json_lines.write(folder / results.LINES, lines)
     feature_report.write(folder)
     said = feature_report.section()
     for text in (
@@ -353,12 +353,12 @@ def test_results_are_told_from_their_folder_alone(tmp_path, monkeypatch):
 
 def test_committed_results_are_those_of_the_recipes():
     folder = places.ROOT / "experiments" / "results" / "feature-selection"
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     assert lines
     for each in lines:
         wanted = feature_selection.told(Config(), each["data"])
         assert each["settings"] == json.loads(json.dumps(wanted))
         assert len({*each["features"]}) == each["k"]
-    assert lines == sorted(lines, key=feature_selection.identity)
+    assert lines == results.sort(lines, feature_selection.ORDER)
     tables_there = (folder / "table.md").read_text().strip()
     assert tables_there == feature_report.document(lines)

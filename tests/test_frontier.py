@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments import frontier
+from experiments.harness import results
 from experiments.reports import runs
 from l0jax import storage
 
@@ -49,7 +50,7 @@ def test_a_run_that_goes_on_ends_alike_and_claims_no_seconds(tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path / "run")
     (line,) = frontier.main(config)["results"]
     assert line["seconds"] > 0
-    (tmp_path / "run" / runs.LINES).unlink()
+    (tmp_path / "run" / results.LINES).unlink()
     (again,) = frontier.main(config)["results"]
     assert again["seconds"] is None
     assert {**again, "seconds": 0} == {**line, "seconds": 0}
@@ -115,7 +116,7 @@ def test_what_can_t_be_run_is_refused(changes, message, tmp_path):
     config = dataclasses.replace(TINY, **changes, out=tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         frontier.main(config)
-    assert not (tmp_path / "run" / runs.LINES).exists()
+    assert not (tmp_path / "run" / results.LINES).exists()
 
 
 def test_errors_of_the_test_images_are_told_when_they_are_asked_for(

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from experiments import frontier, frontier_rows
-from experiments.harness import json_lines
-from experiments.reports import places, runs
+from experiments.harness import results
+from experiments.reports import places
 from tests.test_frontier import TINY
 
 ROW = frontier_rows.Row(TINY, "97-71-33 of somebody (1999), best epoch", 50.0)
@@ -36,14 +36,14 @@ def row(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:gates are undecided")
 def test_a_row_is_recorded_and_printed(row, monkeypatch):
     frontier_rows.run("row", 0)
-    (line,) = json_lines.read(row / runs.LINES)
+    (line,) = results.read(row)
     assert (row / frontier_rows.PICTURE).stat().st_size > 5_000
     monkeypatch.setattr(
         frontier.Closed, "result", lambda self: {**line, "seed": self.seed}
     )
     frontier_rows.run("row", 0)
     frontier_rows.run("row", 1)
-    assert [each["seed"] for each in json_lines.read(row / runs.LINES)] == [0, 1]
+    assert [each["seed"] for each in results.read(row)] == [0, 1]
     said = frontier_rows.section()
     assert "97-71-33 of somebody (1999), best epoch" in said
     assert f"{line['metrics']['test error']:.2f}" in said

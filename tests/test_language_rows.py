@@ -1,16 +1,14 @@
 """Rows of language models: recorded as they come, and said with intervals."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments import language_model, language_rows
-from experiments.harness import json_lines, run_folder
+from experiments.harness import results, run_folder
 from experiments.harness.rows import OfMethods
 from experiments.language_settings import OF_BASE, UNTOLD, Config
-from experiments.reports import places, runs
+from experiments.reports import places
 
 LOSSES = {
     "uniform": (1.60, 1.62, 1.61),
@@ -70,8 +68,8 @@ def test_rows_are_recorded_as_they_come(place, monkeypatch):
     named = ("taylor", "uniform")
     for seed in (1, 0):
         language_rows.run("half", seed, named)
-    file = language_rows.folder_of("half") / runs.LINES
-    there = [(found["method"], found["seed"]) for found in json_lines.read(file)]
+    folder = language_rows.folder_of("half")
+    there = [(found["method"], found["seed"]) for found in results.read(folder)]
     assert there == [("uniform", 0), ("uniform", 1), ("taylor", 0), ("taylor", 1)]
     assert asked[0] == ("taylor", 1, "half", None)
     monkeypatch.setattr(language_rows, "RUNS", place / "runs")
@@ -83,19 +81,19 @@ def test_rows_are_recorded_as_they_come(place, monkeypatch):
     # An older result makes place.
     changed = line("uniform", 0, seconds=None)
     language_rows.record("half", [changed])
-    assert json_lines.read(file)[0] == changed
-    assert len(json_lines.read(file)) == 4
+    assert results.read(folder)[0] == changed
+    assert len(results.read(folder)) == 4
     # So does one that says what others leave out: in which dtype all of them ran.
     told = line("uniform", 0)
     told["settings"] |= {"compute": "float32"}
     language_rows.record("half", [told])
-    assert json_lines.read(file)[0] == told
-    assert len(json_lines.read(file)) == 4
+    assert results.read(folder)[0] == told
+    assert len(results.read(folder)) == 4
     # What other settings gave is no seed of it.
     other = line("uniform", 1)
     other["settings"] |= {"left": 0.3}
     language_rows.record("half", [other])
-    assert json_lines.read(file) == [other]
+    assert results.read(folder) == [other]
 
 
 def test_the_best_gates_are_compared_seed_by_seed(place):
@@ -137,26 +135,6 @@ def test_rows_are_settings_that_can_be_run():
         for config in language_rows.ROWS.values()
     ]
     assert all(each == deciding[0] for each in deciding)
-
-
-def _add(file, first, ready):
-    ready.wait()
-    for at in range(first, first + 100):
-        json_lines.add(file, {"at": at})
-
-
-def test_several_processes_add_to_one_file(tmp_path):
-    file = tmp_path / "new" / "lines.jsonl"
-    starts = (0, 100, 200)
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(len(starts))
-    processes = [context.Process(target=_add, args=(file, at, ready)) for at in starts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert sorted(found["at"] for found in json_lines.read(file)) == [*range(300)]
 
 
 def test_the_command_runs_rows(monkeypatch, capsys):

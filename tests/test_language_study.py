@@ -17,7 +17,7 @@ from experiments import (
     language_model,
     language_report,
 )
-from experiments.harness import json_lines
+from experiments.harness import results
 from experiments.language_methods import METHODS, within_budget
 from experiments.language_run import Run, from_new_weights, structure_of
 from experiments.language_settings import Config, Recipe
@@ -240,7 +240,7 @@ def test_results_are_read_with_those_of_other_studies(folder, tmp_path):
     table = compare.main(compare.Config((str(folder),), "uniform", out))
     assert "| test loss, nats |" in table
     assert "above uniform, nats" in table
-    for name in ("table.tex", "results.csv", "frontier.png"):
+    for name in ("table.tex", "runs.csv", "frontier.png"):
         assert (out / name).stat().st_size > 100
     error = dataclasses.replace(found[0], study="mnist", metrics={"test error": 1.0})
     with pytest.raises(ValueError, match="language_model, mnist can't stand in one"):
@@ -257,7 +257,7 @@ def test_the_report_is_made_of_the_folder_alone(folder):
     for name, content in before.items():
         assert (folder / name).read_bytes() == content
     assert (folder / "figures" / "losses.png").stat().st_size > 5_000
-    lines = json_lines.read(folder / runs.LINES)
+    lines = results.read(folder)
     assert lines[0]["goes on"] in (folder / "texts.md").read_text()
 
 

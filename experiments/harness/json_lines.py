@@ -17,9 +17,12 @@ def read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     entries = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"it is {entry!r:.50}, and must be a record")
+            entries.append(entry)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: {error}; mend it") from error
     return entries

@@ -1,52 +1,13 @@
 """Results of one run, read back from what its study wrote into its folder."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import csv_lines, json_lines
+from experiments.harness import csv_lines, json_lines, results
+from experiments.harness.results import Result
 from experiments.harness.run_folder import CONFIG
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One network that a run ended with.
-
-    Attributes:
-        study: the experiment.
-        run: folder of the run.
-        task: data set and network.
-        method: what chose the units, with what distinguishes it within the run.
-        seed: of the run.
-        settings: all that decides the result.
-        metrics: errors in per cent, losses in nats, by name.
-        costs: shares of the whole network that are left, by name.
-        seconds: of training, where they are known.
-        made: commit, device and versions, where they were recorded.
-    """
-
-    study: str
-    run: str
-    task: str
-    method: str
-    seed: int
-    settings: dict[str, Any]
-    metrics: dict[str, float]
-    costs: dict[str, float]
-    seconds: float | None
-    made: dict[str, Any]
-
-    def row(self) -> dict[str, Any]:
-        """As a line of a table: `pandas.DataFrame([r.row() for r in found])`."""
-        own = {
-            name: getattr(self, name)
-            for name in ("study", "run", "task", "method", "seed", "seconds")
-        }
-        return own | self.metrics | {f"{n} left": v for n, v in self.costs.items()}
-
 
 FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
 """What reading meets where another thing was expected."""
@@ -58,13 +19,14 @@ def of_folder(folder: Path) -> Iterator[Result]:
     Raises:
         ValueError: if a file of the folder is not what a study wrote there.
     """
+    yield from results.of_folder(folder)
     for name, read in READERS.items():
         if not (folder / name).exists():
             continue
         try:
             found = list(read(folder))
             for result in found:
-                check(result)
+                results.check(vars(result), str(folder))
         except FAULTS as error:
             raise ValueError(
                 f"{folder / name} is damaged, or of another version: {error!r}"
@@ -72,20 +34,6 @@ def of_folder(folder: Path) -> Iterator[Result]:
         except ValueError as error:
             raise ValueError(f"{folder / name}: {error}") from error
         yield from found
-
-
-def check(result: Result) -> None:
-    """Raises ValueError unless all values are of their kinds, and numbers finite."""
-    kinds = {"study": str, "task": str, "method": str, "seed": int}
-    kinds |= {"settings": dict, "metrics": dict, "costs": dict, "made": dict}
-    for name, kind in kinds.items():
-        value = getattr(result, name)
-        if type(value) is not kind:
-            raise ValueError(f"{name} is {value!r:.50}, and must be a {kind.__name__}")
-    numbers = {"seconds": 0.0 if result.seconds is None else result.seconds}
-    for name, value in (numbers | result.metrics | result.costs).items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r:.50}, and must be a finite number")
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,20 +165,7 @@ def _of_csv(folder: Path) -> Iterator[Result]:
             )
 
 
-LINES = "runs.jsonl"
-"""Where studies write their results as they are read here."""
-
-
-def _of_lines(folder: Path) -> Iterator[Result]:
-    named = {field.name for field in dataclasses.fields(Result)} - {"run"}
-    for line in json_lines.read(folder / LINES):
-        yield Result(
-            run=str(folder), **{name: line[name] for name in line.keys() & named}
-        )
-
-
 READERS = {
-    LINES: _of_lines,
     "summary.json": _of_mnist,
     "results.jsonl": _of_channels,
     "result.jsonl": _of_wide_resnet,

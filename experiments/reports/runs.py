@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.harness import csv_lines, results
 from experiments.harness.devices import PLACES
+from experiments.harness.results import Result
 from experiments.harness.run_folder import whole
 from experiments.reports.printing import interval, mean_and_half_width
-from experiments.reports.readers import LINES as LINES
-from experiments.reports.readers import READERS, Result, of_folder
+from experiments.reports.readers import READERS, of_folder
 
 
 def runs(*patterns: str | Path) -> list[Result]:
@@ -172,3 +173,18 @@ def _above(one: Sequence[Result], other: Sequence[Result], metric: str) -> str:
     mean, half, count = paired(one, other, metric)
     digits = METRICS[metric][1]
     return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if count > 1 else "")
+
+
+def write_csv(folder: Path, *own: str) -> None:
+    """The lines of a folder as its `runs.csv`: what lines of all studies say, and what
+    else theirs does under some names."""
+    rows = []
+    for line in results.read(folder):
+        said = {
+            n: line[n] for n in ("study", "task", "method", "seed", "seconds", *own)
+        }
+        listed = {n: " ".join(map(str, v)) for n, v in said.items() if type(v) is list}
+        left = {f"{name} left": share for name, share in line["costs"].items()}
+        rows.append(said | listed | line["metrics"] | left)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    csv_lines.write(folder / "runs.csv", rows, columns)
