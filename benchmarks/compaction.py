@@ -11,7 +11,6 @@ one core (`taskset -c 0`). TFDS_DATA_DIR names the folder of MNIST. Finished run
 kept in `runs/compaction`, and a second start goes on from there.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.measure import entry
+from experiments.harness import results, run_folder
 
 FOLDER = Path("runs") / "compaction"
 SETTINGS = {
@@ -38,10 +38,14 @@ KINDS = {
 LIMIT = 0.6
 
 
+def folder_of(name: str, kind: str, seed: int) -> Path:
+    return FOLDER / f"{name.split(',')[0]}-{kind}-seed{seed}"
+
+
 def run(name: str, kind: str, seed: int) -> dict:
-    """The summary of one run, which is made unless it is there."""
-    out = FOLDER / f"{name.split(',')[0]}-{kind}-seed{seed}"
-    if not (out / "summary.json").exists():
+    """The result of one run, which is made unless it is there."""
+    out = folder_of(name, kind, seed)
+    if not results.read(out):
         command = f"-m experiments.mnist --dataset mnist {SETTINGS[name]} {KINDS[kind]}"
         subprocess.run(
             [
@@ -51,7 +55,7 @@ def run(name: str, kind: str, seed: int) -> dict:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-    return json.loads((out / "summary.json").read_text())
+    return results.read(out)[-1]
 
 
 def main(arguments) -> list[dict]:
@@ -80,7 +84,7 @@ def main(arguments) -> list[dict]:
         )
     name = next(iter(SETTINGS))
     errors = {
-        kind: [run(name, kind, seed)["last"]["test_error"] for seed in seeds]
+        kind: [run(name, kind, seed)["metrics"]["test error"] for seed in seeds]
         for kind in ("compacted", "whole")
     }
     entries.append(
@@ -100,9 +104,8 @@ def _epochs(name: str) -> str:
     """Where the first seed's seconds went."""
     found = {}
     for kind in ("dense", "compacted"):
-        summary = run(name, kind, 0)
-        lines = (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()
-        found[kind] = [json.loads(line) for line in lines]
+        run(name, kind, 0)
+        found[kind] = run_folder.Log(folder_of(name, kind, 0)).rows()
     rows, outside = found["compacted"], {}
     for kind, lines in found.items():
         wall = run(name, kind, 0)["wall_seconds"]

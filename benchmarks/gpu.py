@@ -332,8 +332,8 @@ def training(sizes: Sizes) -> Iterator[Measurement]:
         return {
             "epochs": epochs,
             "seconds an epoch": seconds,
-            "base test error": line["base"]["test"],
-            "test error": line["trained"]["test"],
+            "base test error": line["metrics"]["base test error"],
+            "test error": line["metrics"]["test error"],
             "macs left": small / whole,
         }
 

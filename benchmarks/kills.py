@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.measure import entry
+from experiments.harness import results
 
 Left = dict[str, Any]
 KILLS_OF_A_RUN = 5
@@ -67,7 +68,7 @@ def pruning(folder: Path) -> list[str]:
 
 def of_pruning(folder: Path) -> Left:
     """What was recorded, but for seconds and commits."""
-    (line,) = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    (line,) = results.read(folder)
     return without_seconds(line)
 
 
@@ -76,7 +77,7 @@ def without_seconds(line: dict[str, Any]) -> Left:
     return {
         name: value
         for name, value in line.items()
-        if "second" not in name and name not in ("latency", "choosing", "made")
+        if "second" not in name and name not in ("latency", "made")
     }
 
 

@@ -30,9 +30,9 @@ from benchmarks.mutations import Files
 from experiments import mnist
 from experiments.harness import results, run_folder
 from experiments.mnist_settings import Config
-from experiments.reports import places, runs
+from experiments.reports import places
 
-RECORDS = ("config.json", "latency.json", "metrics.jsonl", "summary.json")
+RECORDS = ("config.json", "latency.json", "metrics.jsonl", results.LINES)
 
 
 def of_mnist(folder: Path) -> Files:
@@ -56,8 +56,8 @@ def of_cifar(_: Path) -> Files:
 def of_relocation(_: Path) -> Files:
     """The first of the results of an ablation."""
     there = places.RESULTS / "relocation-mlp-ablation"
-    lines = (there / "results.csv").read_bytes().splitlines(keepends=True)
-    return {"results.csv": b"".join(lines[:20])}
+    lines = (there / results.LINES).read_bytes().splitlines(keepends=True)
+    return {results.LINES: b"".join(lines[:20])}
 
 
 FOLDERS = {"mnist": of_mnist, "cifar": of_cifar, "relocation": of_relocation}
@@ -76,7 +76,7 @@ def outcome(folder: Path, settings: dict[str, Any]) -> str:
     try:
         run_folder.prepare(folder, settings, settings, resume=True)
         found: list[Any] = [run_folder.Log(folder).rows()]
-        found += [str(run_folder.latency(folder)), list(runs.of_folder(folder))]
+        found += [str(run_folder.latency(folder)), results.of_folder(folder)]
     except (ValueError, FileNotFoundError) as error:
         word = "refused" if str(folder) in str(error) else "file not named"
         return f"{word}: {error!r:.300}"

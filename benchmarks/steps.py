@@ -9,7 +9,6 @@ treats them alike; a ratio is the median over turns. Five minutes on two cores. 
 are random images of MNIST's shape: no step depends on what they show.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from flax import nnx
 
 from benchmarks import measure
 from benchmarks.measure import entry, milliseconds, ratio, take_turns
+from experiments.harness import results
 from experiments.mnist_training import loss_on, weight_groups
 from l0jax import gates, models, train
 
@@ -182,7 +182,7 @@ def start_up() -> list[dict]:
         cases.append(("mnist", 20.0))
     else:
         print("TFDS_DATA_DIR is not set: MNIST is left out", file=sys.stderr)
-    results = []
+    entries = []
     for dataset, limit in cases:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "run"
@@ -193,17 +193,17 @@ def start_up() -> list[dict]:
                 check=True,
                 capture_output=True,
             )
-            summary = json.loads((out / "summary.json").read_text())
-        results.append(
+            (line,) = results.read(out)
+        entries.append(
             entry(
                 f"first step on {dataset}, after the start of the command",
-                summary["first_step_at"] - begun,
+                line["first_step_at"] - begun,
                 limit,
                 " s",
                 "imports, data and compilation included",
             )
         )
-    return results
+    return entries
 
 
 def main(arguments) -> list[dict]:

@@ -6,11 +6,10 @@ met, a run of `experiments.mnist` for every λ.
 Prints every λ that was tried and what was left, and how many epochs it took in all. An
 interrupted one goes on where it was. (`experiments.mnist --target-density 0.33` takes
 one run.) With `--record` the outcome becomes a line of
-`experiments/results/bisection.jsonl`, which `RESULTS.md` quotes.
+`experiments/results/bisection/runs.jsonl`, which `RESULTS.md` quotes.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +17,10 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import mnist
-from experiments.harness import json_lines, run_folder
+from experiments.harness import results, run_folder
+from experiments.reports import places
 
-RESULTS = Path(__file__).parent / "results" / "bisection.jsonl"
+RESULTS = places.RESULTS / "bisection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,39 +79,35 @@ def search(config: Config) -> dict[str, Any]:
 
 def run(config: mnist.Config, lam: float, folder: Path) -> dict[str, float]:
     """One λ, and the expected share of gated weights at the end of its run."""
-    done = folder / "summary.json"
-    if not done.exists():
+    if not results.read(folder):
         resume = (folder / "config.json").exists()
         mnist.main(dataclasses.replace(config, lam=(lam,), out=folder, resume=resume))
     row = run_folder.Log(folder).rows()[-1]
-    summary = json.loads(done.read_text())
+    line = results.read(folder)[-1]
     return {
         "lam": lam,
-        "density": row["expected_l0"] / summary["gated_weights"],
-        "test_error": summary["last"]["test_error"],
-        "seconds": summary["seconds"],
+        "density": row["expected_l0"] / line["gated_weights"],
+        "test_error": line["metrics"]["test error"],
+        "seconds": line["seconds"],
     }
-
-
-def results() -> list[dict[str, Any]]:
-    """What was recorded."""
-    return json_lines.read(RESULTS)
 
 
 def record(config: Config, found: dict[str, Any]) -> None:
     """Puts an outcome into the results."""
-    result = {
-        "target": config.target,
-        "tolerance": config.tolerance,
-        "config": mnist.scientific(config.training),
+    how, last = config.training, found["runs"][-1]
+    told = {"target": config.target, "tolerance": config.tolerance}
+    line = {
+        "study": "bisection",
+        "task": f"{how.dataset} {how.model}",
+        "method": f"to {config.target:g} of the gated weights",
+        "seed": how.seed,
+        "settings": told | mnist.scientific(how),
+        "metrics": {"test error": last["test_error"]},
+        "costs": {"gated weights expected": last["density"]},
+        "seconds": sum(run["seconds"] for run in found["runs"]),
         **found,
     }
-
-    def identity(each):
-        return (each["target"], each["config"])
-
-    kept = [each for each in results() if identity(each) != identity(result)]
-    json_lines.write(RESULTS, [*kept, result])
+    results.put(RESULTS, [line])
 
 
 def cli() -> None:

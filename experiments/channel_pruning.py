@@ -13,7 +13,6 @@ of a layer too.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -23,7 +22,7 @@ import tyro
 from experiments.channel_methods import METHODS
 from experiments.channel_run import Run, network, prunable, ratio_of
 from experiments.channel_settings import OF_BASE, UNTOLD, Config, check, epochs_after
-from experiments.harness import json_lines, run_folder
+from experiments.harness import results, run_folder
 from experiments.harness.loop import Diverged
 from experiments.tasks import data
 from experiments.tasks.images import check_filled, images_of
@@ -59,31 +58,15 @@ def main(config: Config) -> dict[str, Any]:
         ratio_of(config, prunable(model, jnp.zeros(shape, jnp.float32)))
     # What can be known is refused by now: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
-    results = Results(folder / "results.jsonl")
+    told = {"study": "channel_pruning", "task": f"{config.dataset} {config.model}"}
     for seed in config.seeds:
         for method in config.method:
-            if not results.has(method, seed):
-                run = Run(
-                    config, dataset, images, folder, method, METHODS[method], seed
-                )
-                results.add(run.result())
-    return {"folder": str(folder), "results": results.lines()}
-
-
-class Results:
-    """The file with a line for each method and seed."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def lines(self) -> list[dict[str, Any]]:
-        return json_lines.read(self.file)
-
-    def has(self, method: str, seed: int) -> bool:
-        return any((r["method"], r["seed"]) == (method, seed) for r in self.lines())
-
-    def add(self, result: dict[str, Any]) -> None:
-        json_lines.add(self.file, result)
+            if (method, seed) not in results.there(folder, "method", "seed"):
+                how = METHODS[method]
+                run = Run(config, dataset, images, folder, method, how, seed)
+                line = {**told, "settings": settings, **run.result()}
+                results.put(folder, [line])
+    return {"folder": str(folder), "results": results.read(folder)}
 
 
 def cli() -> None:
@@ -97,9 +80,13 @@ def cli() -> None:
             f"{what} {a / b:.2f}x"
             for what, (a, b) in ((w, line[w]) for w in ("params", "macs", "latency"))
         )
-        errors = [f"{w} {line[w]['test']:.2f} %" for w in ("base", "pruned", "trained")]
+        errors = [
+            f"{name} {error:.2f} %"
+            for name, error in line["metrics"].items()
+            if "test" in name
+        ]
         name = f"{line['method']} seed {line['seed']}"
-        print(f"{name:30} test error: {', '.join(errors)}; less: {left}")
+        print(f"{name:30} {', '.join(errors)}; less: {left}")
     print(found["folder"])
 
 

@@ -14,9 +14,8 @@ writes into `experiments/results/channel-pruning/`, in a few seconds:
 The tables are printed into `RESULTS.md` by `experiments.tables`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.style
@@ -25,12 +24,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import channel_rows
+from experiments.harness import results
+from experiments.harness.results import Line
 from experiments.reports.printing import interval, markdown, mean_and_half_width
 from experiments.reports.style import BLUE, ORANGE, STYLE
 from l0jax.methods.keeping import count_left
 
-FOLDER = Path(__file__).parent / "results" / "channel-pruning"
-Line = Mapping[str, Any]
+FOLDER = channel_rows.RESULTS
+TRAINED, PRUNED = "test error", "pruned test error"
 
 PUBLISHED = {
     # Zhuang et al. (2018), table 1: the error gap in points of ResNet-56 with half the
@@ -49,25 +50,28 @@ PUBLISHED = {
 
 def of_methods(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """The lines of each method, in the order of the file."""
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        found.setdefault(line["method"], []).append(line)
-    return found
+    return results.by(lines, "method")
 
 
-def gaps(lines: Sequence[Line], when: str) -> list[float]:
+def errors(lines: Iterable[Line], when: str = TRAINED) -> list[float]:
+    """One of the metrics, for each seed."""
+    return [line["metrics"][when] for line in lines]
+
+
+def gaps(lines: Sequence[Line], when: str = TRAINED) -> list[float]:
     """How far the test error is from the base network's, in points, for each seed."""
-    return [line[when]["test"] - line["base"]["test"] for line in lines]
+    pairs = zip(errors(lines, when), errors(lines, "base test error"), strict=True)
+    return [error - base for error, base in pairs]
 
 
-def above(lines: Sequence[Line], reference: Sequence[Line], when: str) -> str:
+def above(lines: Sequence[Line], reference: Sequence[Line], when: str = TRAINED) -> str:
     """How far the test error is above another method's on the same base networks: pairs
     of one seed, so that what base networks differ in cancels."""
     other = {line["seed"]: line for line in reference}
     pairs = [(line, other[line["seed"]]) for line in lines if line["seed"] in other]
     if not pairs or lines[0]["method"] == reference[0]["method"]:
         return "-"
-    return signed(a[when]["test"] - b[when]["test"] for a, b in pairs)
+    return signed(a["metrics"][when] - b["metrics"][when] for a, b in pairs)
 
 
 def times_less(lines: Sequence[Line], what: str) -> list[float]:
@@ -115,16 +119,16 @@ def table(lines: Sequence[Line]) -> str:
         rows.append(
             [
                 f"{method} (off the budget)" if method in off else method,
-                interval(line["trained"]["test"] for line in found),
-                signed(gaps(found, "trained")),
-                signed(gaps(found, "pruned")),
-                above(found, dcp, "trained"),
-                above(found, dcp, "pruned"),
+                interval(errors(found)),
+                signed(gaps(found)),
+                signed(gaps(found, PRUNED)),
+                above(found, dcp),
+                above(found, dcp, PRUNED),
                 *(
                     f"{np.mean(times_less(found, what)):.2f}× less"
                     for what in ("params", "macs", "latency")
                 ),
-                seconds(line["choosing"] for line in found),
+                seconds(line["seconds"] for line in found),
                 PUBLISHED.get(method, "-"),
                 str(len(found)),
             ]
@@ -137,12 +141,12 @@ SHORT = channel_rows.FAIR[0]
 
 def short() -> str:
     """The first row within one budget: what each method ends with."""
-    lines = channel_rows.results(SHORT)
+    lines = channel_rows.recorded(SHORT)
     rows = [
         [
             method,
-            f"{interval(line['trained']['test'] for line in found)} %",
-            f"{signed(gaps(found, 'trained'))} points",
+            f"{interval(errors(found))} %",
+            f"{signed(gaps(found))} points",
             f"{100 / np.mean(times_less(found, 'macs')):.1f} %",
             str(len(found)),
         ]
@@ -162,7 +166,7 @@ def best(lines: Iterable[Line], names: Collection[str]) -> list[Line]:
         return []
     most = max(map(len, found.values()))
     full = [its for its in found.values() if len(its) == most]
-    return min(full, key=lambda its: np.mean([e["trained"]["validation"] for e in its]))
+    return min(full, key=lambda its: np.mean(errors(its, "validation error")))
 
 
 def statements(lines: Sequence[Line]) -> str:
@@ -173,14 +177,14 @@ def statements(lines: Sequence[Line]) -> str:
     every = best(lines, list(methods))
     said = [
         f"The best by validation, {every[0]['method']}, is "
-        f"{signed(gaps(every, 'trained'))} points from its base networks."
+        f"{signed(gaps(every))} points from its base networks."
     ]
     dcp, drawn = methods.get("dcp", []), methods.get("random_dcp", [])
     for one, other in ((dcp, drawn), (gates, dcp), (gates, drawn)):
         if one and other:
             said.append(
                 f"{one[0]['method']} against {other[0]['method']}: "
-                f"{above(one, other, 'trained')} points, {shared(one, other)} seeds."
+                f"{above(one, other)} points, {shared(one, other)} seeds."
             )
     return " ".join(said)
 
@@ -190,27 +194,28 @@ def shared(one: Iterable[Line], other: Iterable[Line]) -> int:
     return len({line["seed"] for line in one} & {line["seed"] for line in other})
 
 
-def of_setting(setting: str, lines: Iterable[Line]) -> dict[float, list[Line]]:
+def of_setting(setting: str, lines: Sequence[Line]) -> dict[float, list[Line]]:
     """Lines by a setting that an ablation varies."""
-    found: dict[float, list[Line]] = {}
-    for line in lines:
-        found.setdefault(line["config"][setting], []).append(line)
-    return dict(sorted(found.items()))
+    values = sorted({line["settings"][setting] for line in lines})
+    return {
+        value: [line for line in lines if line["settings"][setting] == value]
+        for value in values
+    }
 
 
 def of_weights() -> dict[float, list[Line]]:
     """The lines of DCP with several weights of the additional loss."""
     rows = (row for row in channel_rows.ROWS if row.startswith("discrimination-"))
-    lines = [line for row in rows for line in channel_rows.results(row)]
+    lines = [line for row in rows for line in channel_rows.recorded(row)]
     return of_setting("discrimination", lines)
 
 
 def of_epsilons() -> dict[float, list[Line]]:
     """The lines of DCP-Adapt with several ε, that of the comparison among them."""
     rows = [row for row in channel_rows.ROWS if row.startswith("epsilon-")]
-    lines = [line for row in rows for line in channel_rows.results(row)]
+    lines = [line for row in rows for line in channel_rows.recorded(row)]
     if lines:
-        compared = channel_rows.results(channel_rows.COMPARISON)
+        compared = channel_rows.recorded(channel_rows.COMPARISON)
         lines += [line for line in compared if line["method"] == "dcp_adapt"]
     return of_setting("epsilon", lines)
 
@@ -218,7 +223,7 @@ def of_epsilons() -> dict[float, list[Line]]:
 def discrimination() -> str:
     """The error before any training by the weight of the additional loss."""
     lines = [
-        [f"{weight:g}", interval(e["pruned"]["test"] for e in found), str(len(found))]
+        [f"{weight:g}", interval(errors(found, PRUNED)), str(len(found))]
         for weight, found in of_weights().items()
     ]
     return markdown(["weight of the additional loss", "test error, %", "seeds"], lines)
@@ -229,8 +234,8 @@ def epsilons() -> str:
     lines = [
         [
             f"{epsilon:g}",
-            interval(e["trained"]["test"] for e in found),
-            signed(gaps(found, "trained")),
+            interval(errors(found)),
+            signed(gaps(found)),
             f"{np.mean(times_less(found, 'params')):.2f}× less",
             f"{np.mean(times_less(found, 'macs')):.2f}× less",
             str(len(found)),
@@ -247,7 +252,7 @@ def epsilons() -> str:
 def methods(lines: Sequence[Line]) -> Figure:
     """The gap of each method, the best on top."""
     found = of_methods(lines)
-    order = sorted(found, key=lambda name: -np.mean(gaps(found[name], "trained")))
+    order = sorted(found, key=lambda name: -np.mean(gaps(found[name])))
     seeds = {name: len(found[name]) for name in order}
     most = max(seeds.values())
     off = off_budget(lines)
@@ -260,8 +265,8 @@ def methods(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(order)), layout="constrained")
     before, after = figure.subplots(1, 2, sharey=True)
     for axes, when, title, colour in (
-        (before, "pruned", "right after pruning", ORANGE),
-        (after, "trained", "after training what is left", BLUE),
+        (before, PRUNED, "right after pruning", ORANGE),
+        (after, TRAINED, "after training what is left", BLUE),
     ):
         pairs = [mean_and_half_width(gaps(found[name], when)) for name in order]
         mean, half = np.array(pairs).T
@@ -274,7 +279,7 @@ def methods(lines: Sequence[Line]) -> Figure:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(title)
         axes.set_xlabel("test error above the base network's, points")
-    config = lines[0]["config"]
+    config = lines[0]["settings"]
     left = config.get("left")
     figure.suptitle(
         f"{config['model']}, width {config['width']:g}, "
@@ -295,7 +300,7 @@ def unlike(lines: Sequence[Line]) -> list[Line]:
         line
         for line in lines
         if any(
-            kept != count_left(size, line["config"]["ratio"])
+            kept != count_left(size, line["settings"]["ratio"])
             for kept, size in zip(
                 line["kept"].values(), line["sizes"].values(), strict=True
             )
@@ -329,12 +334,12 @@ def ablations() -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     weights = of_weights()
-    ratio = next(iter(weights.values()))[0]["config"]["ratio"]
+    ratio = next(iter(weights.values()))[0]["settings"]["ratio"]
     _points(
         left,
         [f"{weight:g}" for weight in weights],
         weights.values(),
-        lambda line: line["pruned"]["test"],
+        PRUNED,
     )
     left.set_xlabel("weight of the additional loss")
     left.set_ylabel("test error before training, %")
@@ -344,7 +349,7 @@ def ablations() -> Figure:
         f"{epsilon:g}\n{np.mean(times_less(found, 'macs')):.2f}× fewer MACs"
         for epsilon, found in epsilons.items()
     ]
-    _points(right, names, epsilons.values(), lambda line: line["trained"]["test"])
+    _points(right, names, epsilons.values(), TRAINED)
     right.set_xlabel("ε")
     right.set_ylabel("test error after training, %")
     right.set_title("DCP-Adapt")
@@ -355,9 +360,9 @@ def _points(
     axes: Axes,
     names: Sequence[str],
     of: Iterable[Sequence[Line]],
-    value: Callable[[Line], float],
+    when: str,
 ) -> None:
-    pairs = [mean_and_half_width(map(value, lines)) for lines in of]
+    pairs = [mean_and_half_width(errors(lines, when)) for lines in of]
     mean, half = np.array(pairs).T
     axes.errorbar(names, mean, half, color=BLUE, marker="o", capsize=3)
     axes.margins(x=0.15)
@@ -366,7 +371,7 @@ def _points(
 def write(folder: Path = FOLDER) -> list[Path]:
     """Draws what there are results for; says where."""
     folder.mkdir(parents=True, exist_ok=True)
-    compared = channel_rows.results(channel_rows.COMPARISON)
+    compared = channel_rows.recorded(channel_rows.COMPARISON)
     drawn = []
     with matplotlib.style.context(["default", STYLE]):
         figures: dict[str, Figure] = {}
@@ -376,7 +381,7 @@ def write(folder: Path = FOLDER) -> list[Path]:
             if uneven:
                 figures |= {"widths": widths(uneven)}
         for row in channel_rows.FAIR:
-            equal = channel_rows.results(row)
+            equal = channel_rows.recorded(row)
             if equal:
                 figures |= {row: methods(equal)}
         if of_weights() and of_epsilons():

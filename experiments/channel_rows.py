@@ -4,8 +4,9 @@
     python -m experiments.channel_rows --list
 
 Each is a run of `experiments.channel_pruning`. Every method and seed becomes a line of
-`experiments/results/channel_pruning.jsonl`, which `experiments.channel_report` draws
-and `experiments.tables` prints. A row that was interrupted goes on where it stopped.
+`experiments/results/channel-pruning/runs.jsonl`, which `experiments.channel_report`
+draws and `experiments.tables` prints. A row that was interrupted goes on where it
+stopped.
 
 Rows `resnet20-…` prune whole ResNet-20s, which are recorded beside the results of
 `experiments.cifar`; `comparison` and the ablations a small one that two cores train in
@@ -21,10 +22,11 @@ import tyro
 from experiments import channel_pruning, cifar
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import OF_BASE, UNTOLD, Config
-from experiments.harness import json_lines, rows, run_folder
+from experiments.harness import results, rows, run_folder
+from experiments.reports import places
 from experiments.tasks.images import Recipe
 
-RESULTS = Path(__file__).parent / "results" / "channel_pruning.jsonl"
+RESULTS = places.RESULTS / "channel-pruning"
 RUNS = Path("runs") / "channel_rows"
 COMPARISON, EQUAL = "comparison", "equal"
 
@@ -125,26 +127,14 @@ ROWS: dict[str, Config] = {
 }
 
 
-def results(row: str | None = None) -> list[dict[str, Any]]:
-    """All results so far, or those of a row."""
-    found = json_lines.read(RESULTS)
-    return found if row is None else [line for line in found if line["row"] == row]
+def recorded(row: str) -> list[dict[str, Any]]:
+    """The results of a row so far."""
+    return results.by(results.read(RESULTS), "row").get(row, [])
 
 
 def record(new: list[dict[str, Any]]) -> None:
-    """Puts results into the file, in the place of older ones."""
-    order = {name: at for at, name in enumerate(ROWS)}
-    methods = {name: at for at, name in enumerate(METHODS)}
-
-    def identity(line):
-        # Rows that another version of this file knows are kept, at the end.
-        place = (
-            order.get(line["row"], len(order)),
-            methods.get(line["method"], len(methods)),
-        )
-        return *place, line["row"], line["method"], line["seed"]
-
-    json_lines.merge(RESULTS, new, identity)
+    """Puts results of rows into those that are recorded."""
+    results.put(RESULTS, new, {"row": ROWS, "method": METHODS, "seed": ()})
 
 
 def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
@@ -167,12 +157,10 @@ def run(name: str, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
                 f"{name} prunes base networks of {config.base_from}; run `python -m "
                 f"experiments.{made_by.format(missing[0])}` first"
             )
-    told = run_folder.settings_of(config, (*UNTOLD, "base_from"))
     # Recorded as they come: a row may take longer than a machine is there.
     for method in config.method:
         one = dataclasses.replace(config, method=(method,))
-        found = channel_pruning.main(one)["results"]
-        record([{"row": name, "config": told, **line} for line in found])
+        record([{"row": name, **line} for line in channel_pruning.main(one)["results"]])
 
 
 def main(arguments: rows.OfMethods) -> None:

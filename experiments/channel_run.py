@@ -209,7 +209,7 @@ class Run:
         keep, small = self.how.choose(self, base, structure)
         # Of a choice that went on where it was killed nobody knows all seconds.
         seconds = None if self.resumed else time.perf_counter() - begun
-        before = self.errors(small)
+        found = {"base ": self.errors(base), "pruned ": self.errors(small)}
         heads = None
         if self.how.heads:
             small_task = self.task(small, prunable(small, self.example))
@@ -219,28 +219,33 @@ class Run:
         spent = self.spent
         recipe = self.tuning()
         trained = self.train(f"{self.method}-tune", small, recipe, heads=heads)
+        found[""] = self.errors(trained)
         compared = report(base, trained, self.example, batch_sizes=(128,), calls=9)
         storage.save(trained, self.folder / f"{self.method}-{self.seed}")
-        share = costs.exact(structure, keep, costs.COSTS[config.cost])
-        whole = costs.exact(structure, cost=costs.COSTS[config.cost])
+        cost = costs.COSTS[config.cost]
+        share = costs.exact(structure, keep, cost) / costs.exact(structure, cost=cost)
+        counted = {
+            "params": [compared.before.params, compared.after.params],
+            "macs": [compared.before.macs, compared.after.macs],
+        }
         return {
             "method": self.method,
             "seed": self.seed,
+            "metrics": {
+                f"{when}{part} error": error
+                for when, errors in found.items()
+                for part, error in errors.items()
+            },
+            "costs": {name: left / whole for name, (whole, left) in counted.items()},
             "ratio": self.ratio(structure),
             "budget": self.allowed(structure),
-            "left": share / whole,
+            "left": share,
             "epochs": {"choosing": spent, "tuning": recipe.epochs},
-            "base": self.errors(base),
-            "pruned": before,
-            "trained": self.errors(trained),
-            "params": [compared.before.params, compared.after.params],
-            "macs": [compared.before.macs, compared.after.macs],
+            **counted,
             "latency": [compared.before.seconds[128], compared.after.seconds[128]],
             "kept": {name: int(flags.sum()) for name, flags in keep.items()},
             "sizes": {name: len(flags) for name, flags in keep.items()},
-            "choosing": seconds,
-            "device": compared.device,
-            "jax": jax.__version__,
+            "seconds": seconds,
         }
 
     def ratio(self, structure: Structure) -> float:

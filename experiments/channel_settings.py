@@ -99,7 +99,7 @@ class Config(devices.OnDevices):
 
 OF_BASE = ("dataset", "model", "width", "examples", "validation", "base", "compute")
 """Settings that decide the base networks; of those of slimming the sparsity too."""
-UNTOLD = ("method", "seeds", "out", "progress", *devices.PLACES)
+UNTOLD = ("method", "seeds", "out", "base_from", "progress", *devices.PLACES)
 """Settings that don't change what a single run gives."""
 
 

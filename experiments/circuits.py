@@ -10,8 +10,9 @@ these programs). Each edge is the unit of a hard concrete gate, which is drawn f
 example and paid for; the loss is how far the outputs are from those of the whole
 transformer: the Kullback-Leibler divergence where the largest output counts, else the
 squared error. What is left is compared with the known graph, the edges that
-`compiled.Program.needed` names. With `--record` each search becomes a line of
-`experiments/results/circuits.jsonl`, and the pictures of the first seed go beside it.
+`compiled.Program.needed` names. Each search becomes a line of `runs.jsonl`, with
+`--record` of that in `experiments/results/circuits` too, where the pictures of the
+first seed go.
 
 Both graphs are found exactly, in 4 to 10 s each on two cores, by each of the seeds 0 to
 2 at the prices 0.001, 0.01 and 0.03. At 0.1 edges that are needed go too: to be wrong
@@ -20,7 +21,7 @@ is cheaper.
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +32,17 @@ import optax
 import tyro
 from jaxtyping import Bool
 
-from experiments.harness import json_lines, run_folder
+from experiments.harness import results, run_folder
 from experiments.harness.loop import Diverged, Run
+from experiments.reports import places
 from experiments.reports.circuit_graphs import graph
-from experiments.reports.places import RESULTS as FOLDER
 from experiments.reports.printing import interval, markdown
 from experiments.tasks import compiled
 from experiments.tasks.compiled import EDGES, Program
 from l0jax import gates, trace, train
 
-RESULTS = FOLDER / "circuits.jsonl"
+RESULTS = places.RESULTS / "circuits"
+ORDER = {"task": compiled.NAMES, "seed": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,10 @@ class Config:
     batch_size: int = 120
     """inputs of a step"""
     out: Path = Path("runs") / "circuits"
-    """folder of the pictures"""
+    """folder of the results and pictures"""
     record: bool = False
-    """put results into `experiments/results`, in the place of older ones"""
+    """put results into `experiments/results`, in the place of older ones and of what
+    other settings gave"""
     progress: bool = True
     """show a progress bar"""
 
@@ -76,8 +79,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """All circuits of all seeds."""
     check(config)
     told = run_folder.settings_of(config, UNTOLD)
-    for name in config.programs if config.record else ():
-        check_recorded(name, told)
+    folders = (config.out, *([RESULTS] if config.record else []))
     lines = []
     for name in config.programs:
         program = compiled.load(name)
@@ -85,12 +87,12 @@ def main(config: Config) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             kept = search(config, program, seed)
             seconds = time.perf_counter() - begun
-            line = {"program": name, "seed": seed, "config": told}
-            line |= {**compared(program, kept), "seconds": round(seconds, 1)}
-            lines.append(line)
+            line = {"study": "circuits", "task": name, "method": "gates on edges"}
+            line |= {"seed": seed, "settings": told, "seconds": round(seconds, 1)}
+            lines.append(line | compared(program, kept))
             draw(config, program, kept, seed)
-        if config.record:
-            json_lines.merge(RESULTS, lines, identity)
+            for folder in folders:
+                results.put(folder, lines[-1:], ORDER, alike=True)
     return lines
 
 
@@ -106,23 +108,6 @@ def check(config: Config) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def check_recorded(program: str, told: Mapping[str, Any]) -> None:
-    """Raises ValueError if what is recorded of a program was found with other
-    settings: one table can't tell them apart."""
-    for line in json_lines.read(RESULTS):
-        if line["program"] == program and line["config"] != told:
-            other = next(n for n in told if line["config"].get(n) != told[n])
-            raise ValueError(
-                f"{program} is recorded with {other} = {line['config'].get(other)}, "
-                f"and this is with {told[other]}: remove its lines from {RESULTS.name}"
-            )
-
-
-def identity(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a line is of."""
-    return compiled.NAMES.index(line["program"]), line["seed"]
 
 
 # ---------------------------------------------------------------------- the search
@@ -192,6 +177,8 @@ def compared(program: Program, kept: Bool[np.ndarray, " edges"]) -> dict[str, An
 
     needed = program.needed
     return {
+        "metrics": {},
+        "costs": {"edges": float(kept.mean())},
         "edges": len(program.edges),
         "needed": named(needed),
         "found": named(kept),
@@ -204,20 +191,19 @@ def compared(program: Program, kept: Bool[np.ndarray, " edges"]) -> dict[str, An
 def draw(config: Config, program: Program, kept, seed: int) -> None:
     """Writes the picture of a circuit."""
     edges = [program.edges[at] for at in np.flatnonzero(kept)]
-    places = [config.out / f"{program.name}-{seed}.png"]
+    files = [config.out / f"{program.name}-{seed}.png"]
     if config.record and seed == config.seeds[0]:
-        places.append(RESULTS.with_name(f"circuits-{program.name}.png"))
-    for place in places:
+        files.append(RESULTS / f"{program.name}.png")
+    for place in files:
         place.parent.mkdir(parents=True, exist_ok=True)
         title = f"{program.name}: {len(edges)} of {len(program.edges)} edges"
         graph(program, edges, title).savefig(place, dpi=100)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: Sequence[results.Line]) -> str:
     """A line for each program: means with 95 % intervals over seeds."""
     rows = []
-    for name in dict.fromkeys(line["program"] for line in lines):
-        its = [line for line in lines if line["program"] == name]
+    for name, its in results.by(lines, "task").items():
         lists = ("found", "missing", "superfluous")
         rows.append(
             [
@@ -234,10 +220,10 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown([*header, "same outputs", "seconds", "seeds"], rows)
 
 
-def wrong(lines: list[dict[str, Any]]) -> str:
+def wrong(lines: Sequence[results.Line]) -> str:
     """Every edge that was missed or is superfluous."""
     return "\n".join(
-        f"{line['program']}, seed {line['seed']}: {edge} is {which}"
+        f"{line['task']}, seed {line['seed']}: {edge} is {which}"
         for line in lines
         for which in ("missing", "superfluous")
         for edge in line[which]

@@ -58,9 +58,7 @@ def main(config: Config) -> str:
         (config.out / "table.tex").write_text(latex(header, table))
         rows = [dict(zip(header, line, strict=True)) for line in table]
         csv_lines.write(config.out / "table.csv", rows)
-        each = [result.row() for result in found]
-        columns = list(dict.fromkeys(name for row in each for name in row))
-        csv_lines.write(config.out / "runs.csv", each, columns)
+        csv_lines.write(config.out / "runs.csv", [result.row() for result in found])
         with matplotlib.style.context(["default", STYLE]):
             frontier(found).savefig(config.out / "frontier.png")
     return text

@@ -7,12 +7,12 @@ A network is trained to a target on its multiply-accumulates, with hard concrete
 and decided by every rule. Rules other than `"budget"` end at shares of their own; each
 is compared with the budget rule *at that share*, on the same trained network: what is
 left costs the same, and only the choice differs. Statistics of batch normalisation are
-recalibrated for each decision. With `--record` every decision becomes a line of
-`experiments/results/deciding.jsonl`.
+recalibrated for each decision. Every decision becomes a line of `runs.jsonl`, with
+`--record` of that in `experiments/results/deciding` too.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,20 +24,20 @@ from flax import nnx
 
 from experiments import mnist_training
 from experiments.channel_run import prunable
-from experiments.harness import devices, json_lines, run_folder
+from experiments.harness import devices, results, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_settings import Config as OfMnist
 from experiments.mnist_settings import check
-from experiments.reports.places import RESULTS as FOLDER
+from experiments.reports import places
 from experiments.reports.printing import interval, markdown
 from experiments.tasks import data
 from experiments.tasks.images import batches_of, images_of, normalised
 from l0jax import costs, gates, gating, models, train
 from l0jax.methods.task import cross_entropy
 
-RESULTS = FOLDER / "deciding.jsonl"
+RESULTS = places.RESULTS / "deciding"
 GATE = gates.HardConcrete()
-RULES = ("paper", "median", "threshold", "expected_count")
+RULES = ("paper", "median", "threshold", "expected_count", "budget")
 NETWORKS: dict[str, dict[str, Any]] = {
     # With how many epochs, and whether an epoch is one program.
     "mlp": {"dataset": "mnist", "epochs": 30, "loop": False},
@@ -61,13 +61,14 @@ class Config(devices.OnDevices):
     examples: int = 5_120
     """images that the residual network is trained on"""
     out: Path = Path("runs") / "deciding"
-    """folder of the checkpoints"""
+    """folder of the checkpoints and results"""
     record: bool = False
     """put results into `experiments/results`, in the place of older ones"""
     progress: bool = True
     """show a progress bar"""
 
 
+ORDER = {"network": NETWORKS, "seed": (), "method": RULES}
 UNTOLD = ("networks", "seeds", "out", "record", "progress", *devices.PLACES)
 BATCH_SIZE = 100
 
@@ -90,20 +91,14 @@ def main(config: Config) -> list[dict[str, Any]]:
         for seed in config.seeds:
             make = of_images if name == "resnet8" else of_mnist
             training, images = make(config, name, dataset, seed)
+            of = {"study": "deciding", "task": f"{dataset.name} {name}"}
+            of |= {"network": name, "seed": seed, "settings": told}
             lines = decided(config, name, dataset, seed, training, images)
-            found += [
-                {"network": name, "seed": seed, "config": told, **line}
-                for line in lines
-            ]
-            if config.record:
-                json_lines.merge(RESULTS, found, identity)
+            new = [{**of, **line} for line in lines]
+            found += new
+            for folder in (config.out, *([RESULTS] if config.record else [])):
+                results.put(folder, new, ORDER)
     return found
-
-
-def identity(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a line is of."""
-    order = (*RULES, "budget")
-    return [*NETWORKS].index(line["network"]), line["seed"], order.index(line["rule"])
 
 
 def of_mnist(config: Config, name: str, dataset: data.Dataset, seed: int):
@@ -173,7 +168,7 @@ def decided(
     target = training.target
     assert target is not None
 
-    def errors(decision: train.Decision) -> dict[str, float]:
+    def errors(decision: train.Decision, when: str = "") -> dict[str, float]:
         fitted = state
         if images is not None:
             parts = batches_of(images, 128)
@@ -183,52 +178,49 @@ def decided(
             pixels, labels = getattr(dataset, part)
             tenths = (np.array_split(each, 10) for each in (pixels, labels))
             batches = zip(*tenths, strict=True)
-            found[part] = (
-                100 * training.evaluate(fitted, batches, rule=decision)["error"]
-            )
+            error = training.evaluate(fitted, batches, rule=decision)["error"]
+            found[f"{when}{part} error"] = 100 * error
         return found
 
-    for rule in (*RULES, "budget"):
+    for rule in RULES:
         decision = training.decide(state, rule)
         share = decision.decided["macs"]
         alike = dataclasses.replace(target, share=min(share * (1 + 1e-9), 1.0))
         filled = training.replace(target=alike).decide(state)
-        found = errors(decision)
+        its = decision if rule == "budget" else filled
         yield {
-            "rule": rule,
-            "target": config.target,
-            "expected": decision.expected["macs"],
-            "decided": share,
-            "excess": decision.excess["macs"],
-            "errors": found,
-            "budget at that share": {
-                "decided": filled.decided["macs"],
-                "errors": found if rule == "budget" else errors(filled),
+            "method": rule,
+            "metrics": errors(decision) | errors(its, ALIKE),
+            "costs": {
+                "macs": share,
+                "macs expected": decision.expected["macs"],
+                f"{ALIKE}macs": filled.decided["macs"],
             },
+            "excess": decision.excess["macs"],
             "undecided": decision.undecided,
         }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+ALIKE = "budget at that share: "
+"""Before the names of what the budget rule gives at the share of another."""
+
+
+def table(lines: Sequence[results.Line]) -> str:
     """A line for each network and rule: means with 95 % intervals over seeds."""
     rows = []
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["network"], line["rule"]), []).append(line)
-    for (network, rule), its in groups.items():
-        apart = [
-            line["errors"]["test"] - line["budget at that share"]["errors"]["test"]
-            for line in its
-        ]
+    for (network, rule), its in results.by(lines, "network", "method").items():
+        test = [line["metrics"]["test error"] for line in its]
+        alike = [line["metrics"][f"{ALIKE}test error"] for line in its]
+        apart = [own - other for own, other in zip(test, alike, strict=True)]
         rows.append(
             [
                 network,
                 rule,
-                interval(100 * line["target"] for line in its),
-                interval(100 * line["expected"] for line in its),
-                interval(100 * line["decided"] for line in its),
+                interval(100 * line["settings"]["target"] for line in its),
+                interval(100 * line["costs"]["macs expected"] for line in its),
+                interval(100 * line["costs"]["macs"] for line in its),
                 interval(100 * line["excess"] for line in its),
-                interval(line["errors"]["test"] for line in its),
+                interval(test),
                 "-" if rule == "budget" else interval(apart),
                 str(len(its)),
             ]

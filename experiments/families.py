@@ -7,10 +7,10 @@ the same budgets.
     python -m experiments.families --lam --targets 0.1 0.2 0.4
 
 All λ and seeds of a family are one compiled program (`l0jax.train.Sweep`), and so are
-all targets and seeds. Every member becomes a line of `results.csv` for each test-time
+all targets and seeds. Every member becomes a line of `runs.jsonl` for each test-time
 rule, and a family that is there is not run again; one that was interrupted goes on from
 its last checkpoint.
-`table.md` and the pictures in `figures` follow from the CSV:
+`table.md`, `runs.csv` and the pictures in `figures` follow from it:
 `python -m experiments.family_report FOLDER` makes them again.
 """
 
@@ -24,12 +24,12 @@ import jax
 from experiments import mnist
 from experiments.family_settings import QUICK, Config, check, kinds_of
 from experiments.family_sweep import Family
-from experiments.harness import command_line, csv_lines, progress, run_folder
+from experiments.harness import command_line, progress, results, run_folder
 from experiments.tasks import data
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs what is missing; returns the folder and the lines of its CSV."""
+    """Runs what is missing; returns the folder and all its results."""
     check(config)
     dataset = data.load(config.dataset, mnist.Config.validation)
     named = ["dataset", "model", "lam", "epochs", "gate_learning_rate"]
@@ -38,7 +38,13 @@ def main(config: Config) -> dict[str, Any]:
     settings = {name: told[name] for name in (*named, "compute") if name in told}
     name = f"families-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
-    results = Results(folder / "results.csv")
+    there = results.there(folder, "family", "lam", "target", "seed")
+
+    def is_there(name: str, kind: str, members: list[tuple[float, int]]) -> bool:
+        of = {"lam": None, "target": None}
+        wanted = [({**of, kind: value}, seed) for value, seed in members]
+        return all((name, *at.values(), seed) in there for at, seed in wanted)
+
     sweeps = {
         kind: [(value, seed) for value in values for seed in range(config.seeds)]
         for kind, values in (("lam", config.lam), ("target", config.targets))
@@ -48,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
         Family(config, name, kind, members, dataset)
         for name in config.families
         for kind, members in sweeps.items()
-        if kind in kinds_of(name) and not results.has(name, kind, members)
+        if kind in kinds_of(name) and not is_there(name, kind, members)
     ]
     without = [n for n in config.families if "target" not in kinds_of(n)]
     if config.targets and without:
@@ -63,63 +69,17 @@ def main(config: Config) -> dict[str, Any]:
         len(missing) * config.epochs, "epoch", show=config.progress
     ) as bar:
         for family in missing:
-            results.add(family.lines(family.run(folder, bar)))
+            lines = family.lines(family.run(folder, bar))
+            results.put(folder, [{**line, "settings": deciding} for line in lines])
     # Imported at the end, when its second no longer delays the first step.
     from experiments import family_report
 
     family_report.write(folder)
-    return {"folder": str(folder), "rows": results.rows()}
+    return {"folder": str(folder), "results": results.read(folder)}
 
 
 OF_RESULTS = ("dataset", "model", "epochs", "gate_learning_rate", "compute")
 """Settings that decide what a member gives, beside what its lines say of it."""
-COLUMNS = (
-    *(
-        "dataset",
-        "model",
-        "family",
-        "lam",
-        "target",
-        "seed",
-        "rule",
-        "epochs",
-        "validation_error",
-        "test_error",
-    ),
-    *("sampled_validation_error", "architecture", "weights", "macs", "dense_weights"),
-    *("dense_macs", "expected_l0", "test_l0", "undecided", "gradient_variance"),
-    *("step_ms", "verdict"),
-)
-
-
-class Results:
-    """The file of all runs."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def rows(self) -> list[dict[str, str]]:
-        """Its lines."""
-        return csv_lines.read(self.file)
-
-    def has(self, family: str, kind: str, wanted: list[tuple[float, int]]) -> bool:
-        """Whether all members of a family are there."""
-        found = {
-            (row.get(kind), row["seed"])
-            for row in self.rows()
-            if row["family"] == family
-        }
-        return {(f"{value:.6g}", str(seed)) for value, seed in wanted} <= found
-
-    def add(self, lines: list[dict[str, Any]]) -> None:
-        """Puts lines into the file, in the place of older ones of the same members."""
-
-        def member(row):
-            return tuple(row.get(name, "") for name in ("family", "lam", "target"))
-
-        new = {member(csv_lines.rounded(line)) for line in lines}
-        kept = [row for row in self.rows() if member(row) not in new]
-        csv_lines.write(self.file, [*kept, *lines], COLUMNS)
 
 
 def cli() -> None:

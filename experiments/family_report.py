@@ -1,16 +1,16 @@
-"""The table and the pictures of a comparison of gate families, from its CSV alone.
+"""The tables and the pictures of a comparison of gate families, from its folder alone.
 
     python -m experiments.family_report FOLDER
 
 writes into the folder, in a few seconds:
 
 - `table.md`: every family at every λ, mean ± 95 % interval over seeds;
+- `runs.csv`: every member by every rule;
 - `figures/frontier-weights.png` and `figures/frontier-macs.png`: test error against
   what is left, with published points;
 - `figures/densities.png`: what each family draws at three settings of its logit.
 """
 
-import argparse
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -26,13 +26,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments import family_settings, mnist_settings
-from experiments.harness import csv_lines
+from experiments.harness import command_line, results
+from experiments.harness.results import Line
+from experiments.reports import runs
 from experiments.reports.printing import interval, markdown, mean_and_half_width
 from experiments.reports.published_networks import PUBLISHED, cost
 from experiments.reports.style import BLUE, COLOURS, REMOVED, STYLE
 from l0jax import gates
 
-Row = dict[str, str]
 RULE = "paper"
 
 
@@ -74,46 +75,36 @@ def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
     return panels
 
 
-def write(folder: Path) -> list[Path]:
-    """Writes the table and all pictures; says where they are."""
-    rows = read(folder / "results.csv")
+OWN = (
+    *("family", "lam", "target", "rule", "architecture", "weights", "macs"),
+    *("dense_weights", "dense_macs", "expected_l0", "test_l0", "undecided"),
+    *("gradient_variance", "step_ms", "verdict"),
+)
+"""What lines say beside those of other studies."""
+
+
+def write(folder: Path) -> bool:
+    """Writes all of it; whether there is a result."""
+    rows = results.read(folder)
+    if not rows:
+        return False
     (folder / "table.md").write_text(table(rows) + "\n")
+    runs.write_csv(folder, *OWN)
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
-    drawn = []
     with matplotlib.style.context(["default", STYLE]):
         for name, figure in (
-            ("frontier-weights.png", frontier(rows, "weights")),
-            ("frontier-macs.png", frontier(rows, "macs")),
-            ("densities.png", densities(sorted({row["family"] for row in rows}))),
+            ("frontier-weights", frontier(rows, "weights")),
+            ("frontier-macs", frontier(rows, "macs")),
+            ("densities", densities(sorted({row["family"] for row in rows}))),
         ):
-            drawn.append(figures / name)
-            figure.savefig(drawn[-1])
-    return drawn
+            figure.savefig(figures / f"{name}.png")
+    return True
 
 
-def read(file: Path) -> list[Row]:
-    """The lines of a comparison's CSV.
-
-    Raises:
-        FileNotFoundError: if there are none yet.
-    """
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: no family has finished yet")
-    return csv_lines.read(file)
-
-
-def by(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
-    """The lines grouped by some columns, in the order of the file."""
-    grouped = defaultdict(list)
-    for row in rows:
-        grouped[tuple(row[column] for column in columns)].append(row)
-    return dict(grouped)
-
-
-def numbers(rows: Iterable[Row], column: str) -> np.ndarray:
-    """One column."""
-    return np.array([float(row[column]) for row in rows])
+def numbers(rows: Iterable[Line], name: str) -> np.ndarray:
+    """A metric, or what lines say themselves; nan where that is nothing."""
+    return np.array([{**row, **row["metrics"]}[name] for row in rows], float)
 
 
 # -------------------------------------------------------------------------- the table
@@ -132,24 +123,24 @@ HEADER = [
 ]
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Line]) -> str:
     """Every family at every λ, under the rule of its paper and beside it the others."""
     lines = []
     for (family, strength), found in by_strength(rows).items():
-        rules = by(found, "rule")
+        rules = results.by(found, "rule")
         rule = rule_of(found[0])
-        its = rules[rule,]
+        its = rules[rule]
         others = [
-            f"{name} {numbers(other, 'test_error').mean():.2f}, "
+            f"{name} {numbers(other, 'test error').mean():.2f}, "
             f"{numbers(other, 'weights').mean():,.0f}"
-            for (name,), other in rules.items()
+            for name, other in rules.items()
             if name != rule
         ]
         lines.append(
             [
                 family,
                 strength,
-                interval(numbers(its, "test_error")),
+                interval(numbers(its, "test error")),
                 ", ".join(row["architecture"] for row in its),
                 interval(numbers(its, "weights"), 0),
                 interval(numbers(its, "macs"), 0),
@@ -165,22 +156,22 @@ def table(rows: list[Row]) -> str:
     return markdown(HEADER, lines)
 
 
-def by_strength(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+def by_strength(rows: Iterable[Line]) -> dict[tuple[str, str], list[Line]]:
     """The lines of each family at each λ and each target."""
     grouped = defaultdict(list)
     for row in rows:
-        share = row.get("target")
-        said = f"{100 * float(share):g} % left" if share else row["lam"]
+        share = row["target"]
+        said = f"{row['lam']:g}" if share is None else f"{100 * share:g} % left"
         grouped[row["family"], said].append(row)
     return dict(grouped)
 
 
-def rule_of(row: Row) -> str:
+def rule_of(row: Line) -> str:
     """By which a line is shown: the budget where there is one, else the paper's."""
-    return "budget" if row.get("target") else RULE
+    return RULE if row["target"] is None else "budget"
 
 
-def verdicts(rows: Sequence[Row]) -> str:
+def verdicts(rows: Sequence[Line]) -> str:
     """What is said of several seeds: what differs in its numbers only is said once,
     with the lowest and the highest, and of how many seeds it is said."""
     said: dict[str, list[list[float]]] = defaultdict(list)
@@ -204,13 +195,15 @@ def verdicts(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------ the frontier
 
 
-def frontier(rows: list[Row], column: str) -> Figure:
+def frontier(rows: Sequence[Line], column: str) -> Figure:
     """Test error against what is left, a panel for each kind of family."""
     rows = [row for row in rows if row["rule"] == rule_of(row)]
-    of_family = by(rows, "family")
-    reference = of_family.pop(("hard_concrete",), [])
-    model = rows[0]["model"]
-    kinds = panels_of(name for (name,) in of_family)
+    of_family = results.by(rows, "family")
+    reference = of_family.pop("hard_concrete", [])
+    model, dataset, epochs = (
+        rows[0]["settings"][name] for name in ("model", "dataset", "epochs")
+    )
+    kinds = panels_of(of_family)
     kinds = kinds or {"hard concrete": []}
     height, width = (len(kinds) + 1) // 2, min(len(kinds), 2)
     figure = Figure(figsize=(11, 1 + 3.5 * height), layout="constrained")
@@ -220,20 +213,20 @@ def frontier(rows: list[Row], column: str) -> Figure:
         axes.set_visible(False)
     for axes, (title, here) in zip(panels, kinds.items(), strict=False):
         axes.set_title(title)
-        if rows[0]["dataset"] == "mnist":
+        if dataset == "mnist":
             published(axes, model, column)
         if reference:
             curve(axes, reference, column, "hard_concrete", "black")
         for at, name in enumerate(here):
             label = name.removeprefix("mixture-").removeprefix("bernoulli-")
-            curve(axes, of_family[name,], column, label, COLOURS[at])
+            curve(axes, of_family[name], column, label, COLOURS[at])
         axes.legend(fontsize="small", ncols=2 if len(here) > 5 else 1)
-    error = numbers(rows, "test_error")
+    error = numbers(rows, "test error")
     lowest, highest = np.nanmin(error), min(np.nanmax(error), 4 * np.nanmin(error))
-    whole = float(rows[0][f"dense_{column}"])
+    whole = rows[0][f"dense_{column}"]
     kept = numbers(rows, column)[error <= highest]
     fewest = kept.min(initial=whole)
-    if rows[0]["dataset"] == "mnist":
+    if dataset == "mnist":
         costs = [cost(model, point.widths, column) for point in PUBLISHED[model]]
         fewest = min(fewest, *costs)
         lowest = min(lowest, *(point.error for point in PUBLISHED[model]))
@@ -253,7 +246,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
     what = {"weights": "weights left", "macs": "multiply-accumulates left"}[column]
     for axes in bottom:
         axes.set_xlabel(what)
-    if rows[0]["dataset"] == "mnist":
+    if dataset == "mnist":
         listed = [
             f"{number}: {point.name} ({point.source})"
             for number, point in enumerate(PUBLISHED[model], 1)
@@ -265,7 +258,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
         axes.set_ylabel("test error, %")
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
-        f"{model} on {rows[0]['dataset']}, {rows[0]['epochs']} epochs: "
+        f"{model} on {dataset}, {epochs} epochs: "
         + (f"means of {seeds} seeds with 95 % intervals" if seeds > 1 else "one seed")
         + ", a point for each λ or target"
     )
@@ -274,7 +267,7 @@ def frontier(rows: list[Row], column: str) -> Figure:
 
 def curve(
     axes: Axes,
-    rows: list[Row],
+    rows: Sequence[Line],
     column: str,
     label: str,
     colour: str,
@@ -283,7 +276,7 @@ def curve(
     points = []
     for found in by_strength(rows).values():
         pair = [
-            mean_and_half_width(numbers(found, name)) for name in (column, "test_error")
+            mean_and_half_width(numbers(found, name)) for name in (column, "test error")
         ]
         points.append((*pair[0], *pair[1]))
     x, x_half, y, y_half = np.array(points).T
@@ -386,13 +379,5 @@ def density(axes: Axes, gate: gates.Gate, draws: int) -> None:
     )
 
 
-def main() -> None:
-    """Writes the table and the pictures of the comparison in the folder."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="folder of a comparison")
-    for file in write(parser.parse_args().folder):
-        print(file)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.report(__doc__, "experiments.family_report", write)

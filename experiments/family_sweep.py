@@ -24,6 +24,7 @@ from l0jax.checkpoints import Checkpoints
 
 GRADIENT_DRAWS = 32
 SAMPLED_NETWORKS = 5
+COSTS = ("weights", "macs")
 
 
 class Swept(NamedTuple):
@@ -161,7 +162,7 @@ class Family:
     # ---------------------------------------------------------------- evaluation
 
     def lines(self, swept: Swept) -> list[dict[str, Any]]:
-        """Those of the CSV: of each member one for each test-time rule."""
+        """Of each member one for each test-time rule."""
         counted = counter(self.once.structure)
         # A member taken out on the devices makes them meet, and they wait for one that
         # is still busy with the member before for 40 seconds at most.
@@ -170,15 +171,16 @@ class Family:
         for at, (value, seed) in enumerate(self.members):
             state = train.member_of(states, at)
             for line in self.evaluated(value, state, self.keys[at], counted):
+                strength = f"{'λ' if self.kind == 'lam' else self.kind} {value:g}"
                 line |= {
-                    "dataset": self.config.dataset,
-                    "model": self.config.model,
+                    "study": "families",
+                    "task": f"{self.config.dataset} {self.config.model}",
+                    "method": f"{self.name}, {strength}, {line['rule']}",
                     "family": self.name,
-                    "lam": "",
-                    "target": "",
+                    "lam": None,
+                    "target": None,
                     self.kind: value,
                     "seed": seed,
-                    "epochs": self.config.epochs,
                     "gradient_variance": swept.variance[at],
                     "step_ms": swept.milliseconds,
                 }
@@ -212,23 +214,22 @@ class Family:
             left = to_floats(counted(seen.decided()))
             line = {
                 "rule": rule,
-                "validation_error": validation,
-                "test_error": seen.error(dataset.test),
-                "sampled_validation_error": float(np.mean(sampled)),
+                "metrics": {
+                    "validation error": validation,
+                    "test error": seen.error(dataset.test),
+                    "sampled validation error": float(np.mean(sampled)),
+                },
+                "costs": {name: left[name] / dense[name] for name in COSTS},
                 "architecture": "-".join(str(int(k.sum())) for k in seen.keep.values()),
-                "weights": round(left["weights"]),
-                "macs": round(left["macs"]),
-                "dense_weights": round(dense["weights"]),
-                "dense_macs": round(dense["macs"]),
+                **{name: round(left[name]) for name in COSTS},
+                **{f"dense_{name}": round(dense[name]) for name in COSTS},
                 "expected_l0": float(
                     sum((sizes[n] * p).sum() for n, p in active.items())
                 ),
                 "test_l0": float(
                     sum((sizes[n] * (z != 0)).sum() for n, z in its.z.items())
                 ),
-                "undecided": undecided(found["paid"])
-                if self.gate.bounded
-                else math.nan,
+                "undecided": undecided(found["paid"]) if self.gate.bounded else None,
             }
             yield line | {"verdict": verdict(line)}
 
@@ -263,14 +264,14 @@ def verdict(line: dict[str, Any]) -> str:
         return "diverged"
     if 0 in widths:
         return "a layer has collapsed: λ is too large"
-    left = line["weights"] / line["dense_weights"]
-    if left > 0.9:
+    if line["costs"]["weights"] > 0.9:
         said.append("nearly nothing removed: λ is too small")
-    if line["validation_error"] > 10:
+    error = line["metrics"]["validation error"]
+    if error > 10:
         said.append("most of what was learned is lost: λ is too large")
-    if line["undecided"] > 0.2:
+    if line["undecided"] is not None and line["undecided"] > 0.2:
         said.append(f"{100 * line['undecided']:.0f} % of the gates are undecided")
-    gap = line["validation_error"] - line["sampled_validation_error"]
+    gap = error - line["metrics"]["sampled validation error"]
     if abs(gap) > 1:
         better = "better" if gap < 0 else "worse"
         said.append(

@@ -25,7 +25,7 @@ import tyro
 from flax import nnx
 
 import l0jax.nnx
-from experiments.harness import devices, run_folder
+from experiments.harness import devices, results, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_evaluation import (
     EVALUATION_BATCH,
@@ -45,7 +45,7 @@ from l0jax.train import Training
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment; returns what `summary.json` in the run folder holds."""
+    """Runs the experiment; the folder, and the line that `runs.jsonl` in it holds."""
     begun = time.time()
     devices.begin(config)
     gate = check(config)
@@ -55,6 +55,7 @@ def main(config: Config) -> dict[str, Any]:
     folder = config.out or run_folder.default(
         f"{config.dataset}-{config.model}", scientific(config)
     )
+    results.read(folder)  # Raises if a run of an older version has ended there.
     table, latency = None, None
     if config.target_latency is not None:
         shape = dataset.train.images.shape[1:]
@@ -113,14 +114,27 @@ def main(config: Config) -> dict[str, Any]:
     images = jnp.asarray(dataset.test.images[:EVALUATION_BATCH], jnp.float32)
     images = images / dataset.scale
     log.gates(now.full(now.decision.prob_active), now.full(now.decision.z))
-    summary = {
-        "dataset": config.dataset,
-        "model": config.model,
+    budget, whole_weights = row.get("budget", {}), round(dense["weights"])
+    line = {
+        "study": "mnist",
+        "task": f"{config.dataset} {config.model}",
+        "method": config.gate,
+        "seed": config.seed,
+        "settings": scientific(config),
+        "metrics": {
+            "test error": row["test_error"],
+            "validation error": row["validation_error"],
+        },
+        "costs": {
+            "weights": row["weights"] / whole_weights,
+            **{f"{name} expected": its["expected"] for name, its in budget.items()},
+            **{f"{name} decided": its["decided"] for name, its in budget.items()},
+        },
         "test_rule": rule_of(config),
         "shape": list(dataset.train.images.shape[1:]),
         "last": result_of(row),
         "best_on_validation": run.notes["best"],
-        "dense_weights": round(dense["weights"]),
+        "dense_weights": whole_weights,
         "gated_weights": float(sum(map(np.sum, sizes_of(whole).values()))),
         "shrunk": {
             "architecture": small.architecture,
@@ -135,18 +149,17 @@ def main(config: Config) -> dict[str, Any]:
         "first_step_at": run.first_step_at,
         "seconds_to_first_step": run.first_step_at and run.first_step_at - begun,
         "seconds": sum(r["seconds"] for r in log.rows()),
-        **({"excess": row["excess"], "budget": row["budget"]} if whole.target else {}),
+        **({"excess": row["excess"], "budget": budget} if whole.target else {}),
         "dense": None,
         "wall_seconds": time.time() - begun,
-        "folder": str(folder),
     }
     # First without what it is compared with, lest that should fail.
-    log.summary(summary)
+    results.put(folder, [line])
     if wants_dense(config):
-        summary["dense"] = dense_network(config, dataset, model, folder)
-        summary["wall_seconds"] = time.time() - begun
-        log.summary(summary)
-    return summary
+        line["dense"] = dense_network(config, dataset, model, folder)
+        line["wall_seconds"] = time.time() - begun
+        results.put(folder, [line])
+    return {"folder": str(folder), **results.read(folder)[-1]}
 
 
 def run_of(

@@ -4,7 +4,8 @@
     python -m experiments.mnist_rows --list
 
 Each seed of a row is one run of `experiments.mnist`; its result becomes a line of
-`experiments/results/mnist.jsonl`, from which `experiments.tables` prints `RESULTS.md`.
+`experiments/results/mnist/runs.jsonl`, from which `experiments.tables` prints
+`RESULTS.md`.
 A row that was interrupted goes on where it stopped. The settings were chosen on the
 validation split; the test set was not looked at to choose them.
 
@@ -15,13 +16,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
 from experiments import mnist
-from experiments.harness import json_lines, rows
+from experiments.harness import results, rows
+from experiments.reports import places
 
-RESULTS = Path(__file__).parent / "results" / "mnist.jsonl"
+RESULTS = places.RESULTS / "mnist"
 RUNS = Path("runs") / "rows"
 
 
@@ -151,23 +152,12 @@ def command(name: str) -> str:
     return f"python -m experiments.mnist_rows {name}"
 
 
-def results() -> list[dict]:
-    """All results so far, a dictionary per row and seed."""
-    return json_lines.read(RESULTS)
+def record(line: dict[str, Any]) -> None:
+    """Puts the result of a row into those that are recorded."""
+    results.put(RESULTS, [line], {"row": ROWS, "seed": ()})
 
 
-def record(result: dict) -> None:
-    """Puts one result into the file, in the place of an older one if there is one."""
-    order = {name: at for at, name in enumerate(ROWS)}
-
-    def identity(line):
-        # Rows that another version of this file knows are kept, at the end.
-        return order.get(line["row"], len(order)), line["row"], line["seed"]
-
-    json_lines.merge(RESULTS, [result], identity)
-
-
-def run(name: str, seed: int) -> dict:
+def run(name: str, seed: int) -> None:
     """Runs one seed of a row, or goes on with it, and records the result."""
     folder = RUNS / f"{name}-seed{seed}"
     config = dataclasses.replace(
@@ -176,23 +166,9 @@ def run(name: str, seed: int) -> dict:
         out=folder,
         resume=(folder / "config.json").exists(),
     )
-    summary = mnist.main(config)
-    result = {
-        "row": name,
-        "seed": seed,
-        "command": command(name),
-        "jax": jax.__version__,
-        "config": mnist.scientific(config),
-        **{
-            field: summary[field]
-            for field in ("test_rule", "last", "best_on_validation", "shrunk", "dead")
-        },
-        **({"excess": summary["excess"]} if "excess" in summary else {}),
-        "seconds": summary["seconds"],
-    }
-    record(result)
-    print(mnist.table(summary), flush=True)
-    return result
+    found = mnist.main(config)
+    record({"row": name, **results.read(folder)[-1]})
+    print(mnist.table(found), flush=True)
 
 
 def main(arguments: rows.Arguments) -> None:

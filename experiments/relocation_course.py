@@ -15,7 +15,8 @@ doomed units of the first layer go, which moves the second layer by $D_1$, then 
 the second, which moves the logits by $D_2$. Closing units softly is to make B vanish,
 and leaves the third term.
 
-Writes into the folder `course.csv`, a line for each arm, heuristic and time, and
+Writes into the folder `course/runs.jsonl`, a line for each arm, heuristic and time, the
+same as `course/runs.csv`, and
 `figures/bound.png`, `figures/entropy.png` and `figures/kendall.png` (how alike the
 heuristics rank the units of the base network).
 """
@@ -37,7 +38,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.harness import csv_lines, progress, run_folder
+from experiments.harness import progress, results, run_folder
 from experiments.relocation_settings import (
     ADVERSARIES,
     HEURISTICS,
@@ -47,6 +48,7 @@ from experiments.relocation_settings import (
 )
 from experiments.relocation_training import ARMS
 from experiments.relocation_work import Work
+from experiments.reports import runs
 from experiments.reports.style import COLOURS, STYLE
 from experiments.tasks import data
 from l0jax import agnosticism, methods, train, units
@@ -91,8 +93,12 @@ def measure(
     keeps = {name: keep_top(of, ratio) for name, of in scores.items()}
     total = sum(ARMS[name].closing.steps(BUDGET) for name in SHOWN) * len(keeps)
     with progress.bar(total, "step", name="closing") as bar:
+        told = {name: there[name] for name in OF_RESULTS}
+        told |= {"ratio": ratio, "budget": BUDGET}
+        of = {"study": "relocation_course", "task": f"{config.dataset} {config.model}"}
+        of |= {"seed": seed, "settings": told, "costs": {}}
         lines = [
-            {"arm": name} | line
+            of | line
             for name in SHOWN
             for line in of_arm(work, Case(name, ratio, BUDGET), keeps, seed, bar)
         ]
@@ -129,7 +135,9 @@ def of_arm(
                 for group, values in spread.items()
                 for part, value in zip(PARTS, values, strict=True)
             }
-            yield {"heuristic": name, "share": share} | found | entropy
+            how = {"arm": case.arm, "heuristic": name, "share": share}
+            method = f"{case.arm}, {name}, {share:g} closed"
+            yield {"method": method, **how, "metrics": found, **entropy}
 
 
 def bounded(fit: LeastSquares, task: Task, now: Any, keep: Any) -> dict[str, float]:
@@ -161,7 +169,11 @@ def bounded(fit: LeastSquares, task: Task, now: Any, keep: Any) -> dict[str, flo
 
 def pairs(lines: list[dict[str, Any]], arm: str, share: float) -> np.ndarray:
     """For each pair of heuristics (the bound, the difference that was measured)."""
-    here = [line for line in lines if (line["arm"], line["share"]) == (arm, share)]
+    here = [
+        line["metrics"]
+        for line in lines
+        if (line["arm"], line["share"]) == (arm, share)
+    ]
     return np.array(
         [
             (
@@ -175,7 +187,7 @@ def pairs(lines: list[dict[str, Any]], arm: str, share: float) -> np.ndarray:
 
 def values(lines: list[dict[str, Any]], arm: str, name: str) -> np.ndarray:
     """(shares, heuristics)."""
-    here = [line[name] for line in lines if line["arm"] == arm]
+    here = [{**line, **line["metrics"]}[name] for line in lines if line["arm"] == arm]
     return np.array(here).reshape(len(SHARES), -1)
 
 
@@ -277,8 +289,10 @@ def write(folder: Path) -> list[Path]:
             f"{SHOWN[arm]}, {share:4.0%} closed: mean difference {measured.mean():.4f}"
             f", mean bound {bound.mean():.4f}, {beyond} of {len(bound)} pairs beyond it"
         )
-    files = [folder / "course.csv"]
-    csv_lines.write(files[0], lines)
+    files = [folder / "course" / results.LINES]
+    results.put(files[0].parent, lines)
+    entropies = [name for name in lines[0] if name.split()[0] in PARTS]
+    runs.write_csv(files[0].parent, "arm", "heuristic", "share", *entropies)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
         for name, figure in (

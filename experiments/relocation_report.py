@@ -1,4 +1,4 @@
-"""The tables and pictures of soft knowledge relocation, from the CSV of its runs alone.
+"""The tables and pictures of soft knowledge relocation, from its folder alone.
 
     python -m experiments.relocation_report FOLDER
 
@@ -7,13 +7,13 @@ writes into the folder, in a few seconds:
 - `table.md`: for every ratio, budget and arm the accuracy, its spread over heuristics,
   the variance between heuristics and by how much that is lower than with pruning at
   once, with 95 % intervals;
+- `runs.csv`: every run;
 - `figures/spread.png`: the accuracy of every heuristic in every arm;
 - `figures/variance.png`: the standard deviation between heuristics with its 95 %
   interval, and the mean accuracy, against the budget.
 """
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -22,15 +22,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness import csv_lines
-from experiments.relocation_settings import ADVERSARIES
+from experiments.harness import command_line, results
+from experiments.harness.results import Line
+from experiments.relocation_settings import ADVERSARIES, Case
 from experiments.relocation_training import ARMS
+from experiments.reports import runs
 from experiments.reports.printing import markdown
 from experiments.reports.style import COLOURS, REMOVED, STYLE
 from l0jax import agnosticism
 from l0jax.agnosticism import Interval
 
-Row = Mapping[str, str]
 BASELINE = "one_shot"
 NAMES = {
     "one_shot": "at once",
@@ -49,25 +50,13 @@ NAMES = {
 }
 
 
-def read(folder: Path) -> list[Row]:
-    """The lines of a run folder.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    file = folder / "results.csv"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing: give the folder of a run of experiments.relocation"
-        )
-    return [*csv_lines.read(file)]
-
-
 class Cell:
     """The runs of one arm, ratio and budget, that all heuristics and seeds have."""
 
-    def __init__(self, rows: Iterable[Row], column: str):
-        self.of = {(r["heuristic"], int(r["seed"])): float(r[column]) for r in rows}
+    def __init__(self, rows: Iterable[Line]):
+        self.of = {
+            (r["heuristic"], r["seed"]): 100 - r["metrics"]["test error"] for r in rows
+        }
         self.seeds = sorted({seed for _, seed in self.of})
         # In the order of the file; those that some seed misses are left out.
         self.heuristics = [
@@ -77,7 +66,7 @@ class Cell:
         ]
 
     def table(self, heuristics: Sequence[str]) -> np.ndarray:
-        """(heuristics, seeds)."""
+        """(heuristics, seeds), accuracies in per cent."""
         return np.array([[self.of[h, s] for s in self.seeds] for h in heuristics])
 
     def usual(self) -> list[str]:
@@ -88,15 +77,11 @@ class Cell:
 Cells = dict[tuple[float, int, str], Cell]
 
 
-def cells(rows: Iterable[Row], column: str = "test") -> Cells:
+def cells(rows: Iterable[Line]) -> Cells:
     """The runs by ratio, budget and arm, in the order of the arms."""
-    found: dict[tuple[float, int, str], list[Row]] = {}
-    for row in rows:
-        key = float(row["ratio"]), int(row["budget"]), row["arm"]
-        found.setdefault(key, []).append(row)
-    order = {name: at for at, name in enumerate(ARMS)}
-    sort = sorted(found, key=lambda key: (*key[:2], order.get(key[2], len(order))))
-    return {key: Cell(found[key], column) for key in sort}
+    names = ("ratio", "budget", "arm")
+    order = results.sort(rows, {"ratio": (), "budget": (), "arm": ARMS})
+    return {key: Cell(its) for key, its in results.by(order, *names).items()}
 
 
 def compared(
@@ -121,9 +106,9 @@ def written(interval: Interval, digits: int, sign: bool = False) -> str:
     return f"{value} [{low}, {high}]".replace("-inf", "−∞")
 
 
-def table(rows: Sequence[Row], column: str = "test") -> str:
+def table(rows: Sequence[Line]) -> str:
     """One line for every ratio, budget and arm."""
-    there, lines = cells(rows, column), []
+    there, lines = cells(rows), []
     for key, cell in there.items():
         if len(cell.usual()) < 2 or len(cell.seeds) < 2:
             continue
@@ -167,9 +152,9 @@ def panels_of(there: Cells) -> tuple[list[float], list[int], list[str]]:
     return ratios, budgets, list(dict.fromkeys(arm for *_, arm in there))
 
 
-def spread(rows: Sequence[Row]) -> Figure:
+def spread(rows: Sequence[Line]) -> Figure:
     """Each heuristic's accuracy, in the mean over seeds."""
-    there = cells(rows)
+    there, told = cells(rows), rows[0]["settings"]
     ratios, budgets, arms = panels_of(there)
     # The title takes seven inches.
     size = (
@@ -204,15 +189,15 @@ def spread(rows: Sequence[Row]) -> Figure:
             if at == len(ratios) - 1:
                 axes.set_xlabel("test accuracy, %")
     figure.suptitle(
-        f"{rows[0]['model']} on {rows[0]['dataset']}: a dot for each heuristic, "
+        f"{told['model']} on {told['dataset']}: a dot for each heuristic, "
         "a cross for an adversary"
     )
     return figure
 
 
-def variance(rows: Sequence[Row]) -> Figure:
+def variance(rows: Sequence[Line]) -> Figure:
     """The spread between heuristics and the accuracy, against the budget."""
-    there = cells(rows)
+    there, told = cells(rows), rows[0]["settings"]
     ratios, budgets, arms = panels_of(there)
     figure = Figure(figsize=(9, 0.8 + 2.8 * len(ratios)), layout="constrained")
     grid = figure.subplots(len(ratios), 2, squeeze=False, sharex=True)
@@ -262,7 +247,7 @@ def variance(rows: Sequence[Row]) -> Figure:
                 axes.set_xlabel("steps from the base network to the small one")
     if grid[0, 1].lines:
         grid[0, 1].legend(fontsize="small")
-    figure.suptitle(f"{rows[0]['model']} on {rows[0]['dataset']}")
+    figure.suptitle(f"{told['model']} on {told['dataset']}")
     return figure
 
 
@@ -271,27 +256,21 @@ def _labelled(axes: Axes, ratio: float, name: str) -> None:
     axes.set_ylabel(name)
 
 
-def write(folder: Path) -> list[Path]:
-    """The table and the pictures of a folder's runs; says where."""
-    rows = read(folder)
+def write(folder: Path) -> bool:
+    """Writes all of it; whether there is a result."""
+    rows = results.read(folder)
+    if not rows:
+        return False
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table(rows) + "\n")
-    drawn = [folder / "table.md"]
+    own = (*Case._fields, "heuristic", "params")
+    runs.write_csv(folder, *own)
     with matplotlib.style.context(["default", STYLE]):
         for name, draw in (("spread", spread), ("variance", variance)):
-            drawn.append(figures / f"{name}.png")
-            draw(rows).savefig(drawn[-1])
-    return drawn
-
-
-def main() -> None:
-    """Writes the report of a folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    for file in write(parser.parse_args().folder):
-        print(file)
+            draw(rows).savefig(figures / f"{name}.png")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    command_line.report(__doc__, "experiments.relocation_report", write)

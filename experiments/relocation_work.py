@@ -76,7 +76,7 @@ class Work:
         self.fit = functools.cache(self._fit)
         self.base = functools.cache(self._base)
         self.scores = functools.cache(self._scores)
-        self.base_accuracy = functools.cache(self._base_accuracy)
+        self.base_error = functools.cache(self._base_error)
 
     # ------------------------------------------------------------ what is pruned
 
@@ -187,22 +187,26 @@ class Work:
         for at, (heuristic, seed) in enumerate(runs):
             once = sweep.of(at)
             model = once.whole_model(train.member_of(states, at))
-            validation, loss = self.tested(model, self.dataset.validation)
-            test, _ = self.tested(model, self.dataset.test)
+            error, loss = self.tested(model, self.dataset.validation)
+            how = f"{case.arm}, {heuristic}, {case.ratio:g} in {case.budget}"
             lines.append(
                 {
-                    "model": self.config.model,
-                    "dataset": self.config.dataset,
+                    "study": "relocation",
+                    "task": f"{self.config.dataset} {self.config.model}",
+                    "method": how,
                     **case._asdict(),
                     "heuristic": heuristic,
                     "seed": seed,
-                    "validation": validation,
-                    "validation_loss": loss,
-                    "test": test,
-                    "prepared_loss": removed[at][2],
-                    "removed_accuracy": removal[at][0],
-                    "removed_loss": removal[at][1],
-                    "base": self.base_accuracy(seed),
+                    "metrics": {
+                        "validation error": error,
+                        "validation loss": loss,
+                        "test error": self.tested(model, self.dataset.test)[0],
+                        "prepared validation loss": removed[at][2],
+                        "removed validation error": removal[at][0],
+                        "removed validation loss": removal[at][1],
+                        "base test error": self.base_error(seed),
+                    },
+                    "costs": {},
                     "params": parameters(model),
                     "seconds": (time.perf_counter() - begun) / len(runs),
                 }
@@ -298,13 +302,12 @@ class Work:
         moments = cut.opt_state["params"]
         return small, getattr(moments, "inner", moments), loss
 
-    def _base_accuracy(self, seed: int) -> float:
+    def _base_error(self, seed: int) -> float:
         return self.tested(self.base(seed), self.dataset.test)[0]
 
     def tested(self, model: models.Model, part: data.Split) -> tuple[float, float]:
-        """Accuracy in per cent and loss on a split."""
-        wrong, loss = measured(model, part, self.images, 1000)
-        return 100 - wrong, loss
+        """Error in per cent and loss on a split."""
+        return measured(model, part, self.images, 1000)
 
 
 def checked(

@@ -137,8 +137,8 @@ def quoted(readme: str) -> str:
     """The README with its tables filled in."""
     header = ["row", "published", "test error", "weights", "architectures by seed"]
     lines = [
-        beside_published(name, results)
-        for name, results in by_row().items()
+        beside_published(name, its)
+        for name, its in by_row().items()
         if published_units(name)
     ]
     of = {"mnist": markdown(header, lines), "cifar": channel_report.short()}

@@ -8,7 +8,7 @@ normalisation end where they began (Gale et al. 2019; Gallego-Posada et al. 2022
 variants switch the parts of the remedy on and off: a rate of the gates' own, weight
 decay that doesn't close gates, gates after batch normalisation or a normalisation that
 knows of closed maps, a constraint that ends at its target. With `--record` each result
-becomes a line of `experiments/results/wide_resnet.jsonl`. Killed runs go on.
+becomes a line of `experiments/results/wide-resnet/runs.jsonl`. Killed runs go on.
 
 The defaults are as small as two cores can train: WRN-10-1 on a part of the images. The
 paper's are `--depth 28 --factor 10 --examples 45000 --recipe.epochs 200`.
@@ -28,8 +28,9 @@ from jaxtyping import PRNGKeyArray
 
 import l0jax.nnx
 from experiments.channel_run import prunable
-from experiments.harness import devices, json_lines, run_folder
+from experiments.harness import devices, results, run_folder
 from experiments.harness.loop import Run, by_step
+from experiments.reports import places
 from experiments.reports.gate_shares import draw
 from experiments.tasks import data
 from experiments.tasks.images import (
@@ -50,8 +51,8 @@ from l0jax.models import pre_activation
 from l0jax.structure import Structure
 from l0jax.units import Group, Groups
 
-RESULTS = Path(__file__).parent / "results" / "wide_resnet.jsonl"
-PICTURE = Path(__file__).parent / "results" / "wide_resnet.png"
+RESULTS = places.RESULTS / "wide-resnet"
+PICTURE = "shares.png"
 RECIPE = Recipe(epochs=14, weight_decay=5e-4, drops=(0.6, 0.85))
 
 
@@ -123,6 +124,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed, gates on maps, masked norm": {"gates_on": "maps"},
 }
 UNTOLD = ("variant", "seeds", "out", "record", "progress", *devices.PLACES)
+ORDER = {"method": VARIANTS, "seed": ()}
 GATE = gates.make("hard_concrete")
 RULE = "paper"
 
@@ -152,31 +154,21 @@ def main(config: Config) -> list[dict[str, Any]]:
     for name in names:
         for seed in config.seeds:
             variant = dataclasses.replace(config, **VARIANTS[name])
-            result = run(name, variant, dataset, seed)
-            found.append({**result, "variant": name, "seed": seed})
+            found.append(run(name, variant, dataset, seed))
             if config.record:
-                record(found[-1])
+                results.put(RESULTS, found[-1:], ORDER)
     return found
-
-
-def record(result: dict[str, Any]) -> None:
-    """Puts a result into the file, in the place of an older one."""
-    order = {name: at for at, name in enumerate(VARIANTS)}
-
-    def identity(each):
-        return order.get(each["variant"], len(order)), each["variant"], each["seed"]
-
-    json_lines.merge(RESULTS, [result], identity)
 
 
 def run(name: str, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """One variant with one seed."""
     settings = run_folder.settings_of(config, UNTOLD)
     folder = config.out / f"{run_folder.default('run', settings).name}-{seed}"
-    done = json_lines.read(folder / "result.jsonl")
+    done = results.read(folder)
     if done:
         run_folder.prepare(folder, settings, settings, resume=True)
-        return done[-1]
+        # (A variant is one of settings, by whatever name.)
+        return {**done[-1], "method": name}
     images = images_of(dataset, config.examples)
     check_filled(images, config.recipe.batch_size)
     key = jax.random.key(seed)
@@ -187,17 +179,19 @@ def run(name: str, config: Config, dataset: data.Dataset, seed: int) -> dict[str
     # Nothing is refused from here on: a refused run leaves no folder.
     run_folder.prepare(folder, settings, settings, resume=True)
     training, state, shares = trained(config, images, training, key, folder)
-    result = {
-        "variant": name,
+    found = tested(config, dataset, images, training, state, folder)
+    found["costs"]["macs expected"] = shares[-1]
+    line = {
+        "study": "wide_resnet",
+        "task": f"{config.dataset} WRN-{config.depth}-{config.factor}",
+        "method": name,
         "seed": seed,
-        "config": settings,
-        "jax": jax.__version__,
+        "settings": settings,
         "shares": shares,
-        "expected": shares[-1],
-        **tested(config, dataset, images, training, state, folder),
+        **found,
     }
-    json_lines.add(folder / "result.jsonl", result)
-    return result
+    results.put(folder, [line])
+    return results.read(folder)[-1]
 
 
 def network(
@@ -352,11 +346,8 @@ def tested(
     size = config.recipe.batch_size
     fitted = training.recalibrate(state, batches_of(images, size), rule=decision)
     whole = training.whole_model(fitted, decision)
-    result: dict[str, Any] = {
-        "kept": costs.exact(structure, keep) / costs.exact(structure),
-        "widths": {name: int(each.sum()) for name, each in keep.items()},
-        "gated": errors(whole, dataset, images),
-    }
+    found = errors(whole, dataset, images)
+    metrics = {f"{part} error": error for part, error in found.items()}
     if all(each.any() for each in keep.values()):
         flags = {name: jnp.float32(each) for name, each in keep.items()}
         closed = l0jax.nnx.fold(whole, flags, structure.groups)
@@ -365,8 +356,11 @@ def tested(
             # Batch normalisation had made something of closed maps, which is gone.
             small = recalibrated(small, images, size)
         storage.save(small, folder / "shrunk")
-        result["shrunk"] = errors(small, dataset, images)
-    return result
+        found = errors(small, dataset, images)
+        metrics |= {f"removed {part} error": error for part, error in found.items()}
+    share = float(costs.exact(structure, keep) / costs.exact(structure))
+    widths = {name: int(each.sum()) for name, each in keep.items()}
+    return {"metrics": metrics, "costs": {"macs": share}, "widths": widths}
 
 
 def masked(params: Any, groups: Groups, reads: Groups) -> Any:
@@ -385,14 +379,15 @@ def cli() -> None:
     except (ValueError, FloatingPointError, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.wide_resnet: {error}") from None
     for result in found:
-        shrunk = result.get("shrunk", {"test": math.nan})["test"]
-        name = f"{result['variant']:34} seed {result['seed']}"
-        left = f"{100 * result['expected']:.1f} %, kept {100 * result['kept']:.1f} %"
-        wrong = f"{result['gated']['test']:.2f} %, shrunk {shrunk:.2f} %"
+        metrics, share = result["metrics"], result["costs"]
+        shrunk = metrics.get("removed test error", math.nan)
+        name = f"{result['method']:34} seed {result['seed']}"
+        left = f"{100 * share['macs expected']:.1f} %, kept {100 * share['macs']:.1f} %"
+        wrong = f"{metrics['test error']:.2f} %, shrunk {shrunk:.2f} %"
         print(f"{name}: MACs expected {left}; test error {wrong}")
     if config.record:
-        draw(json_lines.read(RESULTS), PICTURE)
-        print(f"picture {PICTURE}")
+        draw(results.read(RESULTS), RESULTS / PICTURE)
+        print(f"picture {RESULTS / PICTURE}")
 
 
 if __name__ == "__main__":

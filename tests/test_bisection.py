@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import bisection, mnist
+from experiments.harness import results
 
 DIGITS = mnist.Config(
     epochs=2, batch_size=50, gate_learning_rate=0.1, polyak=0.9, progress=False
@@ -44,7 +45,7 @@ def test_it_gives_up(shares, tmp_path):
 
 
 def test_it_trains_and_is_recorded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(bisection, "RESULTS", tmp_path / "results" / "bisection.jsonl")
+    monkeypatch.setattr(bisection, "RESULTS", tmp_path / "results")
     its = bisection.Config(
         dataclasses.replace(DIGITS, out=tmp_path / "runs"),
         **{"target": 0.4, "tolerance": 0.5, "most": 2, "record": True},
@@ -54,12 +55,14 @@ def test_it_trains_and_is_recorded_once(tmp_path, monkeypatch):
     assert 0 < found["runs"][0]["test_error"] < 100
     again = bisection.main(its)
     assert again == found, "what was trained is not trained again"
-    (line,) = bisection.results()
+    (line,) = results.read(bisection.RESULTS)
     assert line["runs"] == found["runs"]
-    assert line["target"] == 0.4
-    assert line["config"]["epochs"] == 2
+    assert line["settings"]["target"] == 0.4
+    assert line["settings"]["epochs"] == 2
+    assert line["metrics"] == {"test error": line["runs"][-1]["test_error"]}
     bisection.main(dataclasses.replace(its, target=0.5))
-    assert [each["target"] for each in bisection.results()] == [0.4, 0.5]
+    there = results.read(bisection.RESULTS)
+    assert [each["settings"]["target"] for each in there] == [0.4, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,12 @@ def test_every_method_ends_in_a_smaller_network(folder, method):
     small = storage.load(folder / f"{method}-0")
     widths = [width for stage in small.architecture["stages"] for width in stage]
     assert widths == [*line["kept"].values(), 6]
-    for when in ("base", "pruned", "trained"):
-        assert set(line[when]) == {"validation", "test"}
-        assert 0 <= line[when]["test"] <= 100
+    assert set(line["metrics"]) == {
+        f"{when}{part} error"
+        for when in ("base ", "pruned ", "")
+        for part in ("validation", "test")
+    }
+    assert all(0 <= error <= 100 for error in line["metrics"].values())
 
 
 def test_gates_fill_the_budget_that_others_have(folder):
@@ -198,10 +201,14 @@ def test_what_leaves_no_epoch_for_tuning_is_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def base_errors(line):
+    return [line["metrics"][f"base {part} error"] for part in ("validation", "test")]
+
+
 def test_methods_share_their_base_network(folder):
     found = run(folder, method=("filter_l1", "thinet"))
     lines = {r["method"]: r for r in found["results"]}
-    assert lines["filter_l1"]["base"] == lines["thinet"]["base"]
+    assert base_errors(lines["filter_l1"]) == base_errors(lines["thinet"])
 
 
 def test_what_is_done_is_not_done_again(folder, monkeypatch):
@@ -230,11 +237,11 @@ def test_a_choice_that_was_killed_goes_on(tmp_path, method, kills):
         with killed_when(condition):
             run(folder, method=(method,))
         again = run(folder, method=(method,))["results"][0]
-        for name in ("kept", "pruned", "trained", "base"):
+        for name in ("kept", "metrics"):
             assert again[name] == whole[name]
         # What the first process had spent is not known to the second.
-        assert whole["choosing"] > 0
-        assert again["choosing"] is None
+        assert whole["seconds"] > 0
+        assert again["seconds"] is None
         one, other = (
             storage.load(f / f"{method}-0") for f in (folder, tmp_path / "whole")
         )
@@ -250,7 +257,7 @@ def test_training_goes_on_after_an_epoch(tmp_path):
         found = run(tmp_path / "killed", method=("filter_l1",), base=longer)
     assert seen == [("base-0", 3), ("filter_l1-tune-0", 1)]
     (again,) = found["results"]
-    for name in ("kept", "pruned", "trained", "base"):
+    for name in ("kept", "metrics"):
         assert again[name] == whole[name]
 
 
@@ -263,7 +270,7 @@ def test_slimming_keeps_as_many_multiply_adds_as_others(folder):
 def test_seeds_have_base_networks_of_their_own(folder):
     found = run(folder, method=("random",), seeds=(0, 1))["results"]
     lines = {r["seed"]: r for r in found if r["method"] == "random"}
-    assert lines[0]["base"] != lines[1]["base"]
+    assert base_errors(lines[0]) != base_errors(lines[1])
 
 
 def test_another_configuration_is_refused(folder):
@@ -332,7 +339,7 @@ def test_widths_are_scaled():
 
 def test_results_are_lines_of_json(folder):
     run(folder, method=("random",))
-    for line in (folder / "results.jsonl").read_text().splitlines():
+    for line in (folder / "runs.jsonl").read_text().splitlines():
         assert json.loads(line)["ratio"] == 0.5
 
 
@@ -343,8 +350,9 @@ def test_base_networks_come_from_another_run(folder, tmp_path):
     untuned = dataclasses.replace(CONFIG.tune, epochs=0)
     again = run(tmp_path / "run", method=("filter_l1",), base_from=folder, tune=untuned)
     (line,) = again["results"]
-    assert line["base"] == first["base"]
-    assert line["trained"] == line["pruned"] == first["pruned"]
+    assert base_errors(line) == base_errors(first)
+    errors, pruned = line["metrics"], first["metrics"]["pruned test error"]
+    assert errors["test error"] == errors["pruned test error"] == pruned
     assert not (tmp_path / "run" / "checkpoints" / "base-0").exists()
 
 

@@ -9,24 +9,34 @@ from test_channel_pruning import CONFIG, tiny  # noqa: F401
 from experiments import channel_pruning, channel_report, channel_rows, mnist_rows
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
+from experiments.harness import results
 from experiments.harness.rows import OfMethods
 from experiments.tasks.dataset import DataError
 from experiments.tasks.images import Recipe
 
 
-def line(method="dcp", seed=0, row="comparison", config=None, **changes):
+def line(
+    method="dcp", seed=0, row="comparison", settings=None, metrics=None, **changes
+):
     return {
         "row": row,
-        "config": {"model": "tiny", "width": 1.0, "ratio": 0.5, **(config or {})},
+        "study": "channel_pruning",
+        "task": "digits tiny",
+        "settings": {"model": "tiny", "width": 1.0, "ratio": 0.5, **(settings or {})},
         "method": method,
         "seed": seed,
-        "base": {"test": 10.0},
-        "pruned": {"test": 30.0 + seed},
-        "trained": {"test": 12.0 + seed},
+        "metrics": {
+            "base test error": 10.0,
+            "pruned test error": 30.0 + seed,
+            "test error": 12.0 + seed,
+            **(metrics or {}),
+        },
+        "costs": {},
+        "made": {},
         "params": [100, 50 - 10 * seed],
         "macs": [90, 30],
         "latency": [3e-3, 2e-3],
-        "choosing": 7.0,
+        "seconds": 7.0,
         "kept": {"a": 2, "b": 3 - seed},
         "sizes": {"a": 4, "b": 6},
         **changes,
@@ -35,23 +45,23 @@ def line(method="dcp", seed=0, row="comparison", config=None, **changes):
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(channel_rows, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(channel_rows, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(channel_rows, "RUNS", tmp_path / "runs")
-    return tmp_path / "results.jsonl"
+    return tmp_path / "results"
 
 
 def test_results_stand_in_the_order_of_the_rows(file):
     channel_rows.record([line("dcp", 1), line("dcp", 0), line("random", 0)])
-    channel_rows.record([line("dcp", 0, row="epsilon-0.1"), line(seed=1, choosing=8.0)])
-    found = channel_rows.results()
+    channel_rows.record([line("dcp", 0, row="epsilon-0.1"), line(seed=1, seconds=8.0)])
+    found = results.read(channel_rows.RESULTS)
     assert [(e["row"], e["method"], e["seed"]) for e in found] == [
         ("comparison", "random", 0),
         ("comparison", "dcp", 0),
         ("comparison", "dcp", 1),
         ("epsilon-0.1", "dcp", 0),
     ]
-    assert found[2]["choosing"] == 8.0
-    assert len(channel_rows.results("comparison")) == 3
+    assert found[2]["seconds"] == 8.0
+    assert len(channel_rows.recorded("comparison")) == 3
 
 
 @pytest.mark.slow
@@ -67,7 +77,7 @@ def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
     )
     for _ in range(2):
         channel_rows.main(OfMethods(("comparison", "discrimination-1")))
-    found = channel_rows.results()
+    found = results.read(channel_rows.RESULTS)
     assert [(e["row"], e["method"], e["seed"]) for e in found] == [
         ("comparison", "random", 0),
         ("comparison", "random", 1),
@@ -75,10 +85,11 @@ def test_a_row_prunes_the_base_networks_of_the_comparison(file, monkeypatch):
         ("comparison", "filter_l1", 1),
         ("discrimination-1", "random", 1),
     ]
-    assert found[4]["base"] == found[1]["base"]
+    errors = [each["metrics"] for each in found]
+    assert errors[4]["base test error"] == errors[1]["base test error"]
     assert found[4]["kept"] == {"convs.0": 3, "convs.1": 5}
-    assert found[4]["config"]["ratio"] == 0.25
-    assert found[4]["trained"] == found[4]["pruned"]
+    assert found[4]["settings"]["ratio"] == 0.25
+    assert errors[4]["test error"] == errors[4]["pruned test error"]
     assert not (channel_rows.RUNS / "discrimination-1" / "base-1").exists()
 
 
@@ -87,7 +98,7 @@ def test_only_some_methods_and_seeds(file, monkeypatch):
     monkeypatch.setattr(channel_rows, "ROWS", {"comparison": small})
     arguments = OfMethods(("comparison",), (1,), methods=("random",))
     channel_rows.main(arguments)
-    assert [(e["method"], e["seed"]) for e in channel_rows.results()] == [("random", 1)]
+    assert results.there(channel_rows.RESULTS, "method", "seed") == {("random", 1)}
 
 
 @pytest.mark.parametrize(
@@ -135,22 +146,22 @@ def test_the_table_by_hand():
 
 def test_methods_are_compared_with_dcp_seed_by_seed():
     """What differs between base networks is in no interval."""
-    dcp = [line(seed=s, trained={"test": 12.0 + 5 * s}) for s in (0, 1)]
-    other = [line("thinet", s, trained={"test": 13.0 + 5 * s}) for s in (0, 1, 2)]
-    assert channel_report.above(other, dcp, "trained") == "+1.00 ± 0.00"
-    assert channel_report.above(dcp, other, "trained") == "-1.00 ± 0.00"
-    assert channel_report.above(other[2:], dcp, "trained") == "-"
-    assert channel_report.above(other, [], "trained") == "-"
+    dcp = [line(seed=s, metrics={"test error": 12.0 + 5 * s}) for s in (0, 1)]
+    other = [line("thinet", s, metrics={"test error": 13.0 + 5 * s}) for s in (0, 1, 2)]
+    assert channel_report.above(other, dcp) == "+1.00 ± 0.00"
+    assert channel_report.above(dcp, other) == "-1.00 ± 0.00"
+    assert channel_report.above(other[2:], dcp) == "-"
+    assert channel_report.above(other, []) == "-"
     assert " | +1.00 ± 0.00 | " in channel_report.table([*dcp, *other])
 
 
 def test_a_gap_below_the_base_network_keeps_its_sign():
-    better = line(trained={"test": 9.5})
+    better = line(metrics={"test error": 9.5})
     assert " -0.50 " in channel_report.table([better])
 
 
 def test_seconds_of_a_killed_choice_are_not_averaged():
-    known, unknown = line(seed=0), line(seed=1, choosing=None)
+    known, unknown = line(seed=0), line(seed=1, seconds=None)
     assert " 7 " in channel_report.table([known, unknown])
     assert " - " in channel_report.table([unknown])
 
@@ -162,7 +173,7 @@ def ablated(monkeypatch):
     }
     monkeypatch.setattr(channel_rows, "ROWS", {"comparison": CONFIG, **rows})
     channel_rows.record(
-        [line("dcp_adapt", s, config={"epsilon": 0.001}) for s in (0, 1)]
+        [line("dcp_adapt", s, settings={"epsilon": 0.001}) for s in (0, 1)]
     )
     for name in rows:
         setting, value = name.split("-")
@@ -170,7 +181,7 @@ def ablated(monkeypatch):
         more = 5 if name == "epsilon-0.1" else 0
         channel_rows.record(
             [
-                line("dcp", seed, name, told, trained={"test": 12.0 + more})
+                line("dcp", seed, name, told, {"test error": 12.0 + more})
                 for seed in (0, 1)
             ]
         )
@@ -233,7 +244,7 @@ def test_the_readme_has_the_first_row_within_one_budget(file):
 def test_statements_pair_methods_of_one_base_network(file):
     def of(method, errors, validation):
         return [
-            line(method, s, trained={"test": e, "validation": validation})
+            line(method, s, metrics={"test error": e, "validation error": validation})
             for s, e in enumerate(errors)
         ]
 
@@ -257,15 +268,15 @@ RECIPE = dataclasses.asdict(Recipe())
 
 
 def test_committed_results_are_those_of_the_rows():
-    for found in channel_rows.results():
+    for found in results.read(channel_rows.RESULTS):
         settings = channel_rows.run_folder.settings_of(
             channel_rows.ROWS[found["row"]],
-            (*channel_rows.UNTOLD, "base_from"),
+            channel_rows.UNTOLD,
         )
         # (Settings that were added since have the defaults that they then had.)
         config = {
             name: RECIPE | value if isinstance(value, dict) else value
-            for name, value in found["config"].items()
+            for name, value in found["settings"].items()
         }
         for name, value in config.items():
             assert settings[name] == value, found["row"]
@@ -273,7 +284,7 @@ def test_committed_results_are_those_of_the_rows():
 
 
 def test_the_bars_are_the_gaps(file):
-    worse = [line("thinet", s, trained={"test": 20.0 + s}) for s in (0, 1)]
+    worse = [line("thinet", s, metrics={"test error": 20.0 + s}) for s in (0, 1)]
     figure = channel_report.methods([line("dcp", s) for s in (0, 1)] + worse)
     before, after = figure.axes
     widths = [bar.get_width() for bar in after.patches]

@@ -64,7 +64,7 @@ def test_recorded_networks_are_pruned_by_others_and_are_of_one_recipe(
         **{name: getattr(TINY, name) for name in same},
     )
     (line,) = channel_pruning.main(pruned)["results"]
-    assert line["base"]["test"] == lines[1]["metrics"]["test error"]
+    assert line["metrics"]["base test error"] == lines[1]["metrics"]["test error"]
 
     other = dataclasses.replace(TINY.base, learning_rate=0.05)
     with pytest.raises(ValueError, match="were made with base = "):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import circuits
-from experiments.circuits import RESULTS, Config
-from experiments.harness import json_lines
+from experiments.circuits import Config
+from experiments.harness import results
 from experiments.reports.circuit_graphs import graph, part_of, places_of
 from experiments.tasks import compiled
 from experiments.tasks.compiled import EDGES, PADDING, START, Edge
@@ -178,17 +178,20 @@ def test_what_is_needed_is_read_from_the_weights():
 
 @pytest.mark.slow
 def test_both_circuits_are_found_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(circuits, "RESULTS", tmp_path / "results" / RESULTS.name)
+    monkeypatch.setattr(circuits, "RESULTS", tmp_path / "results")
     config = Config(out=tmp_path / "run", record=True, progress=False)
     found = circuits.main(config)
-    assert [line["program"] for line in found] == [*compiled.NAMES]
+    assert [line["task"] for line in found] == [*compiled.NAMES]
     for line in found:
         assert line["missing"] == line["superfluous"] == []
-        assert set(line["found"]) == set(line["needed"]) == GRAPHS[line["program"]]
+        assert set(line["found"]) == set(line["needed"]) == GRAPHS[line["task"]]
         assert line["same outputs"]
-        picture = tmp_path / "run" / f"{line['program']}-0.png"
+        picture = tmp_path / "run" / f"{line['task']}-0.png"
         assert picture.stat().st_size > 10_000
-    assert json_lines.read(circuits.RESULTS) == found
+        assert (circuits.RESULTS / f"{line['task']}.png").exists()
+    for folder in (config.out, circuits.RESULTS):
+        there = results.read(folder)
+        assert [line["found"] for line in there] == [line["found"] for line in found]
     assert len(circuits.table(found).splitlines()) == 2 + len(found)
     assert circuits.wrong(found) == ""
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -10,49 +9,45 @@ import pytest
 import scipy.stats
 
 from benchmarks import run_folders
-from experiments import compare
+from experiments import compare, mnist
+from experiments.harness import results
 from experiments.reports import runs as reading
 from experiments.reports.printing import latex
 
 
 def pruned(folder, errors, *, ratio=0.5):
     """The folder of a run of channel pruning: `{method: errors by seed}`."""
-    folder.mkdir(parents=True)
-    settings = {"dataset": "cifar", "model": "net", "ratio": ratio, "seeds": [0]}
-    made = {"commit": "abc", "device": "cpu", "versions": {"jax": "1"}}
-    (folder / "config.json").write_text(json.dumps(settings | made))
     lines = [
         {
+            "study": "channel_pruning",
+            "task": "cifar net",
             "method": method,
             "seed": seed,
-            "trained": {"test": error, "validation": error + 1},
-            "base": {"test": 5.0, "validation": 6.0},
-            "macs": [100, 40],
-            "params": [10, 5],
-            "choosing": None,
+            "settings": {"dataset": "cifar", "model": "net", "ratio": ratio},
+            "metrics": {"test error": error, "validation error": error + 1},
+            "costs": {"macs": 0.4, "params": 0.5},
+            "seconds": None,
+            "made": {"commit": "abc", "device": "cpu", "versions": {"jax": "1"}},
         }
         for method, found in errors.items()
         for seed, error in enumerate(found)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "results.jsonl").write_text(text)
+    results.put(folder, lines)
 
 
 def trained(folder, *, seed=0, lam=0.1, error=2.0, **more):
     """The folder of a run of `experiments.mnist`."""
-    folder.mkdir(parents=True)
-    settings = {"gate": "hard_concrete", "lam": [lam], "seed": seed} | more
-    (folder / "config.json").write_text(json.dumps(settings | {"out": str(folder)}))
-    last = {"test_error": error, "validation_error": error, "weights": 30}
-    summary = {
-        "dataset": "digits",
-        "model": "mlp",
-        "last": last,
-        "best_on_validation": last,
-        "dense_weights": 100,
+    line = {
+        "study": "mnist",
+        "task": "digits mlp",
+        "method": "hard_concrete",
+        "seed": seed,
+        "settings": {"lam": [lam], "seed": seed, "out": str(folder)} | more,
+        "metrics": {"test error": error, "validation error": error},
+        "costs": {"weights": 0.3},
         "seconds": 3.0,
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    results.put(folder, [line])
 
 
 def test_differences_are_those_of_pairs_with_student_s_interval(tmp_path):
@@ -111,7 +106,7 @@ def test_a_result_is_not_counted_twice(tmp_path):
 
 def test_a_folder_without_results_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty holds no results.*jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no results.*runs\.jsonl"):
         reading.runs(tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -144,37 +139,42 @@ def test_the_table_is_written_in_all_formats(tmp_path):
         compare.main(other)
 
 
+def test_lines_are_written_as_a_table_of_their_own(tmp_path):
+    trained(tmp_path)
+    other = {**results.read(tmp_path)[0], "seed": 1, "metrics": {"test error": 1 / 3}}
+    results.put(tmp_path, [{**other, "widths": [3, 4]}])
+    with pytest.raises(KeyError, match="widths"):
+        reading.write_csv(tmp_path, "widths")
+    both = [{**line, "widths": [3, 4]} for line in results.read(tmp_path)]
+    results.put(tmp_path, both)
+    reading.write_csv(tmp_path, "widths")
+    with (tmp_path / "runs.csv").open(newline="") as stream:
+        first, second = csv.DictReader(stream)
+    assert first["widths"] == second["widths"] == "3 4"
+    assert (first["weights left"], first["seconds"]) == ("0.3", "3")
+    assert second["test error"] == "0.333333"
+    assert (first["validation error"], second["validation error"]) == ("2", "")
+
+
 def test_what_latex_takes_for_its_own_is_escaped():
     text = latex(["a_b", "c %"], [["1 & 2", "λ ± 3"]])
     assert r"a\_b & c \% \\" in text
     assert r"1 \& 2 & $\lambda$ $\pm$ 3 \\" in text
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"error": math.nan}, "test error is nan, and must be a finite number"),
-        ({"error": "2"}, "test error is '2', and must be a finite number"),
-        ({"seed": "0"}, "seed is '0', and must be a int"),
-        ({"gate": None}, "method is None, and must be a str"),
-    ],
-)
-def test_values_of_another_kind_are_refused(change, words, tmp_path):
-    trained(tmp_path / "run", **change)
-    # (Tests check types where a result is made.)
-    with pytest.raises(ValueError, match=f"{words}|TypeCheckError") as error:
-        reading.runs(tmp_path / "run")
-    assert str(tmp_path / "run" / "summary.json") in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"best_on_validation": 1}', "[" * 10**5]
-)
-def test_a_damaged_result_is_named(text, tmp_path):
-    trained(tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"summary\.json"):
-        reading.runs(tmp_path / "run")
+@pytest.mark.parametrize("name", results.OLDER)
+def test_a_run_of_an_older_version_is_refused(name, tmp_path):
+    """It would else count as one that has ended with nothing."""
+    trained(tmp_path / "runs" / "new")
+    old = tmp_path / "runs" / "old"
+    old.mkdir()
+    (old / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"old is of an older version, .* {name}"):
+        reading.runs(tmp_path / "runs" / "*")
+    config = mnist.Config(out=old, resume=True)
+    with pytest.raises(ValueError, match=f"old is of an older version, .* {name}"):
+        mnist.main(config)
+    assert [file.name for file in old.iterdir()] == [name]
 
 
 def test_changed_records_are_read_or_refused_by_name(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import deciding
 from experiments.deciding import NETWORKS, Config
-from experiments.harness import json_lines
+from experiments.harness import results
 
 CONFIG = Config(networks=("mlp",), seeds=(0,), gate_learning_rate=0.1, progress=False)
 
@@ -23,23 +23,33 @@ def small(monkeypatch):
 def test_each_rule_is_compared_with_the_budget_at_its_own_share(
     tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr(deciding, "RESULTS", tmp_path / "deciding.jsonl")
+    monkeypatch.setattr(deciding, "RESULTS", tmp_path / "deciding")
     config = dataclasses.replace(
         CONFIG, networks=(name,), out=tmp_path / "run", examples=256, record=True
     )
     found = deciding.main(config)
-    assert [line["rule"] for line in found] == [*deciding.RULES, "budget"]
+    assert [line["method"] for line in found] == [*deciding.RULES]
     for line in found:
-        other = line["budget at that share"]
+        share, errors = line["costs"]["macs"], line["metrics"]
         # As much as fits into what the rule has left, which is never more.
-        assert 0.95 * line["decided"] <= other["decided"] <= line["decided"] * 1.000001
-        for errors in (line["errors"], other["errors"]):
-            assert set(errors) == {"validation", "test"}
-            assert 0 <= errors["test"] <= 100
+        alike = line["costs"][f"{deciding.ALIKE}macs"]
+        assert 0.95 * share <= alike <= share * 1.000001
+        assert set(errors) == {
+            f"{when}{part} error"
+            for when in ("", deciding.ALIKE)
+            for part in ("validation", "test")
+        }
+        assert all(0 <= error <= 100 for error in errors.values())
     last = found[-1]
-    assert last["decided"] <= config.target
-    assert last["errors"] == last["budget at that share"]["errors"]
-    assert json_lines.read(deciding.RESULTS) == found
+    assert last["costs"]["macs"] <= config.target
+    alike = last["metrics"][f"{deciding.ALIKE}test error"]
+    assert last["metrics"]["test error"] == alike
+    for folder in (config.out, deciding.RESULTS):
+        there = results.read(folder)
+        assert [
+            line | {"made": found["made"]}
+            for line, found in zip(found, there, strict=True)
+        ] == there
     text = deciding.table(found)
     assert len(text.splitlines()) == 2 + len(found)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import mnist
-from experiments.harness import devices, json_lines, loop, run_folder
+from experiments.harness import devices, json_lines, loop, results, run_folder
 from experiments.harness.devices import OnDevices, OnHosts, OnMesh
 from experiments.mnist_settings import Config, scientific
 from l0jax import train
@@ -82,14 +82,11 @@ def test_processes_leave_the_run_folder_of_one(tmp_path):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
             assert row["decided"] == pytest.approx(expected["decided"], rel=2e-2)
     assert alone[-1]["architecture"] != alone[0]["architecture"]
-    summaries = [
-        json.loads((tmp_path / name / "summary.json").read_text())
-        for name in ("one", "eight", "two")
-    ]
+    summaries = [results.read(tmp_path / name)[-1] for name in ("one", "eight", "two")]
     for summary in summaries:
         assert summary["shrunk"]["max_relative_difference"] < 1e-5
-        assert summary["last"]["test_error"] == pytest.approx(
-            summaries[0]["last"]["test_error"], abs=0.7
+        assert summary["metrics"]["test error"] == pytest.approx(
+            summaries[0]["metrics"]["test error"], abs=0.7
         )
 
 

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from experiments import figures
+from experiments.harness import results
 from experiments.reports import curves, finished_run, unit_maps
 
 MODELS = {
@@ -96,7 +97,9 @@ def make_run(folder, model="mlp", gates="group", epochs=4, dead=False):
     (folder / "metrics.jsonl").write_text("".join(lines))
     config = {"model": model, "gates": gates, "dataset": "digits", "lam": [0.1, 0.2]}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "summary.json").write_text(json.dumps(summary(model, records)))
+    line = {"study": "mnist", "task": f"digits {model}", "method": "hard_concrete"}
+    line |= {"seed": 0, "settings": config, "metrics": {}, "costs": {}}
+    results.put(folder, [line | told(model, records)])
     sizes = {path: int(np.prod(shape)) for path, shape in KERNELS[model].items()}
     final = {"weight": draw_gates(sizes, 1.0, dead), "group": activity, "none": {}}[
         gates
@@ -115,14 +118,14 @@ def draw_gates(sizes, progress, dead):
     }
 
 
-def summary(model, records):
-    results = [
+def told(model, records):
+    found = [
         {"test_error": 1.1 * record["validation_error"], "epoch": record["epoch"]}
         for record in records
     ]
     made = {"shape": SHAPES[model], "test_rule": "paper"}
-    if results:
-        made |= {"last": results[-1], "best_on_validation": results[len(results) // 2]}
+    if found:
+        made |= {"last": found[-1], "best_on_validation": found[len(found) // 2]}
     return made
 
 
@@ -200,7 +203,7 @@ def test_training_states_sizes_and_both_test_errors(tmp_path):
     left = run.epochs[-1]["architecture"]
     for group, size in MODELS["mlp"].items():
         assert f"{group}: {size} → {left[group]}" in shown
-    last, best = run.summary["last"], run.summary["best_on_validation"]
+    last, best = run.result["last"], run.result["best_on_validation"]
     assert f"test, last epoch\n(epoch 4): {last['test_error']:.2f} %" in shown
     assert f"test, best on validation\n(epoch 3): {best['test_error']:.2f} %" in shown
     assert f"training, last: {run.epochs[-1]['train_error']:.2f} %" in shown
@@ -215,7 +218,7 @@ def test_errors_that_matter_stay_on_the_axis_and_zero_is_harmless(tmp_path):
     low, high = axes.get_ylim()
     evaluated = [record["validation_error"] for record in run.epochs[1:]]
     assert 0.05 < low < min(evaluated)
-    assert high > run.summary["best_on_validation"]["test_error"]
+    assert high > run.result["best_on_validation"]["test_error"]
     assert high > run.epochs[0]["train_error"]
 
 
@@ -252,7 +255,7 @@ def test_gates_state_exact_shares(tmp_path):
 
 def test_pixel_map_is_row_by_row(tmp_path):
     run = finished_run.read(make_run(tmp_path / "run"))
-    run.summary["shape"] = [2, 4, 3]
+    run.result["shape"] = [2, 4, 3]
     image = unit_maps.pixel_map(run, np.eye(24, dtype=np.float32)[3 * 6 + 1])
     assert image.shape == (2, 4)
     assert np.argwhere(image).tolist() == [[1, 2]]
@@ -327,8 +330,8 @@ def test_an_epoch_that_was_run_again_counts_once(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     folder = make_run(tmp_path / "run")
-    (folder / "summary.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run holds .* summary\.json missing"):
+    (folder / results.LINES).unlink()
+    with pytest.raises(FileNotFoundError, match=r"run holds .* runs\.jsonl missing"):
         figures.draw(folder)
 
 

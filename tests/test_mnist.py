@@ -37,7 +37,7 @@ from experiments import (
     mnist_settings,
     mnist_training,
 )
-from experiments.harness import loop, run_folder
+from experiments.harness import loop, results, run_folder
 from experiments.tasks import data
 from l0jax import costs, gates, models, objectives, storage, train, units
 from l0jax.checkpoints import Checkpoints
@@ -295,7 +295,8 @@ def test_a_run_leaves_its_record(runs, kind):
     epochs = list(range(1, run.config.epochs + 1))
     stored = json.loads((run.folder / "config.json").read_text())
     assert stored.items() >= mnist.scientific(run.config).items()
-    assert json.loads((run.folder / "summary.json").read_text()) == run.summary
+    (line,) = results.read(run.folder)
+    assert {"folder": str(run.folder), **line} == run.summary
     assert [row["epoch"] for row in run.rows] == epochs
     assert [row["step"] for row in run.rows] == [run.steps * e for e in epochs]
     for row in run.rows:
@@ -617,7 +618,7 @@ def test_labels_of_the_test_set_change_nothing_but_test_errors(
     monkeypatch.setattr(data, "load", lambda name, validation: other)
     found, expected = run(tmp_path / "run"), runs("group")
     # So the same seed twice is the same run, too.
-    same_run(found, expected, CLOCK | {"test_error"})
+    same_run(found, expected, CLOCK | {"test_error", "test error"})
     wrong = found.summary["last"]["test_error"]
     assert wrong > expected.summary["last"]["test_error"] + 20
 
@@ -747,7 +748,7 @@ def test_a_run_stops_where_it_is_told_to(stopped, runs):
     assert stopped.summary == {"stopped_after": 3, "folder": str(stopped.folder)}
     assert without(CLOCK, stopped.rows) == without(CLOCK, runs("group").rows[:3])
     assert checkpoint(stopped)[2] == 3
-    assert not (stopped.folder / "summary.json").exists()
+    assert not (stopped.folder / results.LINES).exists()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(stopped, runs, tmp_path):
@@ -840,27 +841,26 @@ def test_a_row_goes_on_where_it_stopped_and_is_recorded(
     row = mnist_rows.Row(SHORT)
     monkeypatch.setattr(mnist_rows, "ROWS", {"tiny": row})
     monkeypatch.setattr(mnist_rows, "RUNS", tmp_path)
-    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "all.jsonl")
+    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results")
     shutil.copytree(stopped.folder, tmp_path / "tiny-seed0")
-    result = mnist_rows.run("tiny", 0)
+    mnist_rows.run("tiny", 0)
+    (result,) = results.read(mnist_rows.RESULTS)
     expected = runs("group").summary
     for field in ("test_rule", "last", "best_on_validation", "shrunk", "dead"):
         assert result[field] == expected[field]
-    assert result["config"] == mnist.scientific(row.config)
+    assert result["settings"] == mnist.scientific(row.config)
     assert (result["row"], result["seed"]) == ("tiny", 0)
-    assert (result["jax"], result["command"]) == (
-        jax.__version__,
-        mnist_rows.command("tiny"),
-    )
-    summary = json.loads((tmp_path / "tiny-seed0" / "summary.json").read_text())
-    assert result["seconds"] == summary["seconds"]
-    assert capsys.readouterr().out == mnist.table(summary) + "\n"
-    assert mnist_rows.results() == [result]
+    assert result["made"]["versions"]["jax"] == jax.__version__
+    (line,) = results.read(tmp_path / "tiny-seed0")
+    assert result == {"row": "tiny", **line}
+    told = {"folder": str(tmp_path / "tiny-seed0"), **line}
+    assert capsys.readouterr().out == mnist.table(told) + "\n"
     # Of another seed: a run, a folder and a line of its own.
-    other = mnist_rows.run("tiny", 1)
-    assert other["config"]["seed"] == 1
-    assert (tmp_path / "tiny-seed1" / "summary.json").exists()
-    assert mnist_rows.results() == [result, other]
+    mnist_rows.run("tiny", 1)
+    again, other = results.read(mnist_rows.RESULTS)
+    assert again == result
+    assert other["settings"]["seed"] == other["seed"] == 1
+    assert (tmp_path / "tiny-seed1" / results.LINES).exists()
 
 
 # -------------------------------------------------------------------- what is wrong
@@ -1093,7 +1093,7 @@ def test_the_command_line_shows_what_happens(runs, tmp_path, monkeypatch):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         command(monkeypatch, out=tmp_path / "run", progress=True, **KINDS["dead"])
     config = dataclasses.replace(runs("dead").config, out=tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = {"folder": str(config.out), **results.read(tmp_path / "run")[-1]}
     same_run(Run(config, summary), runs("dead"))
     table = mnist.table(summary)
     assert "DEAD" in table
@@ -1449,7 +1449,7 @@ def test_what_is_compared_with_may_fail_and_the_result_stays(tmp_path, monkeypat
     monkeypatch.setattr(mnist, "dense_network", fails)
     with pytest.raises(mnist.Diverged):
         run(tmp_path / "run", dense="yes", epochs=1)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (summary,) = results.read(tmp_path / "run")
     assert summary["dense"] is None
     assert summary["last"]["epoch"] == 1
 

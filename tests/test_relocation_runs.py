@@ -1,6 +1,5 @@
 """Soft relocation on 8x8 digits, from the command to the pictures."""
 
-import csv
 import dataclasses
 import itertools
 import re
@@ -17,6 +16,7 @@ from experiments import (
     relocation_report,
     relocation_work,
 )
+from experiments.harness import results
 from experiments.relocation_settings import HEURISTICS, NETWORKS, Config, Network
 from experiments.relocation_training import ARMS
 from l0jax import agnosticism, methods, models
@@ -55,22 +55,26 @@ def run(folder, known=HEURISTICS, **changes):
 
 
 def test_every_arm_ends_in_the_same_small_network(folder):
-    lines = relocation.Results(folder / "results.csv").lines()
-    runs = list(itertools.product(ARMS, TINY.heuristics, ("0", "1")))
+    lines = results.read(folder)
+    runs = list(itertools.product(ARMS, TINY.heuristics, (0, 1)))
     assert [(r["arm"], r["heuristic"], r["seed"]) for r in lines] == runs
     # 64-6-3-10: three quarters of the units are gone.
     small = 64 * 6 + 6 + 6 * 3 + 3 + 3 * 10 + 10
-    assert {int(line["params"]) for line in lines} == {small}
+    assert {line["params"] for line in lines} == {small}
     for line in lines:
-        for name in ("test", "validation", "removed_accuracy", "base"):
-            assert 0 <= float(line[name]) <= 100
+        errors = {n: v for n, v in line["metrics"].items() if n.endswith("error")}
+        assert len(errors) == 4
+        assert all(0 <= error <= 100 for error in errors.values())
 
 
 def test_closed_units_are_removed_without_a_change(folder):
     """Where units were closed before, the loss after the removal is that before; where
     they go at once, the base network was the one before."""
-    for line in relocation.Results(folder / "results.csv").lines():
-        before, after = float(line["prepared_loss"]), float(line["removed_loss"])
+    for line in results.read(folder):
+        before, after = (
+            line["metrics"][f"{when} validation loss"]
+            for when in ("prepared", "removed")
+        )
         if ARMS[line["arm"]].closing.share:
             assert after == pytest.approx(before, rel=1e-4)
         else:
@@ -78,23 +82,24 @@ def test_closed_units_are_removed_without_a_change(folder):
 
 
 def test_arms_share_base_networks_and_the_order_of_the_data(folder):
-    lines = relocation.Results(folder / "results.csv").lines()
-    for seed in ("0", "1"):
-        assert len({line["base"] for line in lines if line["seed"] == seed}) == 1
+    lines = results.read(folder)
+    for seed in (0, 1):
+        its = [line["metrics"] for line in lines if line["seed"] == seed]
+        assert len({metrics["base test error"] for metrics in its}) == 1
     # The closing itself is all that differs between these.
     found = {
-        line["arm"]: float(line["validation_loss"])
+        line["arm"]: line["metrics"]["validation loss"]
         for line in lines
-        if (line["heuristic"], line["seed"]) == ("filter_l1", "0")
+        if (line["heuristic"], line["seed"]) == ("filter_l1", 0)
     }
     assert len(set(found.values())) == len(found)
 
 
 def test_what_is_there_is_not_run_again(folder, monkeypatch):
-    before = (folder / "results.csv").read_text()
+    before = (folder / results.LINES).read_text()
     monkeypatch.setattr(relocation_work.Work, "run", None)
     assert run(folder, arms=("soft", "one_shot"))["results"]
-    assert (folder / "results.csv").read_text() == before
+    assert (folder / results.LINES).read_text() == before
 
 
 def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
@@ -112,18 +117,21 @@ def test_a_killed_run_goes_on(folder, tmp_path, monkeypatch):
         patch.setattr(relocation_work.Work, "run", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, arms=arms, together=4)
-    assert len(relocation.Results(tmp_path / "results.csv").lines()) == 4
+    assert len(results.read(tmp_path)) == 4
     found = run(tmp_path, arms=arms, together=4)["results"]
-    whole = relocation.Results(folder / "results.csv").lines()
+    whole = results.read(folder)
     expected = {
         (r["arm"], r["heuristic"], r["seed"]): r for r in whole if r["arm"] in arms
     }
     assert len(found) == len(expected)
     for line in found:
         other = expected[line["arm"], line["heuristic"], line["seed"]]
-        for name in ("test", "validation_loss", "removed_loss"):
-            # Other members are together in a program: sums of another order.
-            assert float(line[name]) == pytest.approx(float(other[name]), rel=2e-3)
+        # Other members are together in a program: sums of another order.
+        for name in ("validation loss", "removed validation loss"):
+            whole = other["metrics"][name]
+            assert line["metrics"][name] == pytest.approx(whole, rel=2e-3)
+        right, wanted = (100 - each["metrics"]["test error"] for each in (line, other))
+        assert right == pytest.approx(wanted, rel=2e-3)
 
 
 def test_a_heuristic_of_one_s_own(tmp_path):
@@ -199,7 +207,7 @@ def test_only_units_that_one_layer_makes_are_removed():
 
 def test_the_report_says_what_the_csv_says(folder):
     text = (folder / "table.md").read_text()
-    rows = relocation_report.read(folder)
+    rows = results.read(folder)
     there = relocation_report.cells(rows)
     usual = ["random", "filter_l1"]
     for arm in ARMS:
@@ -208,7 +216,7 @@ def test_the_report_says_what_the_csv_says(folder):
         table = np.array(
             [
                 [
-                    float(r["test"])
+                    100 - r["metrics"]["test error"]
                     for r in rows
                     if (r["arm"], r["heuristic"]) == (arm, h)
                 ]
@@ -224,7 +232,7 @@ def test_the_report_says_what_the_csv_says(folder):
     for name in ("spread", "variance"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
     # Each spread with its interval.
-    figure = relocation_report.variance(relocation_report.read(folder))
+    figure = relocation_report.variance(rows)
     for container in figure.axes[0].containers:
         ends = [segment[:, 1] for segment in container[2][0].get_segments()]
         marks = container[0].get_ydata()
@@ -232,9 +240,9 @@ def test_the_report_says_what_the_csv_says(folder):
     assert figure.axes[0].containers
 
 
-def test_a_folder_without_runs_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"results.csv is missing: give the"):
-        relocation_report.read(tmp_path)
+def test_of_a_folder_without_runs_nothing_is_written(tmp_path):
+    assert not relocation_report.write(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 # ----------------------------------------------------------------- while units close
@@ -247,19 +255,19 @@ def course(folder):
         patch.setattr(relocation_course, "PERCENT", np.array([0, 75, 100]))
         patch.setattr(relocation_course, "BUDGET", 16)
         written = relocation_course.write(folder)
-    with written[0].open(newline="") as lines:
-        yield list(csv.DictReader(lines)), written[1:]
+    return results.read(written[0].parent), written[1:]
 
 
 def test_the_bound_holds_and_vanishes_with_the_closing(course):
     lines, _ = course
     assert len(lines) == 2 * 3 * len(HEURISTICS)
     for line in lines:
-        change = abs(float(line["after"]) - float(line["before"]))
-        logits, bound = float(line["logits"]), float(line["bound"])
+        losses = line["metrics"]
+        change = abs(losses["after"] - losses["before"])
+        logits, bound = losses["logits"], losses["bound"]
         assert change <= logits + 1e-6
         assert logits <= bound * (1 + 1e-5)
-        if line["share"] == "1":
+        if line["share"] == 1:
             assert bound == pytest.approx(0, abs=1e-6)
         else:
             assert logits > 0.1
@@ -290,7 +298,7 @@ def test_the_course_has_its_pictures(course):
     for line in lines:
         entropies = [v for n, v in line.items() if n.split()[0] in ("kept", "doomed")]
         assert len(entropies) == 4
-        assert all(0 <= float(v) <= 1 for v in entropies)
+        assert all(0 <= v <= 1 for v in entropies)
 
 
 def test_a_course_without_a_run_is_refused(tmp_path):

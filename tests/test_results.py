@@ -72,6 +72,7 @@ def test_of_other_settings_only_other_rows_and_tasks_stay(tmp_path):
         ({"metrics": {"test error": math.nan}}, "test error is nan, .* finite number"),
         ({"metrics": {"test error": "2"}}, "test error is '2', .* finite number"),
         ({"costs": {"macs": True}}, "macs is True, and must be a finite number"),
+        ({"seconds": ""}, "seconds is '', and must be a finite number"),
         ({"seconds": math.inf}, "seconds is inf, and must be a finite number"),
         ({"seed": "0"}, "seed is '0', and must be a int"),
         ({"seed": True}, "seed is True, and must be a int"),

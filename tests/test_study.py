@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.harness import json_lines, run_folder
+from experiments.harness import results, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.reports.printing import interval, markdown
 from experiments.reports.runs import runs
@@ -58,13 +58,13 @@ def main(config: Config) -> list[dict[str, Any]]:
     dataset = data.load("digits", 0.1)
     settings = run_folder.settings_of(config, UNTOLD)
     run_folder.prepare(config.out, settings, settings, resume=True)
-    file = config.out / "results.jsonl"
-    done = {(line["method"], line["seed"]) for line in json_lines.read(file)}
+    done = results.there(config.out, "method", "seed")
     for target in config.targets:
         for seed in config.seeds:
             if (f"target {target}", seed) not in done:
-                json_lines.add(file, one(config, dataset, target, seed))
-    return json_lines.read(file)
+                line = one(config, dataset, target, seed)
+                results.put(config.out, [{"settings": settings, **line}])
+    return results.read(config.out)
 
 
 def one(config: Config, dataset: data.Dataset, target: float, seed: int):
@@ -101,26 +101,25 @@ def one(config: Config, dataset: data.Dataset, target: float, seed: int):
         run.say(f"loss {run.means['loss']:.3f}")
     decision = run.training.decide(run.state)
     left = run.training.whole_model(run.state, decision)
-    base = {"test": 100.0, "validation": 100.0}
-    count = [costs.exact(training.structure), 0.0]
-    count[1] = decision.decided["macs"] * count[0]
+    found = errors(left, dataset, images)
     return {
+        "study": "budgets",
+        "task": "digits convnet",
         "method": f"target {target}",
         "seed": seed,
-        "trained": errors(left, dataset, images),
-        "base": base,
-        "macs": count,
-        "params": count,
-        "choosing": run.seconds,
+        "metrics": {f"{part} error": found[part] for part in ("validation", "test")},
+        "costs": {"macs": decision.decided["macs"]},
+        "seconds": run.seconds,
     }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Error by budget."""
-    rows: dict[str, list[float]] = {}
-    for line in lines:
-        rows.setdefault(line["method"], []).append(line["trained"]["test"])
-    return markdown(["budget", "error, %"], [[m, interval(e)] for m, e in rows.items()])
+    rows = [
+        [method, interval(line["metrics"]["test error"] for line in its)]
+        for method, its in results.by(lines, "method").items()
+    ]
+    return markdown(["budget", "error, %"], rows)
 
 
 # ---------------------------------------------------------------------- the tests
@@ -142,8 +141,8 @@ def test_a_study_runs_goes_on_and_appears_in_comparisons(tmp_path):
     assert found[0] == first[0], "what is there is not run again"
     for line in found:
         target = float(line["method"].split()[1])
-        assert line["macs"][1] / line["macs"][0] <= target
-        assert line["trained"]["test"] < 60
+        assert line["costs"]["macs"] <= target
+        assert line["metrics"]["test error"] < 60
     text = table(found)
     assert "| target 0.3 |" in text
     read = runs(tmp_path / "*")

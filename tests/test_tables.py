@@ -24,6 +24,7 @@ from experiments import (
     relocation_report,
     tables,
 )
+from experiments.harness import results
 from experiments.harness.rows import Arguments
 from experiments.reports import (
     benchmark_tables,
@@ -34,8 +35,8 @@ from experiments.reports import (
 )
 from l0jax import models
 
-COMMITTED = mnist_rows.results()
-RESULTS = mnist_rows.RESULTS.parent
+COMMITTED = results.read(mnist_rows.RESULTS)
+RESULTS = places.RESULTS
 # How a running training is made smaller, if it is.
 COMPACTION = ("compact_below", "compact_after", "compact_gain")
 BEFORE, AFTER = tables.markers("mnist")
@@ -76,10 +77,14 @@ def made(row, seed, error=1.5, weights=900, **changes):
     config = dataclasses.replace(ROWS[row].config, seed=seed)
     return {
         "row": row,
+        "study": "mnist",
+        "task": f"{config.dataset} {config.model}",
+        "method": config.gate,
         "seed": seed,
-        "command": mnist_rows.command(row),
-        "jax": "1.2.3",
-        "config": mnist.scientific(config),
+        "settings": mnist.scientific(config),
+        "metrics": {"test error": error},
+        "costs": {},
+        "made": {"versions": {"jax": "1.2.3"}},
         "test_rule": "paper",
         "last": reached(error, weights, 7),
         "best_on_validation": reached(error + 0.5, weights + 1_000, 4),
@@ -92,19 +97,19 @@ def made(row, seed, error=1.5, weights=900, **changes):
 def place(tmp_path, monkeypatch):
     """A repository with a README and nothing else, whose rows are `ROWS`."""
     monkeypatch.setattr(mnist_rows, "ROWS", ROWS)
-    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "mnist.jsonl")
+    monkeypatch.setattr(mnist_rows, "RESULTS", tmp_path / "results" / "mnist")
     monkeypatch.setattr(places, "ROOT", tmp_path)
     monkeypatch.setattr(places, "NOTES", tmp_path / "results" / "notes.md")
     monkeypatch.setattr(places, "BENCHMARKS", tmp_path / "benchmarks")
     for module, name in (
         (mnist_tables.bisection, "bisection"),
-        (study_tables.channel_rows, "channel_pruning"),
-        (study_tables.wide_resnet, "wide_resnet"),
+        (study_tables.channel_rows, "channel-pruning"),
+        (study_tables.wide_resnet, "wide-resnet"),
         (study_tables.deciding, "deciding"),
         (study_tables.circuits, "circuits"),
+        (frontier_rows, "frontier"),
     ):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / f"{name}.jsonl")
-    monkeypatch.setattr(frontier_rows, "RESULTS", tmp_path / "results" / "frontier")
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / name)
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
@@ -161,7 +166,7 @@ def test_committed_results_are_those_of_the_commands():
         row = mnist_rows.ROWS[line["row"]]
         wanted = mnist.scientific(dataclasses.replace(row.config, seed=line["seed"]))
         # Lines from before there was compaction, or mixtures, were run without it.
-        found = {"compact": False, "pair": None} | line["config"]
+        found = {"compact": False, "pair": None} | line["settings"]
         for field in wanted.keys() | found.keys():
             if field in COMPACTION and not found["compact"]:
                 continue
@@ -169,10 +174,9 @@ def test_committed_results_are_those_of_the_commands():
             if pair[0] != pair[1]:
                 stale.append((line["row"], line["seed"], field, *pair))
         assert line["seed"] in row.seeds
-        assert line["command"] == mnist_rows.command(line["row"])
-        assert line["test_rule"] == line["config"]["test_rule"]
-        assert line["last"]["epoch"] == line["config"]["epochs"]
-        assert line["best_on_validation"]["epoch"] <= line["config"]["epochs"]
+        assert line["test_rule"] == line["settings"]["test_rule"]
+        assert line["last"]["epoch"] == line["settings"]["epochs"]
+        assert line["best_on_validation"]["epoch"] <= line["settings"]["epochs"]
         assert line["shrunk"]["max_relative_difference"] <= 1e-5
     assert not stale, "row, seed, field, found, wanted"
 
@@ -182,7 +186,7 @@ def test_committed_networks_have_the_widths_that_are_reported():
         found = line["shrunk"]["architecture"]
         widths = (
             [found["reads"], *found["features"][1:-1]]
-            if line["config"]["model"] == "mlp"
+            if line["settings"]["model"] == "mlp"
             else [*found["maps"], found["reads"], found["hidden"]]
         )
         reported = line["last"]["architecture"]
@@ -198,29 +202,28 @@ def test_committed_results_are_sorted_and_none_counts_twice():
 
 
 def test_a_result_takes_the_place_of_an_older_one(place):
-    assert mnist_rows.results() == []
+    assert results.read(mnist_rows.RESULTS) == []
     cases = [("curve", 1), ("units", 1), ("other", 5), ("units", 0), ("curve", 0)]
     for name, seed in cases:
         mnist_rows.record(made(name, seed))
     order = [("units", 0), ("units", 1), ("curve", 0), ("curve", 1), ("other", 5)]
-    assert mnist_rows.results() == [made(name, seed) for name, seed in order]
+    expected = [made(name, seed) for name, seed in order]
+    assert results.read(mnist_rows.RESULTS) == expected
     newer = made("curve", 0, error=9.0)
     mnist_rows.record(newer)
-    expected = [made(name, seed) for name, seed in order]
     expected[2] = newer
-    assert mnist_rows.results() == expected
+    assert results.read(mnist_rows.RESULTS) == expected
     # The same again changes nothing, to the byte.
-    before = mnist_rows.RESULTS.read_bytes()
+    before = (mnist_rows.RESULTS / results.LINES).read_bytes()
     mnist_rows.record(newer)
-    assert mnist_rows.RESULTS.read_bytes() == before
+    assert (mnist_rows.RESULTS / results.LINES).read_bytes() == before
 
 
 def test_a_row_that_is_no_longer_known_stays_at_the_end(place):
     gone = made("curve", 0) | {"row": "gone"}
-    mnist_rows.RESULTS.parent.mkdir()
-    mnist_rows.RESULTS.write_text(json.dumps(gone) + "\n")
+    results.put(mnist_rows.RESULTS, [gone])
     mnist_rows.record(made("other", 5))
-    assert mnist_rows.results() == [made("other", 5), gone]
+    assert results.read(mnist_rows.RESULTS) == [made("other", 5), gone]
 
 
 @pytest.fixture
@@ -387,20 +390,23 @@ def test_every_row_stands_in_one_of_the_two_tables(place):
 def pruned(method, seed, **changes):
     """A made-up line of channel pruning."""
     recipe = {"epochs": 4}
-    config = {"model": "tiny", "dataset": "digits", "examples": None, "width": 0.5}
-    config |= {"ratio": 0.5, "base": recipe, "tune": recipe, "epsilon": 0.001}
+    told = {"model": "tiny", "dataset": "digits", "examples": None, "width": 0.5}
+    told |= {"ratio": 0.5, "base": recipe, "tune": recipe, "epsilon": 0.001}
+    errors = {"base test error": 10.0, "pruned test error": 30.0, "test error": 12.0}
     return {
         "row": study_tables.channel_rows.COMPARISON,
-        "config": config,
+        "study": "channel_pruning",
+        "task": "digits tiny",
+        "settings": told,
         "method": method,
         "seed": seed,
-        "base": {"test": 10.0},
-        "pruned": {"test": 30.0},
-        "trained": {"test": 12.0},
+        "metrics": errors,
+        "costs": {},
+        "made": {},
         "params": [100, 50],
         "macs": [90, 30],
         "latency": [3e-3, 2e-3],
-        "choosing": None,
+        "seconds": None,
         "kept": {"a": 2},
         "sizes": {"a": 4},
     } | changes
@@ -416,8 +422,8 @@ def test_channel_pruning_is_printed(place):
     assert "| dcp | 12.00 ± 0.00 | +2.00" in text
     assert "widths.png" not in text
     assert "###" not in text
-    told = pruned("dcp", 0)["config"]
-    weighed = {"row": "discrimination-1", "config": told | {"discrimination": 1.0}}
+    told = pruned("dcp", 0)["settings"]
+    weighed = {"row": "discrimination-1", "settings": told | {"discrimination": 1.0}}
     rows.record([pruned("dcp_adapt", 0, kept={"a": 1}), pruned("dcp", 0, **weighed)])
     text = study_tables.channels()
     assert "widths.png" in text
@@ -428,23 +434,22 @@ def test_channel_pruning_is_printed(place):
 
 def test_gates_on_a_wide_network_are_printed(place):
     assert study_tables.wide() == ""
-    config = {"target": 0.5, "depth": 10, "factor": 1, "examples": 5120}
-    config |= {"dataset": "digits", "recipe": {"epochs": 9}}
+    told = {"target": 0.5, "depth": 10, "factor": 1, "examples": 5120}
+    told |= {"dataset": "digits", "recipe": {"epochs": 9}}
     result = {
-        "variant": "fixed",
-        "config": config,
+        "study": "wide_resnet",
+        "task": "digits WRN-10-1",
+        "method": "fixed",
+        "settings": told,
         "shares": [0.9, 0.505],
-        "expected": 0.505,
-        "kept": 0.52,
-        "gated": {"test": 40.0},
-        "shrunk": {"test": 40.0},
+        "costs": {"macs": 0.52, "macs expected": 0.505},
+        "metrics": {"test error": 40.0, "removed test error": 40.0},
+        "made": {},
     }
-    closed = {k: v for k, v in result.items() if k != "shrunk"}
-    for seed in (0, 1):
-        study_tables.wide_resnet.record(result | {"seed": seed})
-    study_tables.wide_resnet.record(
-        closed | {"seed": 0, "variant": "λ, the weights' rate"}
-    )
+    closed = {"method": "λ, the weights' rate", "metrics": {"test error": 40.0}}
+    new = [result | {"seed": seed} for seed in (0, 1)] + [result | closed | {"seed": 0}]
+    study = study_tables.wide_resnet
+    results.put(study.RESULTS, new, study.ORDER)
     text = study_tables.wide()
     assert text in tables.document()
     assert "--variant all --seeds 0 1 --record" in text
@@ -690,11 +695,9 @@ def test_each_comparison_of_families_is_printed(place):
     assert study_tables.compared() == ""
     folder = place / "experiments" / "results" / "families-mnist-mlp"
     folder.mkdir(parents=True)
-    whole = (RESULTS / folder.name / "results.csv").read_text()
-    header, *lines = whole.splitlines()
+    lines = results.read(RESULTS / folder.name)
     names = ("hard_concrete", "smooth_step", "information_bottleneck")
-    chosen = [line for line in lines if line.split(",")[2] in names]
-    (folder / "results.csv").write_text("\n".join([header, *chosen]) + "\n")
+    results.put(folder, [line for line in lines if line["family"] in names])
     text = study_tables.compared()
     assert "experiments/results/families-mnist-mlp/figures/frontier-weights.png" in text
     named = "--families hard_concrete information_bottleneck smooth_step --out experi"
@@ -718,15 +721,14 @@ def test_each_comparison_of_families_is_printed(place):
 @pytest.mark.parametrize("name", study_tables.RELOCATIONS)
 def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
     folder = RESULTS / f"relocation-{name}"
-    rows = relocation_report.read(folder)
+    rows = results.read(folder)
     arguments = study_tables.RELOCATIONS[name].split()
-    arguments += ["--seeds", *sorted({row["seed"] for row in rows})]
+    arguments += ["--seeds", *map(str, sorted({row["seed"] for row in rows}))]
     config = relocation.resolved(
         tyro.cli(Annotated[relocation.Config, tyro.conf.arg(name="")], args=arguments)
     )
     runs = Counter(
-        (r["arm"], float(r["ratio"]), int(r["budget"]), r["heuristic"], int(r["seed"]))
-        for r in rows
+        (r["arm"], r["ratio"], r["budget"], r["heuristic"], r["seed"]) for r in rows
     )
     assert runs == Counter(
         itertools.product(
@@ -734,7 +736,7 @@ def test_the_command_of_a_relocation_makes_the_runs_that_are_committed(name):
             *(config.heuristics, config.seeds),
         )
     )
-    of = {(r["model"], r["dataset"]) for r in rows}
+    of = {(r["settings"]["model"], r["settings"]["dataset"]) for r in rows}
     assert of == {(config.model, config.dataset)}
     # Drawn from these lines alone.
     assert (folder / "table.md").read_text().strip() == relocation_report.table(rows)

@@ -10,7 +10,7 @@ from flax import nnx
 from killing import killed_when, saves
 
 from experiments import channel_run, wide_resnet
-from experiments.harness import json_lines
+from experiments.harness import results
 from experiments.reports import gate_shares
 from experiments.tasks.images import Recipe
 from experiments.wide_resnet import Config, made_by
@@ -63,20 +63,20 @@ def test_every_variant_trains_and_is_removed(folder, variant, monkeypatch):
     monkeypatch.setattr(train.Training, "decide", some_closed)
     result = run(folder / "closed", variant)
     assert len(result["shares"]) == CONFIG.recipe.epochs + 1
-    assert result["expected"] == result["shares"][-1]
-    assert 0 < result["kept"] < 1
+    assert result["costs"]["macs expected"] == result["shares"][-1]
+    assert 0 < result["costs"]["macs"] < 1
     assert max(result["widths"].values()) <= 5
-    if variant != "fixed, gates on maps":
-        assert result["shrunk"] == result["gated"]
-    else:
-        assert set(result["shrunk"]) == {"validation", "test"}
+    for part in ("validation", "test"):
+        removed = result["metrics"][f"removed {part} error"]
+        if variant != "fixed, gates on maps":
+            assert removed == result["metrics"][f"{part} error"]
 
 
 def test_a_price_at_the_rate_of_the_weights_closes_no_gates(folder):
     """Where a target does, within the same epochs."""
     slow, fast = run(folder, "λ, the weights' rate"), run(folder, "fixed")
-    assert slow["expected"] > 0.95 * slow["shares"][0]
-    assert fast["expected"] < 0.8 * fast["shares"][0]
+    assert slow["shares"][-1] > 0.95 * slow["shares"][0]
+    assert fast["shares"][-1] < 0.8 * fast["shares"][0]
 
 
 def test_what_was_removed_is_what_was_counted(folder):
@@ -84,8 +84,8 @@ def test_what_was_removed_is_what_was_counted(folder):
     result = run(folder / "closed", "fixed")
     (where,) = (
         file.parent
-        for file in (folder / "closed").glob("*/result.jsonl")
-        if json_lines.read(file) == [result]
+        for file in (folder / "closed").glob("*/runs.jsonl")
+        if results.read(file.parent) == [result]
     )
     small = storage.load(where / "shrunk")
     assert [w for each in small.architecture["inner"] for w in each] == list(
@@ -94,7 +94,7 @@ def test_what_was_removed_is_what_was_counted(folder):
     shape = {"classes": 10, "shape": (8, 8, 1)}
     large = PreActivationResNet(**ARCHITECTURE, **shape, rngs=nnx.Rngs(0))
     macs = [costs.exact(models.structure(model)) for model in (small, large)]
-    assert result["kept"] == macs[0] / macs[1]
+    assert result["costs"]["macs"] == macs[0] / macs[1]
 
 
 def test_a_killed_run_goes_on(folder, tmp_path):
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     with saves() as seen:
         again = run(tmp_path, "fixed")
     assert [step for _, step in seen] == [3, 4]
-    for name in ("shares", "gated", "shrunk", "widths"):
+    for name in ("shares", "metrics", "widths"):
         assert again[name] == whole[name]
 
 
@@ -138,16 +138,16 @@ def test_closed_maps_are_not_read_by_the_masked_network():
 
 
 def test_results_are_recorded_and_drawn(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(wide_resnet, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(wide_resnet, "RESULTS", tmp_path / "results")
     for variant in ("fixed", "fixed", "target, the weights' rate"):
-        wide_resnet.record(run(folder, variant))
-    results = json_lines.read(wide_resnet.RESULTS)
-    assert [r["variant"] for r in results] == ["target, the weights' rate", "fixed"]
-    axes = gate_shares.picture(results).axes[0]
+        results.put(wide_resnet.RESULTS, [run(folder, variant)], wide_resnet.ORDER)
+    found = results.read(wide_resnet.RESULTS)
+    assert [r["method"] for r in found] == ["target, the weights' rate", "fixed"]
+    axes = gate_shares.picture(found).axes[0]
     drawn = axes.lines[1].get_ydata()
-    np.testing.assert_allclose(drawn, 100 * np.array(results[1]["shares"]))
+    np.testing.assert_allclose(drawn, 100 * np.array(found[1]["shares"]))
     # No two variants look alike.
-    every = [{**results[0], "variant": name} for name in wide_resnet.VARIANTS]
+    every = [{**found[0], "method": name} for name in wide_resnet.VARIANTS]
     lines = gate_shares.picture(every).axes[0].get_legend().get_lines()
     looks = {(line.get_color(), line.get_linestyle()) for line in lines}
     assert len(looks) == len(every)

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 from experiments.harness import json_lines, run_folder
@@ -18,7 +19,7 @@ from experiments.harness.alone import alone
 Line = Mapping[str, Any]
 Order = Mapping[str, Iterable[Any]]
 LINES = "runs.jsonl"
-OLDER: tuple[str, ...] = ()
+OLDER = ("summary.json", "results.jsonl", "result.jsonl", "results.csv")
 """Where earlier versions wrote results."""
 KINDS = {
     **{"study": str, "task": str, "method": str, "seed": int},
@@ -89,14 +90,15 @@ def of_folder(folder: Path) -> list[Result]:
     Raises:
         ValueError: as `read`.
     """
-    return [
-        Result(
-            run=str(folder),
-            seconds=line.get("seconds"),
-            **{name: line[name] for name in KINDS},
-        )
-        for line in read(folder)
-    ]
+    found = []
+    for line in read(folder):
+        said = {name: line[name] for name in KINDS}
+        for name in ("metrics", "costs"):
+            said[name] = {key: float(value) for key, value in line[name].items()}
+        seconds = line.get("seconds")
+        seconds = None if seconds is None else float(seconds)
+        found.append(Result(run=str(folder), seconds=seconds, **said))
+    return found
 
 
 def check(line: Line, where: str) -> None:
@@ -106,15 +108,17 @@ def check(line: Line, where: str) -> None:
         value = line.get(name)
         if type(value) is not kind:
             raise ValueError(
-                f"{where}: {name} is {value!r:.50}, and must be a {kind.__name__}"
+                f"{where}: {name} is {repr(value)}, and must be a {kind.__name__}"
             )
-    numbers = {"seconds": line.get("seconds") or 0.0, **line["metrics"]}
-    for name, value in (numbers | line["costs"]).items():
+    numbers = line["metrics"] | line["costs"]
+    if line.get("seconds") is not None:
+        numbers |= {"seconds": line["seconds"]}
+    for name, value in numbers.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # (An integer that is larger than all floats is no number either.)
         if not number or not abs(value) <= sys.float_info.max:
             raise ValueError(
-                f"{where}: {name} is {value!r:.50}, and must be a finite number"
+                f"{where}: {name} is {repr(value)}, and must be a finite number"
             )
 
 
@@ -148,15 +152,14 @@ def put(
     for line in fresh:
         check(line, f"{folder / LINES}, the result of {line.get('method')}")
     now = {identity(line)[:2]: run_folder.whole(line["settings"]) for line in fresh}
+
+    def stays(line: Line) -> bool:
+        settings = run_folder.whole(line["settings"])
+        return not alike or settings == now.get(identity(line)[:2], settings)
+
     with alone(folder):
-        there = [
-            line
-            for line in read(folder)
-            if not alike
-            or run_folder.whole(line["settings"])
-            == now.get(identity(line)[:2], run_folder.whole(line["settings"]))
-        ]
-        lines = {identity(line): line for line in [*there, *fresh]}
+        old = filter(stays, read(folder))
+        lines = {identity(line): line for line in [*old, *fresh]}
         json_lines.write(folder / LINES, sort(lines.values(), order or {}))
 
 

@@ -285,10 +285,6 @@ class Log:
             values[f"{name}/value"] = np.asarray(z[name], np.float32)
         np.savez_compressed(self.folder / "gates.npz", **values)
 
-    def summary(self, summary: dict) -> None:
-        text = json.dumps(summary, indent=2)
-        (self.folder / "summary.json").write_text(text + "\n")
-
     def close(self) -> None:
         if self.events is not None:
             self.events.close()

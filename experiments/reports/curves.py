@@ -75,7 +75,7 @@ def _test_errors(run: Run) -> list[tuple[int, float, str, dict[str, Any]]]:
         ("last", "last epoch", dot),
         ("best_on_validation", "best on validation", ring),
     ):
-        found = run.summary.get(key) or {}
+        found = run.result.get(key) or {}
         if found.get("test_error") is not None:
             epoch, error = found.get("epoch", last), found["test_error"]
             label = f"test, {name}\n(epoch {epoch}): {error:.2f} %"

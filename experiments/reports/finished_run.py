@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.harness import results
+
 Vector = Float[np.ndarray, " units"]
 
 READERS = {
@@ -36,14 +38,14 @@ class Run(NamedTuple):
         epochs: the metrics of each epoch, in order; empty if none was finished.
         activity: by epoch, 0 for the start, P(z != 0) of each unit of each group.
         gates: at the end, `"<group>/prob_active"` and `"<group>/value"`.
-        summary: the results.
+        result: the line of `runs.jsonl`.
     """
 
     config: dict[str, Any]
     epochs: list[dict[str, Any]]
     activity: dict[int, dict[str, Vector]]
     gates: dict[str, Vector]
-    summary: dict[str, Any]
+    result: dict[str, Any]
 
 
 def read(folder: Path) -> Run:
@@ -51,8 +53,10 @@ def read(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: if one of its files is missing.
+        ValueError: if the run is of an older version.
     """
-    names = ("config.json", "metrics.jsonl", "gates.npz", "summary.json", "activity")
+    results.read(folder)
+    names = ("config.json", "metrics.jsonl", "gates.npz", results.LINES, "activity")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
@@ -69,7 +73,7 @@ def read(folder: Path) -> Run:
             for file in sorted((folder / "activity").glob("*.npz"))
         },
         gates=_arrays(folder / "gates.npz"),
-        summary=json.loads((folder / "summary.json").read_text()),
+        result=results.read(folder)[-1],
     )
 
 
@@ -108,7 +112,7 @@ def _strength(run: Run) -> list[str]:
 
 
 def by_rule(run: Run) -> str:
-    return f"by the test-time rule '{run.summary['test_rule']}'"
+    return f"by the test-time rule '{run.result['test_rule']}'"
 
 
 def pixels_read(run: Run, architecture: dict[str, int] | None = None) -> str:

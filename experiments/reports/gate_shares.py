@@ -8,6 +8,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.harness.results import by
 from experiments.reports.style import COLOURS, STYLE
 
 
@@ -15,9 +16,8 @@ def picture(results: list[dict[str, Any]]) -> Figure:
     """The expected share of the multiply-accumulates over the epochs."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(result["variant"] for result in results))
-    for at, name in enumerate(names):
-        its = [result["shares"] for result in results if result["variant"] == name]
+    for at, (name, lines) in enumerate(by(results, "method").items()):
+        its = [line["shares"] for line in lines]
         axes.plot(
             100 * np.array(its).T,
             color=COLOURS[at % len(COLOURS)],
@@ -27,13 +27,13 @@ def picture(results: list[dict[str, Any]]) -> Figure:
             zorder=2 + at % 2,
             label=[name] + [None] * (len(its) - 1),
         )
-    for target in {result["config"]["target"] for result in results} - {None}:
+    for target in {result["settings"]["target"] for result in results} - {None}:
         axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("epoch")
     axes.set_ylabel("multiply-accumulates expected, %")
     axes.set_ylim(0, 105)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    config = results[0]["config"]
+    config = results[0]["settings"]
     figure.suptitle(f"WRN-{config['depth']}-{config['factor']}, {config['dataset']}")
     return figure
 

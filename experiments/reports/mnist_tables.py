@@ -1,35 +1,31 @@
 """Tables of the rows of `experiments.mnist_rows`, and of bisection."""
 
-from collections import defaultdict
-
 import numpy as np
 
 from experiments import bisection, mnist_rows
+from experiments.harness import results
 from experiments.reports.printing import interval, markdown
 
 
 def by_row() -> dict[str, list[dict]]:
     """Results of each row, by seed."""
-    grouped = defaultdict(list)
-    for result in mnist_rows.results():
-        grouped[result["row"]].append(result)
-    return grouped
+    return results.by(results.read(mnist_rows.RESULTS), "row")
 
 
-def architectures(results: list[dict], which: str = "last") -> str:
+def architectures(its: list[dict], which: str = "last") -> str:
     """The surviving units of every seed, `219-214-100, …`."""
     return ", ".join(
         "-".join(str(n) for n in result[which]["architecture"].values())
-        for result in results
+        for result in its
     )
 
 
-def verdict(row: mnist_rows.Row, results: list[dict]) -> str:
+def verdict(row: mnist_rows.Row, its: list[dict]) -> str:
     """Whether the means are within the row's limits."""
     if row.weights_limit is None or row.error_limit is None:
         return ""
-    error = np.mean([r["last"]["test_error"] for r in results])
-    weights = np.mean([r["last"]["weights"] for r in results])
+    error = np.mean([r["metrics"]["test error"] for r in its])
+    weights = np.mean([r["last"]["weights"] for r in its])
     # Compared as printed, so that no reader finds a limit kept that is not.
     error, weights = float(f"{error:.2f}"), float(f"{weights:.0f}")
     kept = error <= row.error_limit and weights <= row.weights_limit
@@ -45,32 +41,32 @@ def published_units(name: str) -> bool:
     return row.weights_limit is not None and row.config.gates != "weight"
 
 
-def beside_published(name: str, results: list[dict]) -> list[str]:
+def beside_published(name: str, its: list[dict]) -> list[str]:
     """Of a row what is published, and what was found."""
     return [
         f"`{name}`",
         mnist_rows.ROWS[name].published,
-        f"{interval(r['last']['test_error'] for r in results)} %",
-        interval((r["last"]["weights"] for r in results), 0),
-        architectures(results),
+        f"{interval(r['metrics']['test error'] for r in its)} %",
+        interval((r["last"]["weights"] for r in its), 0),
+        architectures(its),
     ]
 
 
 def structured() -> str:
     """The table of the paper's four rows."""
     lines = []
-    for name, results in by_row().items():
+    for name, its in by_row().items():
         row = mnist_rows.ROWS[name]
         if not published_units(name):
             continue
         lines.append(
             [
-                *beside_published(name, results),
-                f"{interval(r['best_on_validation']['test_error'] for r in results)} %",
-                interval((r["best_on_validation"]["weights"] for r in results), 0),
-                str(len(results)),
-                str(results[0]["config"]["epochs"]),
-                verdict(row, results),
+                *beside_published(name, its),
+                f"{interval(r['best_on_validation']['test_error'] for r in its)} %",
+                interval((r["best_on_validation"]["weights"] for r in its), 0),
+                str(len(its)),
+                str(its[0]["settings"]["epochs"]),
+                verdict(row, its),
             ]
         )
     header = [
@@ -91,8 +87,8 @@ def structured() -> str:
 def weightwise() -> str:
     """The curve of error against single weights left."""
     lines = []
-    for name, results in by_row().items():
-        config = results[0]["config"]
+    for name, its in by_row().items():
+        config = its[0]["settings"]
         if config["gates"] != "weight":
             continue
         row = mnist_rows.ROWS[name]
@@ -102,14 +98,14 @@ def weightwise() -> str:
                 config["model"],
                 config["gate"],
                 ", ".join(f"{c:g}" for c in config["lam"]),
-                f"{interval(r['last']['test_error'] for r in results)} %",
-                interval((r["last"]["weights"] for r in results), 0),
-                architectures(results),
-                interval((r["shrunk"]["parameters"] for r in results), 0),
-                str(len(results)),
+                f"{interval(r['metrics']['test error'] for r in its)} %",
+                interval((r["last"]["weights"] for r in its), 0),
+                architectures(its),
+                interval((r["shrunk"]["parameters"] for r in its), 0),
+                str(len(its)),
                 str(config["epochs"]),
                 row.published,
-                verdict(row, results),
+                verdict(row, its),
             ]
         )
     header = [
@@ -132,13 +128,13 @@ def weightwise() -> str:
 def constrained() -> str:
     """The rows with a target in place of λ."""
     lines = []
-    for name, results in by_row().items():
-        if "excess" not in results[0]:
+    for name, its in by_row().items():
+        if "excess" not in its[0]:
             continue
-        config = results[0]["config"]
+        config = its[0]["settings"]
         dense = DENSE_PARAMETERS[config["model"]]
-        left = [100 * r["shrunk"]["parameters"] / dense for r in results]
-        misses = [100 * e for r in results for e in r["excess"].values()]
+        left = [100 * r["shrunk"]["parameters"] / dense for r in its]
+        misses = [100 * e for r in its for e in r["excess"].values()]
         met = sum(abs(miss) <= 1 for miss in misses)
         lines.append(
             [
@@ -146,10 +142,10 @@ def constrained() -> str:
                 target_of(config),
                 mnist_rows.ROWS[name].published,
                 f"{interval(left)} %",
-                f"{interval(r['last']['test_error'] for r in results)} %",
-                architectures(results),
+                f"{interval(r['metrics']['test error'] for r in its)} %",
+                architectures(its),
                 f"{max(map(abs, misses)):.2f} %, {met} of {len(misses)}",
-                str(len(results)),
+                str(len(its)),
                 str(config["epochs"]),
             ]
         )
@@ -170,19 +166,19 @@ def constrained() -> str:
 def bisected() -> str:
     """What it took to meet a target by bisection over λ."""
     lines = []
-    for result in bisection.results():
-        config, runs = result["config"], result["runs"]
+    for result in results.read(bisection.RESULTS):
+        told, runs = result["settings"], result["runs"]
         met = f"{result['lam']:.3g}" if result["lam"] else "not met"
         lines.append(
             [
-                f"{config['model']} on {config['dataset']}, {result['target']:g} of "
+                f"{told['model']} on {told['dataset']}, {told['target']:g} of "
                 "the gated weights",
                 met,
                 str(len(runs)),
-                str(len(runs) * config["epochs"]),
-                f"{100 * (runs[-1]['density'] / result['target'] - 1):+.2f} %",
-                f"{runs[-1]['test_error']:.2f} %",
-                str(config["seed"]),
+                str(len(runs) * told["epochs"]),
+                f"{100 * (runs[-1]['density'] / told['target'] - 1):+.2f} %",
+                f"{result['metrics']['test error']:.2f} %",
+                str(result["seed"]),
             ]
         )
     header = ["target", "c in λ = c/N", "runs", "epochs in all"]
@@ -220,8 +216,8 @@ def settings() -> str:
     """What each row's settings are, where they are not the defaults."""
     defaults = mnist_rows.mnist.scientific(mnist_rows.mnist.Config())
     lines = []
-    for name, results in by_row().items():
-        config = results[0]["config"]
+    for name, its in by_row().items():
+        config = its[0]["settings"]
         changed = ", ".join(
             f"{field} {value}"
             for field, value in config.items()
@@ -232,8 +228,8 @@ def settings() -> str:
             [
                 f"`{mnist_rows.command(name)}`",
                 changed or "defaults",
-                results[0]["test_rule"],
-                results[0]["jax"],
+                its[0]["test_rule"],
+                its[0]["made"]["versions"]["jax"],
             ]
         )
     header = [

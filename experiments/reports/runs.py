@@ -12,7 +12,6 @@ from experiments.harness.devices import PLACES
 from experiments.harness.results import Result
 from experiments.harness.run_folder import whole
 from experiments.reports.printing import interval, mean_and_half_width
-from experiments.reports.readers import READERS, of_folder
 
 
 def runs(*patterns: str | Path) -> list[Result]:
@@ -21,15 +20,16 @@ def runs(*patterns: str | Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: if a pattern matches no folder that holds results.
+        ValueError: as `results.read`.
     """
     found: list[Result] = []
     for pattern in patterns:
         folders = sorted(Path(each) for each in glob.glob(str(pattern)))
-        here = [result for folder in folders for result in of_folder(folder)]
+        here = [result for folder in folders for result in results.of_folder(folder)]
         if not here:
             raise FileNotFoundError(
                 f"{pattern} holds no results: give folders of runs, in which there is "
-                f"one of {', '.join(READERS)}"
+                f"{results.LINES}"
             )
         found += here
     return told_apart(found)
@@ -180,11 +180,9 @@ def write_csv(folder: Path, *own: str) -> None:
     else theirs does under some names."""
     rows = []
     for line in results.read(folder):
-        said = {
-            n: line[n] for n in ("study", "task", "method", "seed", "seconds", *own)
-        }
+        names = ("study", "task", "method", "seed", "seconds", *own)
+        said = {name: {"seconds": None, **line}[name] for name in names}
         listed = {n: " ".join(map(str, v)) for n, v in said.items() if type(v) is list}
         left = {f"{name} left": share for name, share in line["costs"].items()}
         rows.append(said | listed | line["metrics"] | left)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    csv_lines.write(folder / "runs.csv", rows, columns)
+    csv_lines.write(folder / "runs.csv", rows)

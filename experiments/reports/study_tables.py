@@ -1,5 +1,7 @@
 """Tables of the comparisons: gate families, channel pruning, relocation, WRN."""
 
+from typing import Any
+
 import numpy as np
 
 from experiments import (
@@ -14,7 +16,7 @@ from experiments import (
     relocation_report,
     wide_resnet,
 )
-from experiments.harness import json_lines
+from experiments.harness import results
 from experiments.reports import places
 from experiments.reports.printing import interval, markdown
 
@@ -22,20 +24,19 @@ from experiments.reports.printing import interval, markdown
 def compared() -> str:
     """The comparisons of gate families, a line for each family."""
     parts = []
-    for file in sorted(
-        (places.ROOT / "experiments" / "results").glob("families-*/results.csv")
-    ):
+    there = places.ROOT / "experiments" / "results"
+    for file in sorted(there.glob(f"families-*/{results.LINES}")):
         folder = file.parent.relative_to(places.ROOT)
-        rows = family_report.read(file)
+        rows = results.read(file.parent)
         seeds = {row["seed"] for row in rows}
-        first = rows[0]
+        first = rows[0]["settings"]
         parts.append(
             f"## Gate families: {first['model']} on {first['dataset']}\n\n"
             f"`{families_command(rows)} --out {folder}`: {first['epochs']} epochs and "
             f"{len(seeds)} seeds for every family and λ, in one program a family. Each "
             f"line is the family's λ with the lowest validation error among those that "
             f"leave no more than {100 * MOST_LEFT:.0f} % of the weights; "
-            f"[the whole table]({folder}/table.md), [as CSV]({folder}/results.csv).\n\n"
+            f"[the whole table]({folder}/table.md), [as CSV]({folder}/runs.csv).\n\n"
             f"{best_of_families(rows)}\n\n"
             f"![test error against weights left]({folder}/figures/frontier-weights.png)"
             "\n\n![test error against multiply-accumulates left]"
@@ -47,10 +48,10 @@ def compared() -> str:
 
 def channels() -> str:
     """Channel pruning: every method, and the two ablations of the paper."""
-    lines = channel_rows.results(channel_rows.COMPARISON)
+    lines = channel_rows.recorded(channel_rows.COMPARISON)
     if not lines:
         return ""
-    config = lines[0]["config"]
+    config = lines[0]["settings"]
     parts = [
         f"## Channel pruning: {config['model']} on {config['dataset']}",
         f"`python -m experiments.channel_rows {channel_rows.COMPARISON}`: "
@@ -72,7 +73,7 @@ def channels() -> str:
         parts += [f"![channels kept of each layer]({folder}/widths.png)"]
     weights, epsilons = channel_report.of_weights(), channel_report.of_epsilons()
     if weights:
-        ratio = next(iter(weights.values()))[0]["config"]["ratio"]
+        ratio = next(iter(weights.values()))[0]["settings"]["ratio"]
         title = (
             f"### The weight of the additional loss: DCP, {ratio:.0%} of the channels "
             "removed, before any training (table 6 of the paper)"
@@ -96,10 +97,10 @@ def within_one_budget() -> str:
     folder = channel_report.FOLDER.relative_to(channel_report.FOLDER.parents[2])
     parts = [cifar.section()]
     for row in channel_rows.FAIR:
-        lines = channel_rows.results(row)
+        lines = channel_rows.recorded(row)
         if not lines:
             continue
-        config = lines[0]["config"]
+        config = lines[0]["settings"]
         base, more = config["base"]["epochs"], config["after"]
         left = np.median([line["macs"][1] / line["macs"][0] for line in lines])
         parts += [
@@ -143,26 +144,26 @@ def relocations() -> str:
     parts = []
     for name, arguments in RELOCATIONS.items():
         folder = places.ROOT / "experiments" / "results" / f"relocation-{name}"
-        if not (folder / "results.csv").exists():
+        rows = results.read(folder)
+        if not rows:
             continue
-        rows = relocation_report.read(folder)
-        first, place = rows[0], folder.relative_to(places.ROOT)
-        seeds = " ".join(sorted({row["seed"] for row in rows}))
+        first, place = rows[0]["settings"], folder.relative_to(places.ROOT)
+        seeds = " ".join(map(str, sorted({row["seed"] for row in rows})))
         words = f"python -m experiments.relocation {arguments} --seeds {seeds}"
         parts += [
             f"### {first['model']} on {first['dataset']}"
             + (": what does it" if name.endswith("ablation") else ""),
             f"`{' '.join(words.split())} --out {place}`; "
-            f"[every run as CSV]({place}/results.csv).",
+            f"[every run as CSV]({place}/runs.csv).",
             relocation_report.table(rows),
             f"![accuracy of every heuristic]({place}/figures/spread.png)",
         ]
         if len({row["budget"] for row in rows}) > 1:
             parts += [f"![spread and budget]({place}/figures/variance.png)"]
-        if (folder / "course.csv").exists():
+        if (folder / "course").exists():
             parts += [
                 f"Then `python -m experiments.relocation_course {place}`, of 80 % and "
-                f"{relocation_course.BUDGET} steps; [as CSV]({place}/course.csv).",
+                f"{relocation_course.BUDGET} steps; [as CSV]({place}/course/runs.csv).",
                 *(
                     f"![{what}]({place}/figures/{file}.png)"
                     for file, what in COURSE.items()
@@ -197,35 +198,38 @@ def images_of(config: dict) -> str:
 
 def wide() -> str:
     """Gates on a wide residual network, a line for each variant."""
-    variants: dict[str, list[dict]] = {}
-    for result in json_lines.read(wide_resnet.RESULTS):
-        variants.setdefault(result["variant"], []).append(result)
+    variants = results.by(results.read(wide_resnet.RESULTS), "method")
     if not variants:
         return ""
     lines = []
     for name, found in variants.items():
-        target = found[0]["config"]["target"]
+        target = found[0]["settings"]["target"]
+        kept, expected = (
+            [line["costs"][name] for line in found]
+            for name in ("macs", "macs expected")
+        )
+        removed = [r["metrics"].get("removed test error") for r in found]
         lines.append(
             [
                 name,
                 f"{interval(100 * r['shares'][0] for r in found)} %",
-                f"{interval(100 * r['expected'] for r in found)} %",
+                f"{interval(100 * share for share in expected)} %",
                 "-"
                 if target is None
                 else ", ".join(
-                    f"{100 * (r['expected'] / target - 1):+.1f} %" for r in found
+                    f"{100 * (share / target - 1):+.1f} %" for share in expected
                 ),
-                f"{interval(100 * r['kept'] for r in found)} %",
-                f"{interval(r['gated']['test'] for r in found)} %",
-                f"{interval(r['shrunk']['test'] for r in found)} %"
-                if all("shrunk" in r for r in found)
+                f"{interval(100 * share for share in kept)} %",
+                f"{interval(r['metrics']['test error'] for r in found)} %",
+                f"{interval(removed)} %"
+                if None not in removed
                 else "a layer has closed",
                 str(len(found)),
             ]
         )
     header = ["variant", "MACs expected at first", "at the end", "off the target"]
     header += ["kept by the rule", "test error", "test error when removed", "seeds"]
-    config = next(iter(variants.values()))[0]["config"]
+    config = next(iter(variants.values()))[0]["settings"]
     most = max(variants.values(), key=len)
     seeds = " ".join(str(result["seed"]) for result in most)
     return "\n\n".join(
@@ -235,8 +239,8 @@ def wide() -> str:
             f"--record`: {images_of(config)} images of {config['dataset']}, "
             f"{config['recipe']['epochs']} epochs of SGD.",
             markdown(header, lines),
-            "![multiply-accumulates over the epochs](experiments/results/"
-            "wide_resnet.png)",
+            "![multiply-accumulates over the epochs](experiments/results/wide-resnet/"
+            f"{wide_resnet.PICTURE})",
         ]
     )
 
@@ -246,11 +250,11 @@ MOST_NAMED = 12
 
 def rules() -> str:
     """The rule that fills the budget against the others."""
-    lines = json_lines.read(deciding.RESULTS)
+    lines = results.read(deciding.RESULTS)
     if not lines:
         return ""
     seeds = " ".join(sorted({str(line["seed"]) for line in lines}))
-    names = " ".join(dict.fromkeys(line["network"] for line in lines))
+    names = " ".join(results.by(lines, "network"))
     return "\n\n".join(
         [
             "## Which units stay within a target",
@@ -266,13 +270,13 @@ def rules() -> str:
 
 def edges() -> str:
     """Edges of compiled transformers that gates keep, beside the known graphs."""
-    lines = json_lines.read(circuits.RESULTS)
+    lines = results.read(circuits.RESULTS)
     if not lines:
         return ""
     seeds = " ".join(sorted({str(line["seed"]) for line in lines}))
-    names = dict.fromkeys(line["program"] for line in lines)
+    names = results.by(lines, "task")
     pictures = [
-        f"![edges of {name}](experiments/results/circuits-{name}.png)" for name in names
+        f"![edges of {name}](experiments/results/circuits/{name}.png)" for name in names
     ]
     return "\n\n".join(
         [
@@ -287,15 +291,15 @@ def edges() -> str:
     )
 
 
-def families_command(rows: list[dict[str, str]]) -> str:
+def families_command(rows: list[dict[str, Any]]) -> str:
     """The command that makes these lines of a comparison, but for its folder."""
-    defaults = families.Config()
+    defaults, told = families.Config(), rows[0]["settings"]
     words = ["python -m experiments.families"]
     for option, its, default in (
-        ("dataset", {rows[0]["dataset"]}, {defaults.dataset}),
-        ("model", {rows[0]["model"]}, {defaults.model}),
-        ("epochs", {int(rows[0]["epochs"])}, {defaults.epochs}),
-        ("lam", {float(row["lam"]) for row in rows}, set(defaults.lam)),
+        ("dataset", {told["dataset"]}, {defaults.dataset}),
+        ("model", {told["model"]}, {defaults.model}),
+        ("epochs", {told["epochs"]}, {defaults.epochs}),
+        ("lam", {row["lam"] for row in rows} - {None}, set(defaults.lam)),
         ("seeds", {len({row["seed"] for row in rows})}, {defaults.seeds}),
         ("families", {row["family"] for row in rows}, set(defaults.families)),
     ):
@@ -308,35 +312,37 @@ def families_command(rows: list[dict[str, str]]) -> str:
 MOST_LEFT = 0.26  # 74 % pruned, as by the paper's hard concrete gates with one λ
 
 
-def best_of_families(rows: list[dict[str, str]]) -> str:
+def best_of_families(rows: list[dict[str, Any]]) -> str:
     """One line for each family."""
     lines = []
-    for (family,), its in family_report.by(rows, "family").items():
-        points = family_report.by(
-            [row for row in its if row["rule"] == family_report.RULE], "lam"
-        )
+    for family, of in results.by(rows, "family").items():
+        its = [
+            row
+            for row in of
+            if row["rule"] == family_report.RULE and row["lam"] is not None
+        ]
         within = {
             lam: found
-            for (lam,), found in points.items()
+            for lam, found in results.by(its, "lam").items()
             if family_report.numbers(found, "weights").mean()
-            <= MOST_LEFT * float(found[0]["dense_weights"])
+            <= MOST_LEFT * found[0]["dense_weights"]
         }
         if not within:
             lines.append([family, "none", *[""] * 6])
             continue
         lam, found = min(
             within.items(),
-            key=lambda pair: family_report.numbers(pair[1], "validation_error").mean(),
+            key=lambda pair: family_report.numbers(pair[1], "validation error").mean(),
         )
         of = {
             name: family_report.numbers(found, name)
-            for name in ("test_error", "weights", "undecided", "gradient_variance")
+            for name in ("test error", "weights", "undecided", "gradient_variance")
         }
         lines.append(
             [
                 family,
-                lam,
-                f"{interval(of['test_error'])} %",
+                f"{lam:g}",
+                f"{interval(of['test error'])} %",
                 interval(of["weights"], 0),
                 ", ".join(row["architecture"] for row in found),
                 ""

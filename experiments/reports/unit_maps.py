@@ -55,7 +55,7 @@ def pixels(run: Run) -> Figure:
 
 def pixel_map(run: Run, values: Vector) -> Image:
     """One value per pixel, as an image; the mean over colours, if there are any."""
-    return values.reshape(run.summary["shape"]).mean(-1)
+    return values.reshape(run.result["shape"]).mean(-1)
 
 
 def animate(run: Run, file: Path) -> None:
