@@ -298,3 +298,20 @@ def test_what_devices_can_t_do_is_refused(name, case, tmp_path, monkeypatch):
     with studies.small(), pytest.raises(ValueError, match=message):
         study.main(dataclasses.replace(study.config, out=out, **flags))
     assert not out.exists()
+
+
+def test_members_train_on_as_many_devices_as_somebody_said(run_python):
+    """There may be more of them than cores."""
+    program = (
+        "import sys, jax\n"
+        "from experiments import families\n"
+        "def main(config):\n"
+        "    print(jax.device_count())\n"
+        "    raise ValueError('enough')\n"
+        "families.main, sys.argv = main, ['families']\n"
+        "try:\n"
+        "    families.cli()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+    )
+    assert run_python(program, devices=5).split() == ["5"]
