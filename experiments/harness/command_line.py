@@ -33,6 +33,7 @@ def parse(
     early.add_argument("--preset")
     told, _ = early.parse_known_args()
     default: Any = kind()
+    its: Any
     flags: list[Any] = [("config", Annotated[kind, tyro.conf.arg(name="")])]
     if quick is not None:
         its = Annotated[bool, tyro.conf.arg(help=about)]
