@@ -130,8 +130,8 @@ def cli() -> None:
         "all families in three minutes: digits, one seed, two λ, 30 epochs in which "
         "gates are trained fast",
     )
-    # One device per core, each of which trains members of its own, unless somebody has
-    # said how many. (Of the CPU: where there is an accelerator, JAX goes on taking that.)
+    # One device per core, each of which trains members of its own, if nobody has said
+    # how many. (Of the CPU: where there is an accelerator, JAX goes on taking that.)
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     try:

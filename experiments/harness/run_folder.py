@@ -19,7 +19,7 @@ from l0jax import costs
 
 CONFIG = "config.json"
 LATENCY = "latency.json"
-ADDED = {"compute": "float32"}
+ADDED = {"compute": "float32", "moved": 0}
 """Settings that flags were added for when there were records without them, and what
 these were run with. Where they are that, they are not recorded, so that a run has one
 record and one folder before the flag and after it."""
