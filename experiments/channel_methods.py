@@ -7,7 +7,7 @@ it gives flags of what is kept and the smaller network, which is then trained. A
 
 import bisect
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from experiments.channel_run import (
     shrunk,
 )
 from experiments.channel_settings import selection_of
-from experiments.family_settings import LEAK
+from experiments.family_settings import best_mixture, cooled
 from experiments.tasks.images import batches_of
 from l0jax import costs, gates, methods, models, train, units
 from l0jax.checkpoints import Checkpoints
@@ -208,23 +208,18 @@ def from_scratch(run: Run, base: nnx.Module, structure: Structure):
 # ----------------------------------------------------- what trains while units close
 
 
-def gated(run: Run, base: Any, structure: Structure, *, gate: gates.Gate):
+def gated(run: Run, base: Any, structure: Structure, *, made: Callable[[], gates.Gate]):
     """L0 regularisation of the base network within the budget (Louizos et al. 2018): a
     gate on every channel, a constraint on the expected cost, and in the end the
     channels with the largest logits, as many as fit."""
-    config = run.config
+    config, gate = run.config, made()
     recipe, steps = run.closing()
-    temperature = None
-    if isinstance(gate, gates.Mixture):
-        begin = float(gate.temperature)
-        factor = gate.scale_at_leak(LEAK) / begin
-        temperature = optax.exponential_decay(begin, steps, factor)
     trainer = run.trained(
         f"{run.method}-gates",
         base,
         recipe,
         structure=structure,
-        gate=train.Learned(gate, config.keep_prob, temperature),
+        gate=train.Learned(gate, config.keep_prob, cooled(gate, steps)),
         gate_optimizer=optax.adam(config.gate_learning_rate),
         target=train.Target(
             costs.COSTS[config.cost],
@@ -279,15 +274,13 @@ METHODS: dict[str, Method] = {
     "width_multiplier": Method(from_scratch, scratch=True),
     "width_multiplier_plus": Method(from_scratch, scratch=True, heads=True),
     "l0_hard_concrete": Method(
-        functools.partial(gated, gate=gates.HardConcrete()), closes=True
+        functools.partial(gated, made=gates.HardConcrete), closes=True
     ),
     "l0_mixture": Method(
-        functools.partial(gated, gate=gates.Mixture(gates.make_pair("beta"))),
+        functools.partial(gated, made=best_mixture),
         closes=True,
     ),
-    "l0_bernoulli": Method(
-        functools.partial(gated, gate=gates.Bernoulli()), closes=True
-    ),
+    "l0_bernoulli": Method(functools.partial(gated, made=gates.Bernoulli), closes=True),
     "soft_relocation": Method(functools.partial(relocated, fit=False), closes=True),
     "soft_least_squares": Method(functools.partial(relocated, fit=True), closes=True),
 }

@@ -2,6 +2,7 @@
 
     python -m experiments.channel_pruning --model resnet20 --method dcp --ratio 0.5
     python -m experiments.channel_pruning --method all --seeds 0 1 2
+    python -m experiments.channel_pruning --preset zhuang2018-resnet56   # on a GPU
 
 A base network is trained, or read from the run folder. Each method removes the same
 share of the channels of each layer, but for network slimming and gates, which leave as
@@ -13,17 +14,17 @@ of a layer too.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments.channel_methods import METHODS
 from experiments.channel_run import Run, network, prunable, ratio_of
 from experiments.channel_settings import OF_BASE, UNTOLD, Config, check, epochs_after
-from experiments.harness import results, run_folder
+from experiments.harness import command_line, results, run_folder
 from experiments.harness.loop import Diverged
+from experiments.published_settings import CHANNEL_PRUNING
 from experiments.tasks import data
 from experiments.tasks.images import check_filled, images_of
 
@@ -70,7 +71,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def cli() -> None:
-    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    config = command_line.parse(Config, __doc__, presets=CHANNEL_PRUNING)
     try:
         found = main(config)
     except (ValueError, Diverged, data.DataError, OSError) as error:

@@ -40,7 +40,7 @@ RESNET20 = Recipe(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(devices.OnDevices):
+class Config(devices.OnHosts):
     """Train a network on images."""
 
     dataset: str = "cifar10"
@@ -72,6 +72,7 @@ UNTOLD = ("seeds", "test", "out", "record", "progress", *devices.PLACES)
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Runs what is missing; all lines of the folder."""
+    devices.begin(config)
     check_network(config.model, config.width)
     config.base.check("base")
     devices.check(config, config.base.batch_size)
@@ -90,7 +91,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         if (seed,) not in results.there(folder, "seed"):
             line = one(config, dataset, folder, seed)
             results.put(folder, [{"settings": settings, **line}])
-    if config.record:
+    if config.record and devices.is_first():
         record(folder, recorded(config.dataset, model))
     return results.read(folder)
 
@@ -134,7 +135,8 @@ def one(
     # Of what went on where it was killed nobody knows all seconds.
     seconds = None if done else time.perf_counter() - begun
     trained = trainer.trained()
-    storage.save(trained, folder / f"base-{seed}")
+    if devices.is_first():
+        storage.save(trained, folder / f"base-{seed}")
     found = errors(trained, dataset, images)
     structure = trace(trained, example)
     return {
@@ -186,6 +188,8 @@ def cli() -> None:
         found = main(config)
     except (ValueError, Diverged, data.DataError, OSError) as error:
         raise SystemExit(f"experiments.cifar: {error}") from None
+    if not devices.is_first():
+        return
     for line in found:
         said = [
             f"{name} {value:.2f} %"

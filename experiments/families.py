@@ -90,9 +90,10 @@ def cli() -> None:
         "all families in three minutes: digits, one seed, two λ, 30 epochs in which "
         "gates are trained fast",
     )
-    # One device per core, each of which trains members of its own. (Of the CPU: where
-    # there is an accelerator, JAX goes on taking that.)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    # One device per core, each of which trains members of its own, if nobody has said
+    # how many. (Of the CPU: where there is an accelerator, JAX goes on taking that.)
+    if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     try:
         found = main(config)
     except (ValueError, data.DataError, OSError) as error:

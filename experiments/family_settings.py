@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import optax
+
 from experiments.harness import devices, ranges
 from l0jax import gates
 from l0jax.estimators import ESTIMATORS
@@ -37,6 +39,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "variational_dropout": {"gate": "variational_dropout"},
     "information_bottleneck": {"gate": "information_bottleneck"},
 }
+
+
+def best_mixture() -> gates.Mixture:
+    """That of the pair which stands for all of them beside other methods."""
+    return gates.Mixture(gates.make_pair("beta"))
+
+
+def cooled(gate: gates.Gate, steps: int) -> optax.Schedule | None:
+    """The temperature of a mixture over so many steps, down to `LEAK`; others keep
+    theirs."""
+    if not isinstance(gate, gates.Mixture):
+        return None
+    begin = float(gate.temperature)
+    return optax.exponential_decay(begin, steps, gate.scale_at_leak(LEAK) / begin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,9 @@ class Config(devices.OnDevices):
     """share of the pixels that the dense network doesn't see, others at each step"""
     dropped_later: float = 0.1
     """the same while it closes, and of what is left"""
+    moved: int = 0
+    """pixels by which training images are moved at most, others at each step, up or
+    down and left or right"""
     distil: float = 0.9
     """weight of what the dense network says; that of the labels is what is missing to
     one"""
@@ -108,6 +111,7 @@ class Config(devices.OnDevices):
 
 RANGES = {
     "be at least 1": ("weights", "dense", "closing", "tuning", "batch_size"),
+    "be >= 0": ("moved",),
     "be > 0": ("learning_rate", "gate_learning_rate", "multiplier_rate", "softness"),
     "lie in [0, 1]": ("distil", "reached"),
     "lie in [0, 1)": ("dropped", "dropped_later"),
@@ -199,7 +203,9 @@ class Closed:
         begun = time.perf_counter()
         of_dense = self.trained("dense", self.model, self.config.dense)
         dense = of_dense[0].whole_model(of_dense[1])
-        self.examples = self.examples._replace(teacher=said_by(dense, self.dataset))
+        self.examples = self.examples._replace(
+            teacher=said_by(dense, self.dataset, self.config.moved)
+        )
         closed, training, state = self.closed(dense)
         final = training.whole_model(state)
         kernels = [
@@ -287,6 +293,7 @@ class Closed:
                 dropped,
                 config.distil,
                 config.softness,
+                config.moved,
             ),
             optimizer=optax.adamw(rate, weight_decay=config.weight_decay),
             polyak=config.polyak,

@@ -7,7 +7,7 @@ table and picture.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 import l0jax.nnx
-from experiments.family_settings import LEAK
+from experiments.family_settings import best_mixture, cooled
 from experiments.language_run import (
     Keep,
     Method,
@@ -191,16 +191,11 @@ def from_scratch(run: Run, base: Decoder):
     return keep, Decoder(**sizes, rngs=rngs)
 
 
-def gated(run: Run, base: Decoder, *, gate: gates.Gate):
+def gated(run: Run, base: Decoder, *, made: Callable[[], gates.Gate]):
     """Gates on all units while the base trains on, with a constraint on the expected
     cost; in the end the units with the largest logits, as many as fit."""
-    config = run.config
+    config, gate = run.config, made()
     steps = run.steps(config.tune, config.closing)
-    temperature = None
-    if isinstance(gate, gates.Mixture):
-        begin = float(gate.temperature)
-        factor = gate.scale_at_leak(LEAK) / begin
-        temperature = optax.exponential_decay(begin, steps, factor)
     of: Any = run.cost(base), config.left
     if config.shape:
         structure = structure_of(base, config.gated)
@@ -211,7 +206,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
         base,
         gate,
         config.gate_learning_rate,
-        temperature,
+        cooled(gate, steps),
         target=train.Target(
             *of, warm_up=round(config.reached * steps), rate=config.multiplier_rate
         ),
@@ -219,7 +214,7 @@ def gated(run: Run, base: Decoder, *, gate: gates.Gate):
     return decided(run, trained, trained.training.decide(trained.state))
 
 
-def factored(run: Run, base: Decoder, *, gate: gates.DGating):
+def factored(run: Run, base: Decoder):
     """Factors of all units while the base trains on, at a price for the norms of what
     they multiply (D-Gating, Kolb et al. 2025). No probability is paid, which a target
     could push; and what is paid for units of one kind doesn't compare with another
@@ -227,7 +222,7 @@ def factored(run: Run, base: Decoder, *, gate: gates.DGating):
     config = run.config
     # (Factors are about 1, where other gates have logits.)
     rate = config.gate_learning_rate / 10
-    trained = gates_trained(run, base, gate, rate, price=config.price)
+    trained = gates_trained(run, base, gates.DGating(), rate, price=config.price)
     learned = trained.training.decide(trained.state, "mean")
     keep = chosen(run, base, structure_of(base, config.gated), learned.z)
     z = {name: values * keep[name] for name, values in learned.z.items()}
@@ -292,12 +287,10 @@ SCORES: dict[str, Method] = {
 }
 """What a number for each unit decides."""
 GATES: dict[str, Method] = {
-    "l0_hard_concrete": Method(functools.partial(gated, gate=gates.HardConcrete())),
-    "l0_bernoulli": Method(functools.partial(gated, gate=gates.Bernoulli())),
-    "l0_mixture": Method(
-        functools.partial(gated, gate=gates.Mixture(gates.make_pair("beta")))
-    ),
-    "d_gating": Method(functools.partial(factored, gate=gates.DGating())),
+    "l0_hard_concrete": Method(functools.partial(gated, made=gates.HardConcrete)),
+    "l0_bernoulli": Method(functools.partial(gated, made=gates.Bernoulli)),
+    "l0_mixture": Method(functools.partial(gated, made=best_mixture)),
+    "d_gating": Method(factored),
 }
 """What is learned with the weights."""
 METHODS: dict[str, Method] = {

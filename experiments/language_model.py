@@ -17,7 +17,7 @@ stored as it comes, and a run that was killed goes on where it was.
 import dataclasses
 from typing import Any
 
-from experiments.harness import command_line, results, run_folder
+from experiments.harness import command_line, devices, results, run_folder
 from experiments.harness.loop import Diverged
 from experiments.language_methods import METHODS, check_budget
 from experiments.language_run import Run
@@ -28,6 +28,7 @@ from experiments.tasks.dataset import DataError
 
 def main(config: Config) -> dict[str, Any]:
     """Runs what is missing; returns the folder and all its results."""
+    devices.begin(config)
     if config.method == ("all",):
         config = dataclasses.replace(config, method=tuple(METHODS))
     check(config, METHODS)
@@ -55,6 +56,8 @@ def main(config: Config) -> dict[str, Any]:
             **run.result(),
         }
         results.put(folder, [line])
+    if not devices.is_first():
+        return {"folder": str(folder), "results": []}
     # Imported at the end, when its second no longer delays the first step.
     from experiments import language_report
 
@@ -70,6 +73,8 @@ def cli() -> None:
         found = main(config)
     except (ValueError, Diverged, DataError, OSError) as error:
         raise SystemExit(f"experiments.language_model: {error}") from None
+    if not devices.is_first():
+        return
     for line in found["results"]:
         metrics, share = line["metrics"], line["costs"][config.cost]
         print(

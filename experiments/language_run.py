@@ -1,5 +1,6 @@
 """One way to a smaller language model: from the base to what is left of it."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -16,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 import l0jax.nnx
 from experiments import language_latency
-from experiments.harness import loop
+from experiments.harness import devices, loop
 from experiments.harness.alone import alone
 from experiments.language_settings import LATENCY, Config, Recipe
 from experiments.language_training import Windows, adam, loss, said_by
@@ -146,10 +147,11 @@ class Run:
         folder = (self.config.base_from or self.folder) / f"base-{self.seed}"
         if self.config.base_from is not None:
             return _stored(folder)
-        # Other methods of this folder wait for it.
-        with alone(self.folder / "checkpoints" / f"base-{self.seed}"):
+        # Other methods of this folder wait for it; not those who train it together.
+        its = self.folder / "checkpoints" / f"base-{self.seed}"
+        with alone(its) if devices.is_first() else contextlib.nullcontext():
             # (Written when it has been trained.)
-            if (folder / storage.ARCHITECTURE).exists():
+            if devices.agreed((folder / storage.ARCHITECTURE).exists()):
                 return _stored(folder)
             return self.new_base(folder)
 
@@ -158,7 +160,8 @@ class Run:
         model = self.new(self.named("weights"))
         recipe = self.config.base
         trained = self.trained("base", model, recipe).whole_model
-        storage.save(trained, folder)
+        if devices.is_first():
+            storage.save(trained, folder)
         return trained
 
     def closing(self, name: str, base: Decoder, **how: Any) -> "Trained":
@@ -219,7 +222,7 @@ class Run:
             run.training, run.state = run.training.compact(
                 run.state, run.examples_to_come
             )
-        return Trained(run.training, run.state)
+        return Trained(*devices.alone(run.training, run.state))
 
     def cost(self, base: Decoder) -> costs.Cost:
         """Of what a share is left.
@@ -272,7 +275,8 @@ class Run:
         tuned = self.trained(name, small, recipe, teacher).whole_model
         # Of what went on where it was killed nobody knows all seconds.
         seconds = None if self.resumed else time.perf_counter() - begun
-        storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
+        if devices.is_first():
+            storage.save(tuned, self.folder / f"{self.method}-{self.seed}")
         compared = report(base, tuned, self.example(1), batch_sizes=(1, 32), calls=9)
         sizes = [list(each) for each in tuned.sizes]
         return {

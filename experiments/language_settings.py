@@ -34,7 +34,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(devices.OnDevices):
+class Config(devices.OnHosts):
     """Take a share out of a language model."""
 
     method: tuple[str, ...] = ("l0_hard_concrete",)

@@ -2,6 +2,7 @@
 
     python -m experiments.mnist                        # 8x8 digits, no network needed
     python -m experiments.mnist --dataset mnist --model lenet5 --epochs 100
+    python -m experiments.mnist --preset louizos2018-lenet5   # settings of a paper
 
 Trains the 784-300-100 MLP or LeNet-5-Caffe with a gate on every unit or every weight,
 shows it happening, and leaves a folder with the configuration, a line of metrics per
@@ -16,16 +17,15 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
 import l0jax.nnx
-from experiments.harness import devices, results, run_folder
+from experiments.harness import command_line, devices, results, run_folder
 from experiments.harness.loop import Diverged, Run
 from experiments.mnist_evaluation import (
     EVALUATION_BATCH,
@@ -38,6 +38,7 @@ from experiments.mnist_evaluation import (
 )
 from experiments.mnist_settings import Config, check, rule_of, scientific, targets
 from experiments.mnist_training import latency_table, network, training_of
+from experiments.published_settings import MNIST
 from experiments.tasks import data
 from l0jax import costs, models, storage
 from l0jax.compaction import removable
@@ -362,7 +363,7 @@ def budget_lines(budget: dict[str, dict[str, float]]) -> list[str]:
 
 
 def cli() -> None:
-    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    config = command_line.parse(Config, __doc__, presets=MNIST)
     try:
         summary = main(config)
     except (ValueError, Diverged, data.DataError, OSError) as error:

@@ -10,26 +10,26 @@ decay that doesn't close gates, gates after batch normalisation or a normalisati
 knows of closed maps, a constraint that ends at its target. With `--record` each result
 becomes a line of `experiments/results/wide-resnet/runs.jsonl`. Killed runs go on.
 
-The defaults are as small as two cores can train: WRN-10-1 on a part of the images. The
-paper's are `--depth 28 --factor 10 --examples 45000 --recipe.epochs 200`.
+The defaults are as small as two cores can train: WRN-10-1 on a part of the images.
+`--preset louizos2018` is WRN-28-10 as in the paper, `gallego2022` with the remedy.
 """
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 import l0jax.nnx
 from experiments.channel_run import prunable
-from experiments.harness import devices, results, run_folder
+from experiments.harness import command_line, devices, results, run_folder
 from experiments.harness.loop import Run, by_step
+from experiments.published_settings import WIDE_RESNET
 from experiments.reports import places
 from experiments.reports.gate_shares import draw
 from experiments.tasks import data
@@ -373,7 +373,7 @@ def masked(params: Any, groups: Groups, reads: Groups) -> Any:
 
 
 def cli() -> None:
-    config = tyro.cli(Annotated[Config, tyro.conf.arg(name="")], description=__doc__)
+    config = command_line.parse(Config, __doc__, presets=WIDE_RESNET)
     try:
         found = main(config)
     except (ValueError, FloatingPointError, data.DataError, OSError) as error:

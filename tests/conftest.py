@@ -68,7 +68,12 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
-def pytest_collection_modifyitems(items):
+TURN = "SLOW_TURN"
+"""Where `1/3` stands there, slow members of sweeps take turns: only those of one third
+are run, and those of the others at `0/3` and `2/3`."""
+
+
+def pytest_collection_modifyitems(config, items):
     """Marks as slow what is so by name, and of each sweep all members but some.
 
     Which ones differs from law to law, so that every network and every family of gates
@@ -89,6 +94,21 @@ def pytest_collection_modifyitems(items):
         for at, item in enumerate(members):
             if at not in chosen:
                 item.add_marker(pytest.mark.slow)
+    if TURN in os.environ:
+        runs, waits = [], []
+        for item in items:
+            slow = item.get_closest_marker("slow")
+            now = not slow or has_its_turn(item.nodeid, os.environ[TURN])
+            (runs if now else waits).append(item)
+        config.hook.pytest_deselected(items=waits)
+        items[:] = runs
+
+
+def has_its_turn(name, turn):
+    """Whether a slow test runs in a turn such as `1/3`. One that is no member of a
+    sweep always does."""
+    at, of = map(int, turn.split("/"))
+    return "[" not in name or zlib.crc32(name.encode()) % of == at
 
 
 MAPS = Path("/proc/self/maps")

@@ -23,8 +23,8 @@ from experiments import (
     relocation_settings,
     wide_resnet,
 )
-from experiments.harness import loop
-from experiments.harness.devices import OnDevices
+from experiments.harness import devices, loop
+from experiments.harness.devices import OnDevices, OnHosts
 from experiments.relocation_settings import Network
 from experiments.tasks import text
 from experiments.tasks.images import Recipe
@@ -143,8 +143,8 @@ def losses(name: str, folder: Path, **flags: Any) -> dict[str, list[float]]:
     study, found = STUDIES[name], {}
     checked, swept = loop.Run._check, train.Sweep.epoch
 
-    def noted(devices: int, means: Any) -> None:
-        found.setdefault(str(devices), []).extend(means)
+    def noted(count: int, means: Any) -> None:
+        found.setdefault(str(count), []).extend(means)
 
     def of_run(run, totals, epoch):
         mesh = run.training.placement.mesh
@@ -162,6 +162,16 @@ def losses(name: str, folder: Path, **flags: Any) -> dict[str, list[float]]:
         patch.setattr(train.Sweep, "epoch", of_sweep)
         study.main(dataclasses.replace(study.config, out=folder, **flags))
     return found
+
+
+def on_hosts(folder: str, names: Iterable[str]) -> None:
+    """Prints the losses of studies in which several processes train together."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags: dict[str, Any] = {"mesh": "data=2", "distributed": True}
+    # (What makes them small uses JAX before they could join.)
+    devices.begin(OnHosts(distributed=True))
+    found = {name: losses(name, Path(folder) / name, **flags) for name in names}
+    print(json.dumps([jax.process_index(), found]))
 
 
 def main(folder: str, names: Iterable[str]) -> None:

@@ -29,8 +29,8 @@ FLAGS = (
 )
 
 
-def run(folder, devices_each, *flags, processes=1):
-    """Runs `experiments.mnist` in so many processes; the log of the first one."""
+def started_together(command, devices_each, processes):
+    """What each of so many processes that train together printed, the first first."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -45,10 +45,7 @@ def run(folder, devices_each, *flags, processes=1):
         }
         found.append(
             subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "experiments.mnist", *FLAGS, *flags),
-                    *("--out", str(folder)),
-                ],
+                [sys.executable, *command],
                 env={
                     **os.environ,
                     **{"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"},
@@ -60,29 +57,36 @@ def run(folder, devices_each, *flags, processes=1):
                 text=True,
             )
         )
+    printed = []
     for process in found:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error[-3000:] + out[-3000:]
+        printed.append(out)
+    return printed
+
+
+def run(folder, devices_each, *flags, processes=1):
+    """Runs `experiments.mnist` in so many processes; the log of the first one."""
+    command = ("-m", "experiments.mnist", *FLAGS, *flags, "--out", str(folder))
+    started_together(command, devices_each, processes)
     return json_lines.read(folder / "metrics.jsonl")
 
 
 @pytest.mark.slow
 def test_processes_leave_the_run_folder_of_one(tmp_path):
-    """On one device, eight, and twice four with split parameters: the same run, which
-    goes on on other devices than it began on."""
+    """On one device, and twice four with split parameters: the same run, which goes on
+    on other devices than it began on."""
     alone = run(tmp_path / "one", 1)
-    eight = run(tmp_path / "eight", 8, "--mesh", "data=8")
     begun = ("--stop-after", "4")
     both = ("--mesh", "data=4,model=2", "--shard", "model", "--distributed")
     run(tmp_path / "two", 1, *begun)
     two = run(tmp_path / "two", 4, *both, "--resume", processes=2)
-    for found in (eight, two):
-        assert [row["epoch"] for row in found] == list(range(1, 13))
-        for row, expected in zip(found, alone, strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-            assert row["decided"] == pytest.approx(expected["decided"], rel=2e-2)
+    assert [row["epoch"] for row in two] == list(range(1, 13))
+    for row, expected in zip(two, alone, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert row["decided"] == pytest.approx(expected["decided"], rel=2e-2)
     assert alone[-1]["architecture"] != alone[0]["architecture"]
-    summaries = [results.read(tmp_path / name)[-1] for name in ("one", "eight", "two")]
+    summaries = [results.read(tmp_path / name)[-1] for name in ("one", "two")]
     for summary in summaries:
         assert summary["shrunk"]["max_relative_difference"] < 1e-5
         assert summary["metrics"]["test error"] == pytest.approx(
@@ -163,6 +167,41 @@ def test_studies_train_on_two_devices_as_on_one(names, tmp_path, run_python):
         assert set(two) == {"2"}, name
         assert len(two["2"]) == len(one["1"]) > 0
         assert two["2"] == pytest.approx(one["1"], rel=1e-3), name
+
+
+TOGETHER = {"cifar", "language_model"}
+
+
+@pytest.mark.slow
+def test_processes_train_other_studies_together_too(tmp_path):
+    """Both say the same losses, which are those of one device; the first writes."""
+    assert {
+        name for name in STUDIES if isinstance(STUDIES[name].config, OnHosts)
+    } == TOGETHER | {"mnist"}
+    program = (
+        f"from tests import studies; studies.on_hosts({str(tmp_path)!r}, "
+        f"{sorted(TOGETHER)})"
+    )
+    printed = started_together(("-c", program), 1, 2)
+    told = [json.loads(each.splitlines()[-1]) for each in printed]
+    assert [at for at, _ in told] == [0, 1]
+    assert told[0][1] == told[1][1]
+    for name in TOGETHER:
+        alone = studies.losses(name, tmp_path / "one" / name, mesh="data=1")
+        assert told[0][1][name]["2"] == pytest.approx(alone["1"], rel=1e-3), name
+        files = [
+            {
+                str(file.relative_to(folder))
+                for file in folder.rglob("*")
+                if "checkpoints" not in file.parts
+            }
+            for folder in (tmp_path / name, tmp_path / "one" / name)
+        ]
+        assert files[0] == files[1]
+        ours, theirs = (
+            results.read(folder / name) for folder in (tmp_path, tmp_path / "one")
+        )
+        assert len(ours) == len(theirs)
 
 
 @pytest.fixture
@@ -254,3 +293,20 @@ def test_what_devices_can_t_do_is_refused(name, case, tmp_path, monkeypatch):
     with studies.small(), pytest.raises(ValueError, match=message):
         study.main(dataclasses.replace(study.config, out=out, **flags))
     assert not out.exists()
+
+
+def test_members_train_on_as_many_devices_as_somebody_said(run_python):
+    """There may be more of them than cores."""
+    program = (
+        "import sys, jax\n"
+        "from experiments import families\n"
+        "def main(config):\n"
+        "    print(jax.device_count())\n"
+        "    raise ValueError('enough')\n"
+        "families.main, sys.argv = main, ['families']\n"
+        "try:\n"
+        "    families.cli()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+    )
+    assert run_python(program, devices=5).split() == ["5"]

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from flax import nnx
 
-from experiments import frontier
+from experiments import frontier, frontier_training
 from experiments.harness import results
 from experiments.reports import runs
-from l0jax import storage
+from experiments.tasks import data
+from l0jax import models, storage
 
 TINY = frontier.Config(
     dataset="digits",
@@ -76,7 +78,7 @@ def test_the_loss_is_that_of_labels_and_of_what_is_said():
     logits, said = rng.normal(size=(2, 5, 3)).astype(np.float32)
     labels = np.array([0, 1, 2, 1, 0], np.int32)
     batch = frontier.Examples(jnp.zeros((5, 2), jnp.uint8), labels, said)
-    loss = frontier.learned_from(16.0, 0.5, 0.25, 2.0)
+    loss = frontier.learned_from(16.0, 0.5, 0.25, 2.0, 0)
 
     class Says(nnx.Module):
         def __init__(self):
@@ -106,6 +108,7 @@ def test_the_loss_is_that_of_labels_and_of_what_is_said():
         ({"gate": "sigmoid"}, "sigmoid"),
         ({"model": "resnet20"}, "unknown model 'resnet20'; there is mlp, lenet5"),
         ({"seeds": ()}, "give at least one seed"),
+        ({"moved": -1}, "moved must be >= 0, got -1"),
         ({"distil": 1.5}, r"distil must lie in \[0, 1\], got 1.5"),
         ({"dropped": 1.0}, r"dropped must lie in \[0, 1\), got 1.0"),
         ({"softness": 0.0}, "softness must be > 0, got 0.0"),
@@ -137,3 +140,48 @@ def test_errors_of_the_test_images_are_told_when_they_are_asked_for(
         said = capsys.readouterr().out
         assert "9,560 weights; validation error 1.25 % -> 1.50 %" in said
         assert ("test error" in said) == test
+
+
+# ------------------------------------------------------------------- moved images
+
+
+def test_images_are_moved_by_as_much_as_is_said():
+    """Against SciPy, at all places."""
+    images = np.random.default_rng(0).integers(0, 9, (25, 6, 5, 1), np.uint8)
+    places = frontier_training.places_of(2)
+    assert sorted(map(tuple, places.tolist())) == [
+        (down, right) for down in range(-2, 3) for right in range(-2, 3)
+    ]
+    moved = frontier_training.placed(jnp.asarray(images), jnp.arange(25), 2)
+    for image, place, found in zip(images, places, moved, strict=True):
+        expected = scipy.ndimage.shift(image, (*place, 0), order=0)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_dense_network_says_what_it_says_of_the_moved_image():
+    """And what is learned is the mean over places: no one image stands for all."""
+    model = models.make(
+        "mlp", {"features": (64, 7, 6, 10)}, rngs=nnx.Rngs(jax.random.key(0))
+    )
+    dataset = data.load("digits", 0.1)
+    said = frontier_training.said_by(model, dataset, 1)
+    assert said.shape == (len(dataset.train.labels), 9, 10)
+    plain = frontier_training.said_by(model, dataset, 0)
+    np.testing.assert_allclose(said[:, 4], plain, rtol=1e-5, atol=1e-5)
+    some = slice(0, 40)
+    examples = frontier_training.Examples(
+        jnp.asarray(dataset.train.images[some]),
+        jnp.asarray(dataset.train.labels[some]),
+        jnp.asarray(said[some]),
+    )
+    # The dense network itself is nowhere apart from what it has said.
+    loss = frontier_training.learned_from(dataset.scale, 0.0, 1.0, 1.0, 1)
+    for seed in range(3):
+        apart, _ = loss(model, examples, jax.random.key(seed))
+        assert abs(apart) < 1e-5
+    still = examples._replace(teacher=examples.teacher[:, 4])
+    loss = frontier_training.learned_from(dataset.scale, 0.0, 1.0, 1.0, 0)
+    assert abs(loss(model, still, jax.random.key(0))[0]) < 1e-5
+    turned = examples._replace(teacher=examples.teacher[:, ::-1])
+    loss = frontier_training.learned_from(dataset.scale, 0.0, 1.0, 1.0, 1)
+    assert loss(model, turned, jax.random.key(0))[0] > 1e-3

@@ -218,6 +218,24 @@ def needs(file):
                         yield there
 
 
+def test_no_import_needs_a_device(run_python):
+    """Or processes could not join others any more (`jax.distributed.initialize`), nor
+    flags be set."""
+    modules = sorted(
+        ".".join(file.relative_to(STUDIES.parent).with_suffix("").parts)
+        for file in STUDIES.rglob("*.py")
+        if "tracr" not in file.parts  # run in an environment of its own
+    )
+    program = (
+        "import importlib, sys\n"
+        "from jax._src import xla_bridge\n"
+        f"for name in ['l0jax', *{modules}]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not xla_bridge.backends_are_initialized(), name\n"
+    )
+    run_python(program)
+
+
 def test_no_study_needs_itself():
     graph = {file: set(needs(file)) for file in STUDIES.rglob("*.py")}
     assert sum(map(len, graph.values())) > 50

@@ -159,6 +159,22 @@ def test_a_flag_is_recorded_where_it_is_not_as_before(name, usual, other):
     assert run_folder.whole(told)[name] == other
 
 
+@pytest.mark.parametrize("usual", run_folder.ADDED_TO_RECIPES.items())
+def test_a_recipe_without_a_setting_is_as_before_the_setting(tmp_path, usual):
+    name, value = usual
+    recipe = {"epochs": 3, "drops": (0.5,)}
+    kind = dataclasses.make_dataclass("Config", ["seed", "base"])
+    told = run_folder.settings_of(kind(1, recipe | {name: value}))
+    assert told == {"seed": 1, "base": {"epochs": 3, "drops": [0.5]}}
+    assert run_folder.whole(told)["base"][name] == value
+    other = run_folder.settings_of(kind(1, recipe | {name: 0.7}))
+    assert other["base"][name] == 0.7
+    run_folder.prepare(tmp_path, told, told, False)
+    run_folder.prepare(tmp_path, run_folder.whole(told), told, True)
+    with pytest.raises(run_folder.RunFolderError, match="another configuration: base"):
+        run_folder.prepare(tmp_path, other, other, True)
+
+
 def test_a_configuration_that_was_cut_short_is_named(tmp_path):
     run_folder.prepare(tmp_path, SETTINGS, CONFIG, False)
     file = tmp_path / "config.json"

@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -15,8 +14,9 @@ Config = TypeVar("Config")
 def parse(
     kind: type[Config],
     description: str | None,
-    quick: Mapping[str, Any],
-    about: str,
+    quick: Mapping[str, Any] | None = None,
+    about: str = "",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """The configuration that the command line asks for.
 
@@ -24,19 +24,30 @@ def parse(
         kind: a dataclass whose fields are the flags.
         description: what `--help` says of the command.
         quick: fields that the flag `--quick` gives other defaults; a flag that is given
-            beside it counts.
+            beside it counts. None: there is no such flag.
         about: what `--help` says of `--quick`.
+        presets: fields that `--preset NAME` gives other defaults, by name, likewise.
     """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--quick", action="store_true")
+    early.add_argument("--preset")
+    told, _ = early.parse_known_args()
     default: Any = kind()
-    if "--quick" in sys.argv[1:]:
-        default = dataclasses.replace(default, **quick)
-
-    @dataclasses.dataclass
-    class Flags:
-        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-        quick: Annotated[bool, tyro.conf.arg(help=about)] = False
-
-    return tyro.cli(Flags, default=Flags(default), description=description).config
+    its: Any
+    flags: list[Any] = [("config", Annotated[kind, tyro.conf.arg(name="")])]
+    if quick is not None:
+        its = Annotated[bool, tyro.conf.arg(help=about)]
+        flags.append(("quick", its, dataclasses.field(default=False)))
+        if told.quick:
+            default = dataclasses.replace(default, **quick)
+    if presets:
+        names, said = Literal[tuple(presets)], "settings that are published"
+        its = Annotated[names | None, tyro.conf.arg(help=said)]
+        flags.append(("preset", its, dataclasses.field(default=None)))
+        # (Of an unknown one the parser below tells.)
+        default = dataclasses.replace(default, **presets.get(told.preset, {}))
+    made = dataclasses.make_dataclass("Flags", flags)
+    return tyro.cli(made, default=made(default), description=description).config
 
 
 def report(

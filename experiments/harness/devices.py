@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float
 
@@ -61,7 +62,7 @@ def begin(flags: OnHosts) -> None:
     Raises:
         ValueError: if JAX does not find out which process this is.
     """
-    if not flags.distributed:
+    if not flags.distributed or jax.distributed.is_initialized():
         return
     told: dict[str, Any] = {
         name: int(os.environ[variable])
@@ -212,6 +213,13 @@ def alone(training: Training, state: TrainingState) -> tuple[Training, TrainingS
         return training, state
     here = training.placement.on_host(state)
     return training.replace(mesh=None, sharding=None), jax.tree.map(jnp.asarray, here)
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says; of several all call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
 
 
 def is_first() -> bool:

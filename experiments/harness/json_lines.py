@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.harness.alone import alone
 
 
@@ -29,7 +31,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def write(file: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """These entries and no others. A kill leaves the old file or the new one."""
+    """These entries and no others. A kill leaves the old file or the new one. Of those
+    that train together only the first process writes."""
+    if jax.process_index() > 0:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -19,10 +19,12 @@ from l0jax import costs
 
 CONFIG = "config.json"
 LATENCY = "latency.json"
-ADDED = {"compute": "float32"}
+ADDED = {"compute": "float32", "moved": 0}
 """Settings that flags were added for when there were records without them, and what
 these were run with. Where they are that, they are not recorded, so that a run has one
 record and one folder before the flag and after it."""
+ADDED_TO_RECIPES = {"drop_factor": 0.1}
+"""The same of the recipes among the settings, which have `drops`."""
 
 
 class RunFolderError(ValueError):
@@ -39,16 +41,31 @@ def settings_of(config: Any, leave_out: Container[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass as JSON has them, but for those that are left out, and
     those of `ADDED` that are what they were before there was a flag."""
     fields = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    told = {name: value for name, value in fields.items() if name not in leave_out}
     return {
-        name: value
-        for name, value in fields.items()
-        if name not in leave_out and (name not in ADDED or value != ADDED[name])
+        name: _without(value, ADDED_TO_RECIPES) if _is_recipe(value) else value
+        for name, value in _without(told, ADDED).items()
     }
 
 
 def whole(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings with what was not recorded: records are compared so."""
-    return ADDED | dict(settings)
+    return ADDED | {
+        name: ADDED_TO_RECIPES | value if _is_recipe(value) else value
+        for name, value in settings.items()
+    }
+
+
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value, dict) and "drops" in value
+
+
+def _without(fields: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in usual or value != usual[name]
+    }
 
 
 def prepare(folder: Path, settings: dict, config: dict, resume: bool) -> None:

@@ -48,7 +48,9 @@ class Recipe:
     weight_decay: float = 1e-4
     """times the weights is added to their gradient"""
     drops: tuple[float, ...] = (0.4, 0.6)
-    """shares of the epochs after which the learning rate is divided by ten"""
+    """shares of the epochs after which the learning rate drops"""
+    drop_factor: float = 0.1
+    """of the rate at each drop"""
     cycle: float | None = None
     """in the place of drops a single cycle (Smith and Topin 2018): over this share of
     the steps the rate rises from 0, over the others it falls to 0, in lines"""
@@ -73,6 +75,10 @@ class Recipe:
                 )
         if self.cycle is not None and not 0 <= self.cycle < 1:
             raise ValueError(f"{name}.cycle must lie in [0, 1), got {self.cycle}")
+        if not 0 < self.drop_factor < 1:
+            raise ValueError(
+                f"{name}.drop_factor must lie in (0, 1), got {self.drop_factor}"
+            )
         if not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"{name}.smoothing must lie in [0, 1), got {self.smoothing}"
@@ -150,7 +156,7 @@ def smoothed(
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     """SGD with the learning rates of a recipe of so many steps."""
     if recipe.cycle is None:
-        drops = {int(share * steps): 0.1 for share in recipe.drops}
+        drops = {int(share * steps): recipe.drop_factor for share in recipe.drops}
         rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops)
     else:
         rate = one_cycle(recipe.learning_rate, recipe.cycle, steps)
