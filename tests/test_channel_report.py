@@ -9,7 +9,7 @@ from test_channel_pruning import CONFIG, tiny  # noqa: F401
 from experiments import channel_pruning, channel_report, channel_rows, mnist_rows
 from experiments.channel_methods import METHODS
 from experiments.channel_settings import check
-from experiments.harness import results
+from experiments.harness import results, run_folder
 from experiments.harness.rows import OfMethods
 from experiments.tasks.dataset import DataError
 from experiments.tasks.images import Recipe
@@ -269,9 +269,8 @@ RECIPE = dataclasses.asdict(Recipe())
 
 def test_committed_results_are_those_of_the_rows():
     for found in results.read(channel_rows.RESULTS):
-        settings = channel_rows.run_folder.settings_of(
-            channel_rows.ROWS[found["row"]],
-            channel_rows.UNTOLD,
+        settings = run_folder.whole(
+            run_folder.settings_of(channel_rows.ROWS[found["row"]], channel_rows.UNTOLD)
         )
         # (Settings that were added since have the defaults that they then had.)
         config = {

@@ -75,10 +75,9 @@ class Recipe:
                 )
         if self.cycle is not None and not 0 <= self.cycle < 1:
             raise ValueError(f"{name}.cycle must lie in [0, 1), got {self.cycle}")
-        if not 0 < self.drop_factor < 1:
-            raise ValueError(
-                f"{name}.drop_factor must lie in (0, 1), got {self.drop_factor}"
-            )
+        factor = self.drop_factor
+        if not 0 < factor < 1:
+            raise ValueError(f"{name}.drop_factor must lie in (0, 1), got {factor}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"{name}.smoothing must lie in [0, 1), got {self.smoothing}"
