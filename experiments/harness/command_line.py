@@ -41,7 +41,8 @@ def parse(
         if told.quick:
             default = dataclasses.replace(default, **quick)
     if presets:
-        names, said = Literal[tuple(presets)], "settings that are published"
+        said = "settings that are published"
+        names = Literal[tuple(presets)]  # pyrefly: ignore[invalid-literal]
         its = Annotated[names | None, tyro.conf.arg(help=said)]
         flags.append(("preset", its, dataclasses.field(default=None)))
         # (Of an unknown one the parser below tells.)
