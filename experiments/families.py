@@ -38,23 +38,18 @@ def main(config: Config) -> dict[str, Any]:
     settings = {name: told[name] for name in (*named, "compute") if name in told}
     name = f"families-{config.dataset}-{config.model}"
     folder = config.out or run_folder.default(name, settings)
-    there = results.there(folder, "family", "lam", "target", "seed")
-
-    def is_there(name: str, kind: str, members: list[tuple[float, int]]) -> bool:
-        of = {"lam": None, "target": None}
-        wanted = [({**of, kind: value}, seed) for value, seed in members]
-        return all((name, *at.values(), seed) in there for at, seed in wanted)
-
     sweeps = {
         kind: [(value, seed) for value in values for seed in range(config.seeds)]
         for kind, values in (("lam", config.lam), ("target", config.targets))
         if values
     }
+    there = {kind: results.there(folder, "family", kind, "seed") for kind in sweeps}
     missing = [
         Family(config, name, kind, members, dataset)
         for name in config.families
         for kind, members in sweeps.items()
-        if kind in kinds_of(name) and not is_there(name, kind, members)
+        if kind in kinds_of(name)
+        and not there[kind].issuperset((name, *member) for member in members)
     ]
     without = [n for n in config.families if "target" not in kinds_of(n)]
     if config.targets and without:

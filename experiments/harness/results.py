@@ -7,10 +7,10 @@ without the folder in which it was made.
 """
 
 import dataclasses
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from reprlib import repr
 from typing import Any
 
 from experiments.harness import json_lines, run_folder
@@ -105,10 +105,10 @@ def check(line: Line, where: str) -> None:
     """Raises ValueError, with the place, unless all values are of their kinds, and
     numbers finite."""
     for name, kind in KINDS.items():
-        value = line.get(name)
-        if type(value) is not kind:
+        if type(line.get(name)) is not kind:
+            said = reprlib.repr(line.get(name))
             raise ValueError(
-                f"{where}: {name} is {repr(value)}, and must be a {kind.__name__}"
+                f"{where}: {name} is {said}, and must be a {kind.__name__}"
             )
     numbers = line["metrics"] | line["costs"]
     if line.get("seconds") is not None:
@@ -117,9 +117,8 @@ def check(line: Line, where: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # (An integer that is larger than all floats is no number either.)
         if not number or not abs(value) <= sys.float_info.max:
-            raise ValueError(
-                f"{where}: {name} is {repr(value)}, and must be a finite number"
-            )
+            said = reprlib.repr(value)
+            raise ValueError(f"{where}: {name} is {said}, and must be a finite number")
 
 
 def identity(line: Line) -> tuple[Any, ...]:

@@ -178,9 +178,8 @@ def _above(one: Sequence[Result], other: Sequence[Result], metric: str) -> str:
 def write_csv(folder: Path, *own: str) -> None:
     """The lines of a folder as its `runs.csv`: what lines of all studies say, and what
     else theirs does under some names."""
-    rows = []
+    rows, names = [], ("study", "task", "method", "seed", "seconds", *own)
     for line in results.read(folder):
-        names = ("study", "task", "method", "seed", "seconds", *own)
         said = {name: {"seconds": None, **line}[name] for name in names}
         listed = {n: " ".join(map(str, v)) for n, v in said.items() if type(v) is list}
         left = {f"{name} left": share for name, share in line["costs"].items()}
