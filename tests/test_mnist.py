@@ -106,6 +106,7 @@ CLOCK = {
     "seconds_to_first_step",
     "wall_seconds",
     "folder",
+    "made",
 }
 
 

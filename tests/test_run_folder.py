@@ -139,11 +139,13 @@ def test_a_record_without_a_flag_was_run_as_before_the_flag(
     for there in ({}, {name: usual}):
         run_folder.prepare(old, SETTINGS | there, CONFIG | there, True)
         run_folder.check_base(old, SETTINGS | there, [*SETTINGS, name])
-        with pytest.raises(ValueError, match=f"{name} is '{other}' there and '{usual}"):
+        with pytest.raises(
+            ValueError, match=f"{name} is '{other}' there and {usual!r}"
+        ):
             run_folder.prepare(new, SETTINGS | there, CONFIG | there, True)
         with pytest.raises(ValueError, match=f"{name} = {other}; this run has {usual}"):
             run_folder.check_base(new, SETTINGS | there, [*SETTINGS, name])
-    with pytest.raises(ValueError, match=f"{name} is '{usual}' there and '{other}'"):
+    with pytest.raises(ValueError, match=f"{name} is {usual!r} there and '{other}'"):
         run_folder.prepare(old, SETTINGS | {name: other}, CONFIG, True)
     with pytest.raises(ValueError, match=f"{name} = {usual}; this run has {other}"):
         run_folder.check_base(old, SETTINGS | {name: other}, [name])
