@@ -1,16 +1,19 @@
 """Many devices and many processes give what one gives (law 12)."""
 
+import collections
 from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from benchmarks import devices as measured
 from l0jax import units
-from l0jax.train.placement import Placement, parameter_of
+from l0jax.train.placement import Placement, parameters_of
 from tests import on_devices
 from tests import training_models as models
 from tests.on_devices import apart, ran
@@ -163,12 +166,62 @@ def test_rules_are_of_a_mesh():
         Placement(SIX, (("(", "data"),))
 
 
-def test_what_an_optimiser_keeps_is_of_the_longest_path():
-    paths = ("kernel", "out.kernel", "in.kernel")
-    assert parameter_of("0.mu.out.kernel", paths) == "out.kernel"
-    assert parameter_of("0.mu.kernel", paths) == "kernel"
-    assert parameter_of("0.mu.flout.kernel", paths) == "kernel"
-    assert parameter_of("0.count", paths) is None
+PARAMETERS = {
+    "named as moments are": {
+        "kernel": jnp.zeros(2),
+        "mu": {"kernel": jnp.zeros(2), "nu": {"kernel": jnp.zeros(3)}},
+        "nu": jnp.zeros(2),
+    },
+    "in a list": [jnp.zeros(2), jnp.zeros(2)],
+    "one array": jnp.zeros(2),
+    "of Flax": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+}
+OPTIMISERS = {
+    "adam": optax.adam(1e-2),
+    "in a chain": optax.chain(optax.trace(0.9), optax.scale(0.1), optax.ema(0.9)),
+    "by steps": optax.MultiSteps(optax.adam(1e-2), 3),
+    "of some": optax.masked(
+        optax.adam(1e-2), lambda tree: jax.tree.map(lambda a: a.size != 3, tree)
+    ),
+    "with what is of none": optax.chain(
+        optax.trace(0.9),
+        optax.stateless(lambda updates, _: updates),
+        optax.GradientTransformation(
+            lambda _: jnp.zeros(7), lambda updates, kept, _=None: (updates, kept)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("params", PARAMETERS)
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_what_an_optimiser_keeps_is_of_the_parameter_at_its_place(optimiser, params):
+    """What it would keep for that parameter alone, and for no other."""
+    tx = OPTIMISERS[optimiser]
+    leaves, form = jax.tree.flatten(PARAMETERS[params])
+    leaves = [jnp.full_like(leaf, at + 1.0) for at, leaf in enumerate(leaves)]
+
+    def kept_for(params):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(params, tx.init(params), params)[1]
+
+    params = form.unflatten(leaves)
+    alone = {
+        path: [a for a in jax.tree.leaves(kept_for([leaf])) if a.ndim]
+        for path, leaf in units.arrays(params).items()
+    }
+    kept = kept_for(params)
+    names = parameters_of(kept, params)
+    named = collections.defaultdict(list)
+    for name, leaf in zip(names, jax.tree.leaves(kept), strict=True):
+        if name is not None:
+            named[name].append(leaf)
+    if optimiser == "with what is of none":
+        alone = {path: its[:1] for path, its in alone.items()}
+    for path, its in alone.items():
+        assert len(named[path]) == len(its)
+        for found, expected in zip(named[path], its, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_the_example_of_the_readme_splits_a_training():

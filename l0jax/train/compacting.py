@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import compaction, costs, units
-from l0jax.train.placement import parameter_of
+from l0jax.train.placement import parameters_of
 from l0jax.units import Keep
 
 if TYPE_CHECKING:
@@ -235,15 +235,19 @@ def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
     shapes = {path: np.shape(leaf) for path, leaf in units.arrays(params).items()}
     cut_paths = {path for path, _ in masks}
 
-    def cut(key_path, leaf):
-        of = parameter_of(units.path_of(key_path), shapes)
-        if of is None or of not in cut_paths:
+    def cut(of, key_path, leaf):
+        if of not in cut_paths:
             return leaf
         if np.shape(leaf) != shapes[of]:
             raise ValueError(_told_apart(key_path, leaf, shapes[of]))
         return units.take(leaf, of, masks)
 
-    return jax.tree_util.tree_map_with_path(cut, opt_state)
+    leaves, form = jax.tree_util.tree_flatten_with_path(opt_state)
+    names = parameters_of(opt_state, params)
+    return form.unflatten(
+        cut(of, key_path, leaf)
+        for of, (key_path, leaf) in zip(names, leaves, strict=True)
+    )
 
 
 def _told_apart(key_path, leaf, shape) -> str:

@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -31,11 +32,58 @@ which axes of a parameter are split over which axes of the mesh; or the name of 
 of the mesh, over which the largest axis is split that can be split evenly, if any."""
 
 
-def parameter_of(path: str, paths: Iterable[str]) -> str | None:
-    """The parameter that an optimiser keeps the array at `path` for: the one with the
-    longest path that this ends with."""
-    ending = [p for p in paths if f".{path}".endswith(f".{p}")]
-    return max(ending, key=len, default=None)
+def parameters_of(kept: PyTree, params: PyTree) -> list[str | None]:
+    """For which parameter an optimiser keeps each array: within a part of what it keeps
+    that is built as the parameters are, the one at the same place. (By its path alone
+    it can't be told: `0.mu.kernel` is of `kernel`, but ends with `mu.kernel` too.)
+
+    Args:
+        kept: a state of an optimiser.
+        params: that it is of. Where it leaves some alone, in the place of their arrays,
+            or of a whole part of them, there is None or an `optax.MaskedNode`.
+
+    Returns:
+        Paths in the order of the leaves of `kept`; None: the array is of no parameter.
+    """
+    found = _alike(kept, params, "")
+    if found:
+        return list(found)
+    if _is_leaf(kept):
+        return [None]
+    children, _ = _opened(kept)
+    return [path for _, child in children for path in parameters_of(child, params)]
+
+
+def _alike(kept: PyTree, params: PyTree, path: str) -> list[str] | None:
+    """The paths of the leaves of a part that is built as the parameters are; None: it
+    isn't."""
+    if kept is None or isinstance(kept, optax.MaskedNode):
+        return []
+    if _is_leaf(params) != _is_leaf(kept):
+        return None
+    if _is_leaf(params):
+        # (Where the parameters are one array, its shape is all that can tell.)
+        return [path] if path or np.shape(kept) == np.shape(params) else None
+    (theirs, form), (ours, other) = _opened(kept), _opened(params)
+    if form != other:
+        return None
+    found: list[str] = []
+    for (key, child), (_, param) in zip(theirs, ours, strict=True):
+        below = units.path_of(key)
+        its = _alike(child, param, ".".join(filter(None, (path, below))))
+        if its is None:
+            return None
+        found += its
+    return found
+
+
+def _opened(node: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
+    """What is directly below a node, with keys, and how the node is built."""
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+
+
+def _is_leaf(node: PyTree) -> bool:
+    return jax.tree_util.all_leaves([node])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +235,14 @@ class Placement:
             if (spec := self._of_weights(group, specs)) != WHOLE
         }
 
-        def as_parameters(key_path, leaf):
-            of = parameter_of(units.path_of(key_path), shapes)
-            same = of is not None and np.shape(leaf) == shapes[of]
-            return self._at(specs[of] if same else WHOLE)
+        def as_parameters(tree):
+            def at(of, leaf):
+                same = of is not None and np.shape(leaf) == shapes[of]
+                return self._at(specs[of] if same else WHOLE)
+
+            leaves, form = jax.tree.flatten(tree)
+            names = parameters_of(tree, state.params)
+            return form.unflatten(map(at, names, leaves))
 
         def as_gates(key_path, leaf):
             name = str(getattr(key_path[-1], "key", "")) if key_path else ""
@@ -202,17 +254,17 @@ class Placement:
         average = state.average
         if average:
             average = {
-                "params": place(as_parameters, average["params"]),
+                "params": as_parameters(average["params"]),
                 "gates": place(as_gates, average["gates"]),
             }
         return type(state)(
             step=everywhere(state.step),
             key=everywhere(state.key),
-            params=place(as_parameters, state.params),
+            params=as_parameters(state.params),
             gates=place(as_gates, state.gates),
             rest=everywhere(state.rest),
             opt_state={
-                "params": place(as_parameters, state.opt_state["params"]),
+                "params": as_parameters(state.opt_state["params"]),
                 "gates": place(as_gates, state.opt_state["gates"]),
             },
             average=average,
