@@ -292,7 +292,7 @@ def _excess(amounts: Amounts, target: Number | Mapping[str, Number], warm_up: in
         )
     for name, value in target.items():
         # (A member's target in a sweep is traced, and has no value to check.)
-        if not isinstance(value, float | int):
+        if isinstance(value, jax.core.Tracer):
             continue
         if not 0 < value <= 1:
             raise ValueError(f"the target of {name!r} must lie in (0, 1], got {value}")

@@ -115,7 +115,7 @@ def penalty(
         )
     for name, value in {**lam, "weight_decay": weight_decay}.items():
         # (A traced coefficient, a member's of a sweep, has no value to check.)
-        if isinstance(value, float | int) and not value >= 0:
+        if not isinstance(value, jax.core.Tracer) and not value >= 0:
             raise ValueError(f"the coefficient of {name!r} must be >= 0, got {value}")
     if not examples > 0:
         raise ValueError(f"examples must be > 0, got {examples}")
@@ -140,6 +140,8 @@ def penalty(
                 total = total + 0.5 * weight_decay * (open_ * norm).sum()
         if given(weight_decay):
             for path, leaf in arrays(params).items():
+                if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                    continue  # It is not trained, and doesn't decay.
                 slots = [slot for slot in charged if slot.path == path]
                 total = total + 0.5 * weight_decay * free(jnp.square, leaf, slots)
         return total

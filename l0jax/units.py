@@ -494,7 +494,7 @@ def charge(
     leaves = arrays(params)
     total = jnp.zeros(size, jnp.float32)
     for slot in slots:
-        amounts = values(leaves[slot.path].astype(jnp.float32))
+        amounts = values(_magnitude(leaves[slot.path]))
         amounts = _by_position(amounts, slot, jnp.sum)
         if slot.unit_of is None:
             total = total + amounts
@@ -514,7 +514,14 @@ def free(
         if slot.unit_of is None:
             return jnp.zeros(())
         owned |= _placed(np.asarray(slot.unit_of, int) >= 0, slot.axis, array.shape)
-    return jnp.where(owned, 0, values(array.astype(jnp.float32))).sum()
+    return jnp.where(owned, 0, values(_magnitude(array))).sum()
+
+
+def _magnitude(array: Array | np.ndarray) -> Array:
+    """In float32, of complex numbers their absolute value, whose square is |w|²."""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.abs(array)
+    return jnp.asarray(array, jnp.float32)
 
 
 def _used(group: Group) -> Group:

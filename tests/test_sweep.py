@@ -147,7 +147,7 @@ def test_steps_may_be_programs_of_their_own(together):
     found = sweep.epoch(begun(sweep), data(), orders(), loop=True)
     assert len(traces) == before
     close(found, swept(together))
-    with pytest.raises(ValueError, match="no step to take: the orders are empty"):
+    with pytest.raises(ValueError, match="there is no step to take: the order"):
         sweep.epoch(begun(sweep), data(), first[:, :0], loop=True)
 
 

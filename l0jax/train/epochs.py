@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from l0jax import gating
-from l0jax.train import placement
+from l0jax.train import losses, placement
 
 if TYPE_CHECKING:
     from l0jax.train.training import Training, TrainingState
@@ -34,8 +34,8 @@ class Totals(NamedTuple):
     first_bad_step: Int[Array, ""]
 
     @property
-    def means(self) -> dict[str, float]:
-        """The mean of each metric over the steps.
+    def means(self) -> dict[str, Any]:
+        """The mean of each metric over the steps: numbers, and arrays of what is none.
 
         Raises:
             FloatingPointError: if a loss was not finite.
@@ -43,10 +43,12 @@ class Totals(NamedTuple):
         totals = jax.device_get(self)
         if totals.first_bad_step >= 0:
             raise FloatingPointError(
-                f"the loss is not finite at step {int(totals.first_bad_step)}; a "
-                "smaller learning rate may help"
+                f"the loss is not finite at step {int(totals.first_bad_step)}: a "
+                "smaller learning rate may help, unless the order of the examples has "
+                "rows that the data don't have"
             )
-        return {n: float(total) / int(totals.steps) for n, total in totals.sums.items()}
+        steps = int(totals.steps)
+        return {n: losses.number(each / steps) for n, each in totals.sums.items()}
 
     def plus(self, other: "Totals") -> "Totals":
         """Of these steps and of others that came later."""
@@ -121,13 +123,32 @@ def within(
 ) -> tuple["TrainingState", Totals]:
     """Steps over examples that lie on the device, in one program or in a loop; see
     `Training.epoch`."""
+    order = np.asarray(order) if loop else order
+    check_rows(data, order)
     data = training.placement.everywhere(data)
     if loop:
-        rows = np.asarray(order)
-        return over(training, state, (_taken(training, data, each) for each in rows))
+        return over(training, state, (_taken(training, data, each) for each in order))
     state, totals = _scan(training, state, data, jnp.asarray(order))
     placement.keep_pace(training.placement.mesh, totals.first_bad_step)
     return state, totals
+
+
+def check_rows(data: PyTree, order: Any) -> None:
+    """Raises ValueError unless an order has steps, of rows that all arrays of the data
+    have. (Everything would wait for an order that lies on a device: that is looked at
+    where it is, by `many`.)
+    """
+    examples = losses.examples_of(data)
+    if not math.prod(np.shape(order)):
+        raise ValueError(
+            f"there is no step to take: the order has the shape {np.shape(order)}, and "
+            f"the data {examples} examples; is a batch larger than that?"
+        )
+    if isinstance(order, np.ndarray) and not 0 <= order.min() <= order.max() < examples:
+        raise ValueError(
+            f"the order names the rows {order.min()} to {order.max()}, and the data "
+            f"have {examples} examples"
+        )
 
 
 def _part(training: "Training", data: PyTree, rows: Any) -> PyTree:
@@ -143,9 +164,13 @@ _taken = jax.jit(_part, static_argnums=0)
 def many(training: "Training", state, data, order) -> tuple["TrainingState", Totals]:
     """Steps over examples that lie on the device, as a pure function."""
 
+    examples = losses.examples_of(data)
+
     def one(state, rows):
         after, metrics = training.taken(state, _part(training, data, rows))
-        return after, metrics
+        # Of rows that there are not others would be taken without a word.
+        there = ((rows >= 0) & (rows < examples)).all()
+        return after, metrics | {"loss": jnp.where(there, metrics["loss"], jnp.nan)}
 
     first = state.step
     if len(order) == 1:
@@ -249,7 +274,12 @@ class Sweep:
         return other
 
     def of(self, at: int) -> "Training":
-        """The training of a member, to evaluate or to finish it."""
+        """The training of a member, to evaluate or to finish it.
+
+        Raises:
+            IndexError: if there are fewer.
+        """
+        _check_member(at, self.members)
 
         def setting(a):
             return a[at].item() if a.ndim == 1 else a[at]
@@ -281,8 +311,7 @@ class Sweep:
         given away. With `loop` each step is a program, as for `Training.epoch`; then
         `together` should be the number of members, for one after the other is a loop
         as well."""
-        if not orders.shape[1]:
-            raise ValueError("there is no step to take: the orders are empty")
+        check_rows(data, orders)
         # What lies elsewhere has another type, for which it would be compiled again.
         here = (self._filled(self.settings), self._filled(states), data)
         settings, states, data = jax.device_put(here, self._shardings[:3])
@@ -315,11 +344,22 @@ class Sweep:
         return jax.tree.map(lambda a: a[: self.members], tree) if self._idle else tree
 
 
+def _check_member(index: int, members: int) -> None:
+    """(JAX would give the last one.)"""
+    if not -members <= index < members:
+        raise IndexError(f"there is no member {index} of {members}")
+
+
 def stack(members: Sequence[PyTree]) -> PyTree:
     """One pytree of all members', along a new first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def member_of(states: PyTree, index: int) -> PyTree:
-    """What a single run would have for the member at `index`."""
+    """What a single run would have for the member at `index`.
+
+    Raises:
+        IndexError: if there are fewer.
+    """
+    _check_member(index, len(jax.tree.leaves(states)[0]))
     return jax.tree.map(lambda a: a[index], states)

@@ -56,6 +56,32 @@ def _wide(value: Any) -> Array:
     return value if wide else value.astype(jnp.float32)
 
 
+def examples_of(batch: PyTree) -> int:
+    """How many examples a batch has, along the first axes of its arrays. Numbers among
+    them are of all examples.
+
+    Raises:
+        ValueError: if its arrays differ in length, or there is none.
+    """
+    lengths = {
+        path or "its root": np.shape(leaf)[0]
+        for path, leaf in units.arrays(batch).items()
+        if np.ndim(leaf)
+    }
+    if len(set(lengths.values())) != 1:
+        told = ", ".join(f"{length} at {path!r}" for path, length in lengths.items())
+        raise ValueError(
+            f"nobody knows how many examples a batch has with {told or 'no array'}: "
+            "what is of no example, such as weights of classes, is left to the loss"
+        )
+    return next(iter(lengths.values()))
+
+
+def number(value: Any) -> Any:
+    """A float, or an array in NumPy of what is no scalar."""
+    return np.asarray(value) if np.ndim(value) else float(value)
+
+
 def check_rest(before: PyTree, after: PyTree) -> None:
     """Raises ValueError if the network changed the shapes of what it writes."""
     old = {path: jnp.shape(leaf) for path, leaf in units.arrays(before).items()}

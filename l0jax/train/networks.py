@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 import l0jax.linen
 import l0jax.nnx
-from l0jax import units
+from l0jax import gating, units
 from l0jax.equivalence import difference
 from l0jax.narrow import narrow
 from l0jax.remembered import Attributes
@@ -401,3 +401,16 @@ def _check_same(whole, small, tree, keep: Keep, structure: Structure) -> None:
         raise ValueError(
             f"the code is another function when its arrays are smaller: {found}"
         )
+
+
+def with_keys_of(rest: PyTree, key: PRNGKeyArray) -> PyTree:
+    """What a network writes, its own keys derived from this one too."""
+    bits = jax.random.bits(gating.key_for(key, "rest"))
+
+    def derived(leaf: Any) -> Any:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        many = jax.vmap(jax.random.fold_in, (0, None))
+        return many(leaf.reshape(-1), bits).reshape(leaf.shape)
+
+    return jax.tree.map(derived, rest)

@@ -330,7 +330,7 @@ class Placement:
             return batch
         parts = self.mesh.shape[self.mesh.axis_names[0]]
         leaves = jax.tree.leaves(batch)
-        uneven = any(len(leaf) % parts for leaf in leaves)
+        uneven = any(np.ndim(leaf) and len(leaf) % parts for leaf in leaves)
         if uneven and not any(map(_is_part, leaves)):
             return self.everywhere(batch)
         return self.split(batch)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optax
 
@@ -61,13 +62,13 @@ class Target:
             shares = {self.name: shares}
         for name, share in shares.items():
             # (A member's target in a sweep is traced, and has no value to check.)
-            if isinstance(share, float | int) and not 0 < share <= 1:
+            if not isinstance(share, jax.core.Tracer) and not 0 < share <= 1:
                 raise ValueError(
                     f"the target of {name!r} must lie in (0, 1], got {share}"
                 )
         if self.warm_up < 0:
             raise ValueError(f"warm_up must be at least 0 steps, got {self.warm_up}")
-        if isinstance(self.rate, float | int) and not self.rate > 0:
+        if not isinstance(self.rate, jax.core.Tracer) and not self.rate > 0:
             raise ValueError(f"rate must be > 0, got {self.rate}")
         if isinstance(self.share, Mapping) and self.cost != "density":
             raise ValueError(

@@ -101,22 +101,24 @@ def statistics(
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
 
-    def after(value: float) -> dict[str, Array]:
-        before = units.replace(
-            rest, {p: jnp.full_like(a, value) for p, a in floating.items()}
-        )
-        _, (_, left) = task(params, before, batch, key)
+    def after(before: dict[str, Array]) -> dict[str, Array]:
+        _, (_, left) = task(params, units.replace(rest, before), batch, key)
         left = units.arrays(left)
         return {path: left[path] for path in floating}
 
-    zero, one, two = map(after, (0.0, 1.0, 2.0))
+    zero = after({path: jnp.zeros_like(leaf) for path, leaf in floating.items()})
+    # Old values as large as what the batch has: beside it smaller ones would be lost.
+    size = {path: jnp.maximum(jnp.abs(value), 1) for path, value in zero.items()}
+    one = after(size)
+    two = after({path: 2 * each for path, each in size.items()})
     found = {}
     for path, leaf in floating.items():
-        old = one[path] - zero[path]
+        old = (one[path] - zero[path]) / size[path]
+        new = (two[path] - one[path]) / size[path]
         # What isn't written keeps its value.
         kept = jnp.all(old == 1)
         share = jnp.where(kept, 0.0, old)
-        linear = jnp.allclose(two[path] - one[path], old, rtol=1e-3, atol=1e-3)
+        linear = jnp.allclose(new, old, rtol=1e-3, atol=1e-3)
         linear &= jnp.allclose(old, old.ravel()[0], rtol=1e-3, atol=1e-3)
         batch_alone = zero[path] / (1 - share)
         value = jnp.where(kept, leaf, batch_alone)

@@ -35,7 +35,7 @@ from l0jax.train.deciding import Decision
 from l0jax.train.epochs import Totals
 from l0jax.train.gatings import Learned, Ungated, gating_of
 from l0jax.train.losses import Loss, Metrics
-from l0jax.train.networks import Network, network
+from l0jax.train.networks import Network, network, with_keys_of
 from l0jax.train.placement import Placement, Sharding
 from l0jax.train.targets import Budget, Target, sizes_of
 from l0jax.train.tasks import Task
@@ -114,7 +114,11 @@ class Training:
             some along their first axis over "model", and of all others the largest axis
             that can be over "data". By default every device has all of them.
         compute: the dtype in which the network runs, such as `jnp.bfloat16`.
-            Parameters, gates, noise, statistics and losses stay as they are.
+            Parameters, gates, noise and statistics stay as they are, and what a loss
+            returns is summed in float32. All floats of a batch are rounded to that
+            dtype, or layers would run in the wider one of their inputs: what must not
+            be, such as targets of a regression, a loss takes from integers, say from
+            `jax.lax.bitcast_convert_type(targets, jnp.int32)`.
 
     Raises:
         ValueError: for rules of `sharding` that the mesh or the parameters don't fit;
@@ -171,8 +175,7 @@ class Training:
         self.whole = structure
         self.alive = {n: np.ones(g.size, bool) for n, g in structure.groups.items()}
         self._check()
-        gated = self.gated
-        self._sizes = sizes_of(self.network.params, gated, self.charges(gated))
+        self._sizes = self._sizes_at_first()
         self._derive()
         self._warn_of_what_costs_nothing()
 
@@ -250,6 +253,8 @@ class Training:
         for name, value in changes.items():
             setattr(other, name, gating_of(value) if name == "gating" else value)
         other._check()
+        if {"gating", "charges"} & changes.keys():
+            other._sizes = other._sizes_at_first()
         other._derive()
         return other
 
@@ -394,6 +399,20 @@ class Training:
         except TypeError:
             self._hash = id(self)
 
+    def _sizes_at_first(self) -> dict[str, np.ndarray]:
+        """|g| of the units that have gates now, in the network as it was before any was
+        taken out: shares are of that."""
+        groups = dict(self.gating.groups(self._below(self.whole.groups)))
+        prefix = self.network.below
+        whole = {
+            path.removeprefix(prefix): np.zeros(array.shape, np.float32)
+            for path, array in self.whole.arrays.items()
+            if path.startswith(prefix)
+        }
+        # (A member of a sweep is made while its program is traced.)
+        with jax.ensure_compile_time_eval():
+            return sizes_of(whole, groups, self.charges(groups))
+
     # ------------------------------------------------------------------ the state
 
     def start(self, key: PRNGKeyArray, model: Any = None) -> TrainingState:
@@ -401,7 +420,8 @@ class Training:
         away, and the user's arrays must survive.
 
         Args:
-            key: from which all that is random is derived.
+            key: from which all that is random is derived, the keys of `nnx.Rngs` within
+                the model too.
             model: of which the initial values are; by default that of the training. A
                 sweep over seeds starts one training with models of several.
 
@@ -422,7 +442,7 @@ class Training:
             key=key,
             params=params,
             gates=own,
-            rest=begun.rest,
+            rest=with_keys_of(begun.rest, key),
             opt_state={
                 "params": self.optimizer.init(averages.trained(params)),
                 "gates": self.gate_optimizer.init(averages.trained(own)),
@@ -481,6 +501,8 @@ class Training:
             return self.total(state, batch, theta["params"], theta["gates"])
 
         gradients, (metrics, rest, excess) = jax.grad(total, has_aux=True)(trained)
+        # For complex numbers JAX gives the conjugate of the direction of ascent.
+        gradients = jax.tree.map(jnp.conj, gradients)
         opt_state = {}
         for name, optimizer in self._optimizers.items():
             updates, opt_state[name] = optimizer.update(
@@ -655,25 +677,27 @@ class Training:
         loss: Loss | None = None,
         *,
         rule: str | Decision | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """The means of a loss and its metrics over batches, in evaluation mode and with
-        gates as at test time.
+        gates as at test time: numbers, and arrays of metrics that are no scalars.
 
         Args:
             state: of this training.
-            batches: of one size, but for the last: means are weighted by sizes.
+            batches: of one size, but for the last: means are weighted by the numbers of
+                examples along the first axes of their arrays.
             loss: `loss(model, batch) -> (value, metrics)`; that of the training if
                 None.
             rule: of the gates, as for `decide`, or what that has decided.
 
         Raises:
-            ValueError: if there is no batch.
+            ValueError: if there is no batch, or one of which nobody knows how many
+                examples it has: its arrays differ in length.
         """
         params = self.folded(state, self._decided(state, rule))
         task, total, count = self._task_of(loss), None, 0
         for batch in batches:
             batch = self.placement.split_if_even(batch)
-            size = len(jax.tree.leaves(batch)[0])
+            size = losses.examples_of(batch)
             found = tasks.evaluated(task, params, state.rest, batch, state.key)
             placement.keep_pace(self.placement.mesh, found)
             found = tasks.times(found, size)
@@ -681,7 +705,7 @@ class Training:
             count += size
         if total is None:
             raise ValueError("there is no batch to evaluate")
-        return {name: float(value) / count for name, value in total.items()}
+        return {n: losses.number(value / count) for n, value in total.items()}
 
     def _decided(self, state: TrainingState, rule: str | Decision | None) -> Decision:
         return rule if isinstance(rule, Decision) else self.decide(state, rule)
