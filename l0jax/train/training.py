@@ -811,6 +811,12 @@ class Training:
         """The training and the state without the units that are not kept: parameters,
         gates, statistics, running average and whatever the optimisers keep.
 
+        The loss is as before, and so are the next steps, but for three things that look
+        at how many units there are: a norm that has no mean to take off (`RMSNorm`)
+        gets a scale that makes up for them, and from there on another rate than it had;
+        optimisers that take the norm of a whole layer (LAMB, LARS, clipping by layers)
+        miss the units that were closed; noise of an optimiser is drawn anew.
+
         Raises:
             ValueError: as `l0jax.shrink`; if the network's code is another function
                 when its arrays are smaller; if an optimiser keeps an array for a
