@@ -20,7 +20,9 @@ Papers count in three ways, whose numbers can't be compared with one another:
   and position, survivors on both sides.
 
 All are of one example if examples are computed apart from one another, else of the
-batch that was traced; the table of a structure says which.
+batch that was traced; the table of a structure says which. Loops count as often as they
+turn; of those that run as long as their values say (`while_loop`, but for one that only
+counts between constants) one turn is counted, and `Structure.notes` names them.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from l0jax.narrow import emptied, knows, unread
+from l0jax.polynomials import Polynomial
 from l0jax.structure import (
     Found,
     Structure,
@@ -88,6 +91,25 @@ def bytes(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
 def macs(structure: Structure, prob_active: Probabilities = ALL) -> Amount:
     """Expected multiply-accumulates."""
     return _total(structure, prob_active, per_operation(structure, prob_active))
+
+
+def counted_once(structure: Structure, cost: Cost) -> tuple[str, ...]:
+    """The loops that run as long as their values say and of which a cost counts one
+    turn; none for a cost that doesn't ask how often they turn."""
+
+    def twice(of: Polynomial) -> Polynomial:
+        return {names: 2 * number for names, number in of.items()}
+
+    operations = tuple(
+        dataclasses.replace(op, macs=twice(op.macs), positions=twice(op.positions))
+        if op.once
+        else op
+        for op in structure.operations
+    )
+    loops = tuple(dict.fromkeys(op.once for op in structure.operations if op.once))
+    longer = dataclasses.replace(structure, operations=operations)
+    # (A cost may be any function: whether it counts turns shows in what it gives.)
+    return loops if loops and cost(longer, ALL) != cost(structure, ALL) else ()
 
 
 def reference_flops(structure: Structure, prob_active: Probabilities = ALL) -> Amount:

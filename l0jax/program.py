@@ -21,7 +21,7 @@ from l0jax import derivatives
 from l0jax.axes import freeze, unify
 from l0jax.derivatives import bind, is_backward, rule_of, rules_of
 from l0jax.liveness import is_nothing, live, reached
-from l0jax.rules import NARY, RULES, UNARY, frozen
+from l0jax.rules import NARY, RULES, SAME, UNARY, frozen
 from l0jax.symbolic import seen
 from l0jax.values import (
     COTANGENT,
@@ -32,8 +32,10 @@ from l0jax.values import (
     Value,
     Zeros,
     constant,
+    elements,
     new,
     opaque,
+    shapes_out,
 )
 
 
@@ -155,6 +157,12 @@ def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
         for out in eqn.outvars
     ]
     numbers = [value.number for value in ins]
+    counts = _counts(eqn, ins)
+    if counts is not None:
+        return [dataclasses.replace(outs[0], counts=counts)]
+    if eqn.primitive.name == "lt" and ins[0].counts is not None and numbers[1] == 0:
+        # (JAX asks it of every index.)
+        return [dataclasses.replace(outs[0], number=np.False_)]
     if not numbers or any(number is None for number in numbers):
         return outs
     if eqn.primitive.name in MOVES_NUMBERS:
@@ -166,6 +174,29 @@ def _known(eqn: Any, ins: Sequence[Value]) -> list[Value]:
     else:
         return outs
     return [dataclasses.replace(outs[0], number=number)]
+
+
+def _counts(eqn: Any, ins: Sequence[Value]) -> int | None:
+    """The axis along which what an equation writes is 0, 1, 2, …, or None."""
+    name = eqn.primitive.name
+    if name == "iota":
+        return int(eqn.params["dimension"])
+    if name == "select_n" and ins[0].number is not None:
+        return ins[1 + int(ins[0].number)].counts
+    if not ins or ins[0].counts is None:
+        return None
+    (shape,) = shapes_out(eqn)
+    at, size = ins[0].counts, ins[0].axes[ins[0].counts].size
+    if name in SAME:
+        return at
+    if name == "broadcast_in_dim":
+        place = int(eqn.params["broadcast_dimensions"][at])
+        return place if shape[place] == size else None
+    if name in ("reshape", "squeeze", "expand_dims"):
+        # What else there is has one position, before and after.
+        alone = elements(shape) == elements(ins[0].shape) == size
+        return shape.index(size) if alone else None
+    return None
 
 
 OWN = derivatives.__file__
@@ -206,7 +237,7 @@ def _meet(reading: Reading, before: Sequence[Value], after: Sequence[Value]) -> 
 def _inside(value: Value) -> Value:
     """An argument of a program that is differentiated, or comes round: cut to what is
     left, and alike at closed units only where it is zero."""
-    return dataclasses.replace(value, known=False, number=None, even=())
+    return dataclasses.replace(value, known=False, number=None, even=(), counts=None)
 
 
 def _carried(value: Value, zeros: tuple[Zeros, ...]) -> Value:
@@ -272,6 +303,7 @@ def _scan(reading, eqn, values, line):
             zeros=value.zeros[1:],
             parts=value.parts * length,
             even=(),
+            counts=None,
         )
         for value in stacked
     ]
@@ -313,12 +345,49 @@ def _while(reading, eqn, values, line):
         return found
 
     carry = _round(reading, values[tested + turned :], turn)
+    turns, before = _turns(eqn, values), len(reading.contractions)
+    times = reading.times
+    if turns is not None:
+        reading.times = times * (turns + 1)  # that it ends is tested too
     test = read(reading, eqn.params["cond_jaxpr"], [*values[:tested], *carry], line)
+    if turns is not None:
+        reading.times = times * turns
     body = read(reading, eqn.params["body_jaxpr"], [*given, *carry], line)
-    reading.where = where
+    reading.where, reading.times = where, times
+    if turns is None:
+        inside = reading.contractions[before:]
+        reading.contractions[before:] = [
+            dataclasses.replace(each, once=each.once or where) for each in inside
+        ]
     _meet(reading, carry, body.outs)
     outs = [_carried(v, c.zeros) for v, c in zip(body.outs, carry, strict=True)]
     return outs, (test, body)
+
+
+def _turns(eqn: Any, values: Sequence[Value]) -> int | None:
+    """How often a loop turns, if it only counts: from a constant, by another, as long
+    as it is less than a third. None if it does anything else."""
+    literal = jax.extend.core.Literal
+    tested, turned = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    test, body = (eqn.params[f"{name}_jaxpr"].jaxpr for name in ("cond", "body"))
+    carried, start = body.invars[turned:], values[tested + turned :]
+    if len(test.eqns) != 1 or test.eqns[0].primitive.name != "lt":
+        return None
+    counter, limit = test.eqns[0].invars
+    if counter not in test.invars[tested:] or test.outvars != test.eqns[0].outvars:
+        return None
+    at = test.invars.index(counter) - tested
+    steps = [each for each in body.eqns if each.outvars == [body.outvars[at]]]
+    if not steps or steps[0].primitive.name != "add":
+        return None
+    one, step = steps[0].invars
+    first = start[at].number
+    known = isinstance(limit, literal) and isinstance(step, literal)
+    whole = jnp.issubdtype(counter.aval.dtype, jnp.integer)
+    if one is not carried[at] or not (known and whole) or first is None:
+        return None
+    first, step, limit = (int(n) for n in (first, step.val, limit.val))
+    return max(0, -(-(limit - first) // step)) if step > 0 else None
 
 
 def _cond(reading, eqn, values, line):

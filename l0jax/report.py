@@ -41,7 +41,7 @@ class Side:
     Attributes:
         shapes: shape of each array of its parameters and state, by path.
         params: number of parameters.
-        macs: multiply-accumulates for one example.
+        macs: multiply-accumulates of a call with one example.
         bytes: bytes of all arrays.
         seconds: median seconds of a call, by batch size.
         program_bytes: bytes of the compiled program as it is stored, by batch size.
@@ -186,7 +186,8 @@ def report(
             seconds[at][batch] = medians[at]
             executable: Any = compiled[at].runtime_executable()
             sizes[at][batch] = len(executable.serialize())
-    example = jax.tree.map(lambda a: _of_batch(a, 2), inputs)
+    # Of more, costs would be those of all, where examples depend on one another.
+    example = jax.tree.map(lambda a: _of_batch(a, 1), inputs)
     structures = [
         trace(model, *example, **keywords)
         if isinstance(model, nnx.Module)

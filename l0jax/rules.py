@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from l0jax.axes import (
@@ -394,6 +395,8 @@ def _concatenate(reading, eqn, values):
         nothing = [axis != at and _is_zero(value.number) for value in values]
         zeros.append(_all_zero(known, nothing))
         even.append(None if axis == at else all_alike([v.alike(axis) for v in values]))
+    if at == len(axes) - 1:
+        reading.columns[eqn.outvars[0]] = values
     return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
 
 
@@ -573,10 +576,12 @@ def _gather(reading, eqn, values):
             zeros[place] = operand.zeros[at] if _fills_zeros(eqn) else NEVER
             even[place] = operand.alike(at)
         else:
-            freeze(operand.axes[at], f"{reading.where}: it is indexed", mixes=False)
+            _index(reading, operand.axes[at], None, operand.data)
             axes[place] = fixed(sizes[at], reading.where)
+    in_order = _in_order(reading, eqn, values, numbers.start_index_map)
     for at in numbers.collapsed_slice_dims:
-        freeze(operand.axes[at], f"{reading.where}: it is indexed", mixes=False)
+        along = in_order.get(at) if operand.data else None
+        _index(reading, operand.axes[at], along, operand.data)
     freeze(indices.axes[-1], reading.where)
     others = [place for place in range(len(shape)) if place not in numbers.offset_dims]
     for at, place in enumerate(others):
@@ -588,6 +593,41 @@ def _gather(reading, eqn, values):
         if _fills_zeros(eqn):
             zeros[others[along]] = operand.zeros[at]
     return [Value(tuple(axes), tuple(zeros), _some_data(values), even=tuple(even))]
+
+
+def _in_order(
+    reading: Reading, eqn: Any, values: Sequence[Value], indexed: Sequence[int]
+) -> dict[int, Type]:
+    """For axes of what is indexed by 0, 1, 2, … to the end, that of these indices.
+
+    Args:
+        reading: what is collected.
+        eqn: a gather or a scatter.
+        values: what it indexes, the indices, and more.
+        indexed: for each number along the last axis of the indices, the axis of what is
+            indexed of which it is the position.
+    """
+    operand, indices = values[:2]
+    atom = eqn.invars[1]
+    literal = isinstance(atom, jax.extend.core.Literal)
+    parts = [indices] if literal else reading.columns.get(atom, [indices])
+    columns = [part for part in parts for _ in range(part.axes[-1].size)]
+    found = {}
+    for at, column in zip(indexed, columns, strict=True):
+        if column.counts is not None:
+            along = indices.axes[column.counts]
+            if column.axes[-1].size == 1 and along.size == operand.axes[at].size:
+                found[int(at)] = along
+    return found
+
+
+def _index(reading: Reading, axis: Type, in_order: Type | None, mixes: bool) -> None:
+    """Notes that an axis is indexed: by each of its positions `in_order` along another,
+    or by any, so that what follows is at other positions or at some alone."""
+    why = f"{reading.where}: it is indexed"
+    freeze(axis, why, mixes=mixes and in_order is None)
+    if in_order is not None:
+        unify(axis, in_order, reading.where)
 
 
 def slice_of(eqn: Any, operand: Value, indices: Value) -> tuple[int, int, int] | None:
@@ -629,24 +669,30 @@ def _scatter(reading, eqn, values):
     one_is_enough = eqn.primitive.name == "scatter-mul"
     for at, place in zip(window, numbers.update_window_dims, strict=True):
         if updates.axes[place].size != axes[at].size:
-            freeze(axes[at], f"{reading.where}: it is indexed", mixes=False)
-            freeze(updates.axes[place], f"{reading.where}: it is indexed", mixes=False)
+            _index(reading, axes[at], None, mixes=True)
+            _index(reading, updates.axes[place], None, mixes=True)
             continue
         unify(axes[at], updates.axes[place], reading.where)
         known = [operand.zeros[at], updates.zeros[place]]
         nothing = [_is_zero(operand.number), _is_zero(updates.number)]
         zeros[at] = known[0] if one_is_enough else _all_zero(known, nothing)
         even[at] = all_alike([operand.alike(at), updates.alike(place)])
+    in_order = _in_order(reading, eqn, values, numbers.scatter_dims_to_operand_dims)
     for at in numbers.inserted_window_dims:
-        freeze(axes[at], f"{reading.where}: it is indexed", mixes=False)
+        _index(reading, axes[at], in_order.get(at), mixes=True)
     freeze(indices.axes[-1], reading.where)
     others = [
         place
         for place in range(len(updates.axes))
         if place not in numbers.update_window_dims
     ]
+    kept = [indices.axes[along] for along in numbers.scatter_indices_batching_dims]
+    kept += [in_order[at] for at in numbers.inserted_window_dims if at in in_order]
     for along, place in enumerate(others):
         unify(indices.axes[along], updates.axes[place], reading.where)
+        if not any(indices.axes[along] is axis for axis in kept):
+            # Several may come to one place, or to places in another order.
+            _index(reading, indices.axes[along], None, mixes=True)
     for at, along in zip(
         numbers.operand_batching_dims,
         numbers.scatter_indices_batching_dims,

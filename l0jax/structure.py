@@ -47,6 +47,8 @@ class Operation:
         positions: how often each weight of the kernel is used for one example.
         reads: axes of the kernel that are summed over.
         makes: axes of the kernel that are left.
+        once: the loop around it that runs as long as its values say, of which one turn
+            is counted; empty if there is none.
     """
 
     primitive: str
@@ -56,6 +58,7 @@ class Operation:
     positions: Polynomial
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    once: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,15 @@ class Structure:
         kinds: what kind of units each group has, one of `l0jax.kinds.KINDS`; "mixed"
             if groups of several kinds were merged.
         per_example: whether costs are those of one example: whether the leading axis of
-            the inputs is a batch. If not, they are those of what was traced.
+            the inputs is a batch, whose examples are computed apart from one another.
+            They aren't if anything mixes or sorts them, or if some are picked, put
+            elsewhere, padded or concatenated, as nodes of a graph are. Then costs are
+            those of all that was traced, for every operation.
         traced: what was read, for `l0jax.narrow`. It is pickled without the program of
             the function: groups, costs and edits go to other processes, narrowing
             doesn't.
-        notes: what else one must know of how it was read.
+        notes: what else one must know of how it was read: a module's mode, loops that
+            are counted once since nobody knows how often they turn.
         wholes: groups each of whose units stands for all units of other groups; see
             `whole`.
     """

@@ -9,7 +9,7 @@ proved removable is frozen, and says why.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,16 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
-from l0jax.axes import Sum, Type, Variable, freeze, resolve, unit_of
+from l0jax.axes import (
+    Product,
+    Sum,
+    Type,
+    Variable,
+    freeze,
+    resolve,
+    unit_of,
+    variables,
+)
 from l0jax.kinds import kinds
 from l0jax.polynomials import product
 from l0jax.reading import Gated, Traced, places, traced
@@ -48,7 +57,8 @@ def trace(
             what is trained.
         *inputs: pytrees of arrays or of their shapes. The leading axis of the first,
             and of those others that have its size, is taken for the batch if examples
-            are computed apart from one another: costs are then those of one. If
+            are computed apart from one another: costs are then those of one, else of
+            all (`Structure.per_example` says which). If
             parameters read an axis of an input, its positions are a group too: removing
             some is feature selection.
         frozen: paths of arrays, or of what holds arrays, that keep all their units.
@@ -70,7 +80,9 @@ def trace(
             frozen,
         )
         return dataclasses.replace(
-            structure, trainable=tuple(trained), notes=_mode(apply)
+            structure,
+            trainable=tuple(trained),
+            notes=(*_mode(apply), *structure.notes),
         )
     if isinstance(apply, linen.Module):
         apply = apply.apply
@@ -119,9 +131,24 @@ def _batch(found: Traced, reading: Reading, lies: Gated) -> frozenset[Variable]:
         for axis in batch
     )
     for each in reading.contractions:
-        factors = [resolve(axis) for axis in each.factors]
-        apart &= all(factors.count(axis) < 2 for axis in batch)
+        of_examples = [
+            v for axis in each.factors for v in variables(axis) if v in batch
+        ]
+        # Every example takes part in a product alone, and beside nothing that was
+        # padded or concatenated: costs are so many times those of one.
+        apart &= len(of_examples) < 2
+        apart &= not any(v in batch for axis in each.factors for v in _summed(axis))
     return frozenset(v for v in batch if apart and isinstance(v, Variable))
+
+
+def _summed(of: Type) -> Iterator[Variable]:
+    """Variables that are parts of an axis beside others, as a concatenation makes."""
+    of = resolve(of)
+    if isinstance(of, Sum):
+        yield from variables(of)
+    elif isinstance(of, Product):
+        for factor in of.factors:
+            yield from _summed(factor)
 
 
 def _trained(leaves: Mapping[str, Any]) -> list[str]:
@@ -196,6 +223,7 @@ def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
             sizes(each.rest, each.times // each.parts),
             each.reads,
             each.makes,
+            each.once,
         )
         for each in reading.contractions
     )
@@ -219,6 +247,10 @@ def _collect(found: Traced, reading: Reading, leaves, trained) -> Structure:
         ),
         bool(batch) or not any(v.axes and v.axes[0].size > 1 for v in given.values()),
         dataclasses.replace(found, members=members),
+        tuple(
+            f"{loop} runs as long as its values say: it is counted once"
+            for loop in dict.fromkeys(op.once for op in operations if op.once)
+        ),
     )
 
 

@@ -53,6 +53,8 @@ class Value:
         number: what all its elements are, if that is known.
         known: whether it depends on neither inputs nor parameters. It is computed at
             its full size, and what is left of its axes is taken where it meets others.
+        counts: the axis along which it is 0, 1, 2, …, if it is known and there is one:
+            what is indexed by it stays in its order.
     """
 
     axes: tuple[Type, ...]
@@ -63,6 +65,7 @@ class Value:
     even: tuple[Alike, ...] = ()
     number: Any = None
     known: bool = False
+    counts: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,6 +100,8 @@ class Contraction:
         summed: axes that are summed over.
         free: axes of one side alone.
         of_activations: whether both sides depend on inputs.
+        once: the loop around it of which nobody knows how often it turns, and which is
+            taken for one turn; empty if there is none.
     """
 
     primitive: str
@@ -112,6 +117,7 @@ class Contraction:
     summed: tuple[Type, ...] = ()
     free: tuple[Type, ...] = ()
     of_activations: bool = False
+    once: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class Reading:
         derivatives: those within which we are.
         numbers: what stands for the symbols in sizes.
         rules: of each function with a derivative of its own, the programs of that.
+        columns: of what was concatenated along its last axis, the parts: what indices
+            of several axes are made of.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -161,6 +169,7 @@ class Reading:
     derivatives: list[Any] = field(default_factory=list)
     numbers: Mapping[str, int] = field(default_factory=dict)
     rules: dict[Any, Any] = field(default_factory=dict)
+    columns: dict[Any, Sequence[Value]] = field(default_factory=dict)
 
     def aside(self) -> "Reading":
         """For what is read beside the program: it costs nothing there."""
@@ -182,22 +191,31 @@ def new(shape: Sequence[int], data: bool, known: bool = False) -> Value:
 def constant(array: Any) -> Value:
     """An array of the program itself."""
     value = new(np.shape(array), data=False, known=True)
-    return replace(value, number=_number(array))
-
-
-def _number(array: Any) -> Any:
-    """What all elements of an array are, or None if they differ or aren't numbers."""
     concrete = isinstance(array, np.ndarray | np.generic | int | float | complex)
     if not concrete and (
         not isinstance(array, jax.Array)
         or isinstance(array, jax.core.Tracer)
         or jnp.issubdtype(array.dtype, jax.dtypes.extended)
     ):
-        return None
+        return value
     numbers = np.asarray(array)
+    return replace(value, number=_number(numbers), counts=_counts(numbers))
+
+
+def _number(numbers: np.ndarray) -> Any:
+    """What all elements of an array are, or None if they differ."""
     if not numbers.size or not (numbers == numbers.flat[0]).all():
         return None
     return numbers.flat[0]
+
+
+def _counts(numbers: np.ndarray) -> int | None:
+    """The one axis along which an array is 0, 1, 2, …, or None if there is none."""
+    longer = [at for at, size in enumerate(numbers.shape) if size > 1]
+    if len(longer) != 1 or not np.issubdtype(numbers.dtype, np.integer):
+        return None
+    in_order = (numbers.ravel() == np.arange(numbers.size)).all()
+    return longer[0] if in_order else None
 
 
 def opaque(shape: Sequence[int], why: str, mixes: bool = True) -> Value:

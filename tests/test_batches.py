@@ -164,6 +164,262 @@ def test_costs_of_examples_that_are_not_apart_are_of_the_whole_batch_and_say_so(
     assert "examples together" not in str(trace(KNOWING["filled"], PARAMS, inputs(4)))
 
 
+NODES, EDGES = 4, 7
+ENDS = np.random.default_rng(1).integers(0, NODES, (2, EDGES))
+SOURCE, TARGET = jnp.asarray(ENDS)
+ORDER = jnp.asarray([2, 0, 3, 1])
+
+
+def send(h, source=SOURCE):
+    """To each node the sum of what its neighbours hold."""
+    return jax.ops.segment_sum(h[source], TARGET, num_segments=NODES)
+
+
+def by_order(p, x, order):
+    """(The order is an input of as many numbers as there are examples.)"""
+    return hidden(p, x)[order] @ p["b"]
+
+
+# What is done to examples between the layers, and how many the second layer gets.
+TOGETHER = {
+    "neighbours by constants": (lambda p, x: send(hidden(p, x)) @ p["b"], 4),
+    "neighbours by an input": (lambda p, x, s: send(hidden(p, x), s) @ p["b"], 4),
+    "edges": (lambda p, x: hidden(p, x)[SOURCE] @ p["b"], 7),
+    "edges by an input": (lambda p, x, s: hidden(p, x)[s] @ p["b"], 7),
+    "added to neighbours": (
+        lambda p, x: (send(x) + hidden(p, x) @ p["c6"]) @ p["d"],
+        4,
+    ),
+    "summed by segments": (
+        lambda p, x: jax.ops.segment_sum(hidden(p, x), ORDER, num_segments=9) @ p["b"],
+        9,
+    ),
+    "an order": (lambda p, x: hidden(p, x)[ORDER] @ p["b"], 4),
+    "an order of an input": (by_order, 4),
+    "some": (lambda p, x: hidden(p, x)[jnp.array([3, 0])] @ p["b"], 2),
+    "the first by indices": (lambda p, x: hidden(p, x)[jnp.arange(3)] @ p["b"], 3),
+    "taken": (lambda p, x: jnp.take(hidden(p, x), ORDER, axis=0) @ p["b"], 4),
+    "sorted": (lambda p, x: jnp.sort(hidden(p, x), 0) @ p["b"], 4),
+    "the largest": (lambda p, x: jax.lax.top_k(hidden(p, x).T, 3)[0].T @ p["b"], 3),
+    "reversed": (lambda p, x: hidden(p, x)[::-1] @ p["b"], 4),
+    "rolled": (lambda p, x: jnp.roll(hidden(p, x), 1, 0) @ p["b"], 4),
+    "cut": (lambda p, x: hidden(p, x)[:3] @ p["b"], 3),
+    "every second": (lambda p, x: hidden(p, x)[::2] @ p["b"], 2),
+    "cut where a number says": (
+        lambda p, x: jax.lax.dynamic_slice_in_dim(hidden(p, x), p["at"], 3) @ p["b"],
+        3,
+    ),
+    "padded": (lambda p, x: jnp.pad(hidden(p, x), ((0, 1), (0, 0))) @ p["b"], 5),
+    "padded between": (
+        lambda p, x: jax.lax.pad(hidden(p, x), 0.0, [(0, 0, 1), (0, 0, 0)]) @ p["b"],
+        7,
+    ),
+    "padded and moved": (
+        lambda p, x: jnp.pad(hidden(p, x), ((1, 0), (0, 0)))[:-1] @ p["b"],
+        4,
+    ),
+    "with a token": (
+        lambda p, x: jnp.concatenate([hidden(p, x), p["row"]]) @ p["b"],
+        5,
+    ),
+    "twice": (lambda p, x: jnp.concatenate([hidden(p, x)] * 2) @ p["b"], 8),
+    "put among zeros": (
+        lambda p, x: jnp.zeros((9, 6)).at[:4].set(hidden(p, x)) @ p["b"],
+        9,
+    ),
+    "put in an order": (
+        lambda p, x: jnp.zeros((4, 6)).at[ORDER].set(hidden(p, x)) @ p["b"],
+        4,
+    ),
+    "summed up": (lambda p, x: jnp.cumsum(hidden(p, x), 0) @ p["b"], 4),
+    "summed": (lambda p, x: hidden(p, x).sum(0, keepdims=True) @ p["b"], 1),
+    "without their mean": (
+        lambda p, x: (lambda h: (h - h.mean(0)) @ p["b"])(hidden(p, x)),
+        4,
+    ),
+    "smoothed": (
+        lambda p, x: (
+            jax.lax.reduce_window(
+                hidden(p, x), 0.0, jax.lax.add, (2, 1), (1, 1), "VALID"
+            )
+            @ p["b"]
+        ),
+        3,
+    ),
+}
+# Each example with each: of every one of 4 x 4 pairs.
+PAIRS = {
+    "pairs": lambda p, x: (lambda h: (h[None] - h[:, None]) @ p["b"])(hidden(p, x)),
+    "pairs in a row": lambda p, x: (
+        lambda h: (h[None] - h[:, None]).reshape(16, 6) @ p["b"]
+    )(hidden(p, x)),
+}
+WITH = {
+    "neighbours by an input": SOURCE,
+    "edges by an input": SOURCE,
+    "an order of an input": ORDER,
+}
+MORE = {
+    **PARAMS,
+    "c6": jnp.ones((6, 3)),
+    "d": jnp.ones((3, 2)),
+    "row": jnp.ones((1, 6)),
+    "at": jnp.ones((), int),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_examples_that_are_moved_or_mixed_are_counted_in_whole(name):
+    function, many = TOGETHER[name]
+    more = [WITH[name]] if name in WITH else []
+    structure = trace(function, MORE, inputs(4), *more)
+    assert not structure.per_example
+    after = 4 * 6 * 3 + many * 3 * 2 if name == "added to neighbours" else many * 6 * 2
+    assert costs.exact(structure) == 4 * 3 * 6 + after
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_examples_are_counted_in_whole(name):
+    structure = trace(PAIRS[name], PARAMS, inputs(4))
+    assert not structure.per_example
+    assert costs.exact(structure) == 4 * 3 * 6 + 4 * 4 * 6 * 2
+
+
+def test_pairs_of_two_inputs_are_counted_in_whole():
+    """As images and their captions are compared."""
+    structure = trace(
+        lambda p, x, y: hidden(p, x) @ hidden(p, y).T, PARAMS, inputs(4), inputs(4)
+    )
+    assert not structure.per_example
+    assert costs.exact(structure) == 2 * 4 * 3 * 6 + 4 * 4 * 6
+
+
+def test_a_target_is_met_on_a_graph():
+    """What two layers cost is of all nodes in both."""
+    structure = trace(lambda p, x: send(hidden(p, x)) @ p["b"], PARAMS, inputs(4))
+    left = costs.exact(structure, {of_hidden(structure): KEEP})
+    assert left == 4 * (3 * 4 + 4 * 2)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, 6, (4, 5)))
+
+
+def looked_up(p, tokens):
+    return p["table"][tokens]
+
+
+def attending(p, tokens):
+    h = looked_up(p, tokens) @ p["a"]
+    return jax.nn.softmax(h @ h.swapaxes(1, 2)) @ h @ p["b"]
+
+
+def cached(p, tokens):
+    """Keys of the words are put where a longer memory has place for them."""
+    keys = looked_up(p, tokens) @ p["a"]
+    memory = jnp.zeros((tokens.shape[0], 8, 6)).at[:, 1:6].set(keys)
+    return jax.lax.dynamic_update_slice(memory, keys, (0, 2, 0)) @ p["b"]
+
+
+def cached_by_index(p, tokens):
+    """Of each example a word, at a place of its own."""
+    keys = looked_up(p, tokens[:, 0]) @ p["a"]
+    rows = jnp.arange(tokens.shape[0])
+    memory = jnp.zeros((tokens.shape[0], 8, 6)).at[rows, tokens[:, 1]].set(keys)
+    return memory @ p["b"]
+
+
+ALONE = {
+    "an embedding": (lambda p, t: looked_up(p, t) @ p["a"] @ p["b"], 5 * (18 + 12)),
+    "one-hot": (lambda p, t: jax.nn.one_hot(t, 7) @ p["table"] @ p["a"], 5 * (21 + 18)),
+    "one-hot by hand": (
+        lambda p, t: (
+            jnp.zeros((t.shape[0], 7)).at[jnp.arange(len(t)), t[:, 0]].set(1.0)
+            @ p["table"]
+        ),
+        7 * 3,
+    ),
+    "a number of each": (
+        lambda p, t: (
+            (looked_up(p, t) @ p["a"])[jnp.arange(len(t)), t[:, 1] % 5] @ p["b"]
+        ),
+        5 * 18 + 12,
+    ),
+    "a number of each by NumPy": (
+        lambda p, t: (
+            (looked_up(p, t) @ p["a"])[np.arange(len(t)), t[:, 1] % 5] @ p["b"]
+        ),
+        5 * 18 + 12,
+    ),
+    "a number of each place": (
+        lambda p, t: (
+            (looked_up(p, t) @ p["a"])[
+                jnp.arange(len(t))[:, None], jnp.arange(5)[None], t
+            ]
+            @ p["five"]
+        ),
+        5 * 18 + 5 * 2,
+    ),
+    "all of them by index": (
+        lambda p, t: (looked_up(p, t[:, 0]) @ p["a"])[jnp.arange(len(t))] @ p["b"],
+        18 + 12,
+    ),
+    "along an axis": (
+        lambda p, t: (
+            jnp.take_along_axis(looked_up(p, t) @ p["a"], t[:, :2, None] % 5, 1)
+            @ p["b"]
+        ),
+        5 * 18 + 2 * 12,
+    ),
+    "of each by vmap": (
+        lambda p, t: (
+            jax.vmap(lambda h, at: h[at])(looked_up(p, t) @ p["a"], t[:, 1] % 5)
+            @ p["b"]
+        ),
+        5 * 18 + 12,
+    ),
+    "attention": (attending, 5 * 18 + 2 * 5 * 5 * 6 + 5 * 12),
+    "positions": (
+        lambda p, t: (looked_up(p, t) + p["positions"][: t.shape[1]]) @ p["a"],
+        5 * 18,
+    ),
+    "positions by index": (
+        lambda p, t: (
+            (looked_up(p, t) + p["positions"][jnp.arange(t.shape[1])]) @ p["a"]
+        ),
+        5 * 18,
+    ),
+    "moved along the words": (
+        lambda p, t: jnp.roll(looked_up(p, t), 1, axis=1) @ p["a"],
+        5 * 18,
+    ),
+    "padded along the words": (
+        lambda p, t: jnp.pad(looked_up(p, t), ((0, 0), (1, 0), (0, 0))) @ p["a"],
+        6 * 18,
+    ),
+    "a memory": (cached, 5 * 18 + 8 * 12),
+    "a memory by index": (cached_by_index, 18 + 8 * 12),
+    "several of each": (
+        lambda p, t: jnp.repeat(looked_up(p, t[:, 0]), 2, axis=0) @ p["a"],
+        2 * 18,
+    ),
+}
+OF_WORDS = {
+    "table": jnp.ones((7, 3)),
+    "positions": jnp.ones((9, 3)),
+    "a": PARAMS["a"],
+    "b": PARAMS["b"],
+    "five": jnp.ones((5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_examples_that_are_indexed_apart_are_counted_alone(name):
+    function, macs = ALONE[name]
+    structure = trace(function, OF_WORDS, TOKENS)
+    assert structure.per_example
+    assert costs.exact(structure) == macs
+
+
 def test_a_batch_for_which_units_are_others_is_refused_with_its_reason():
     def apply(p, x):
         h = hidden(p, x)

@@ -89,6 +89,21 @@ def test_functions_are_measured_like_modules():
     assert set(found.after.seconds) == {4}
 
 
+def test_costs_are_those_of_one_example_even_if_they_depend_on_one_another():
+    params = {"a": jnp.ones((6, 8)), "b": jnp.ones((8, 2))}
+
+    def each(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    def in_turn(params, x):
+        return jax.lax.map(lambda row: each(params, row), x)
+
+    found = l0jax.report(
+        (each, params), (in_turn, params), jnp.ones((4, 6)), batch_sizes=(2,), calls=1
+    )
+    assert found.before.macs == found.after.macs == 6 * 8 + 8 * 2
+
+
 @pytest.mark.parametrize("wrong", [{"batch_sizes": (0,)}, {"calls": 0}])
 def test_sizes_must_be_positive(wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):

@@ -1305,6 +1305,99 @@ def test_every_turn_of_a_loop_is_counted():
     assert costs.exact(trace(unrolled, params, x)) == 6 * 4 * 4 + 4 * 2
 
 
+def counting(begin=0, limit=50, step=1, test=jax.lax.lt):
+    """A network with a layer that is used again and again, as long as a number is less
+    than another."""
+
+    def apply(params, x):
+        def turn(carry):
+            return carry[0] + step, jnp.tanh(carry[1] @ params["one"])
+
+        begun = (jnp.asarray(begin), x)
+        h = jax.lax.while_loop(lambda carry: test(carry[0], limit), turn, begun)[1]
+        return h @ params["two"]
+
+    return apply
+
+
+TURNED = {"one": jnp.ones((4, 4)), "two": jnp.ones((4, 2))}
+ROWS = jnp.ones((2, 4))
+
+
+@pytest.mark.parametrize(
+    ("counted", "turns"),
+    [
+        ({}, 50),
+        ({"begin": 3, "step": 4}, 12),
+        ({"limit": 9, "step": 4}, 3),
+        ({"limit": 0}, 0),
+        ({"limit": -5}, 0),
+    ],
+)
+def test_turns_of_a_loop_that_only_counts_are_known(counted, turns):
+    structure = trace(counting(**counted), TURNED, ROWS)
+    assert costs.exact(structure) == turns * 4 * 4 + 4 * 2
+    assert not structure.notes
+
+
+def until_small(params, x):
+    def test(h):
+        return jnp.abs(h @ params["one"]).max() > 0.1
+
+    return jax.lax.while_loop(test, lambda h: h / 2, x) @ params["two"]
+
+
+def as_often_as_told(params, x, turns):
+    h = jax.lax.fori_loop(0, turns, lambda _, h: jnp.tanh(h @ params["one"]), x)
+    return h @ params["two"]
+
+
+def in_a_loop(params, x, turns):
+    def turn(h, _):
+        return as_often_as_told({**params, "two": jnp.eye(4)}, h, turns), None
+
+    return jax.lax.scan(turn, x, None, length=3)[0] @ params["two"]
+
+
+UNKNOWN_TURNS = {
+    "as often as told": (as_often_as_told, [3], 16 + 8),
+    "until small": (until_small, [], 2 * 16 + 2 * 8),  # of both examples together
+    "from a number that is told": (
+        lambda p, x, turns: counting(begin=turns)(p, x),
+        [3],
+        16 + 8,
+    ),
+    "by steps that are not whole": (counting(0.0, 2.5, 0.5), [], 16 + 8),
+    "as long as it is no more": (counting(test=jax.lax.le), [], 16 + 8),
+    "down": (counting(9, 0, -1, jax.lax.gt), [], 16 + 8),
+    "in a loop": (in_a_loop, [3], 3 * (16 + 16) + 8),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_TURNS)
+def test_a_loop_of_unknown_turns_is_counted_once_and_says_so(name):
+    apply, more, macs = UNKNOWN_TURNS[name]
+    structure = trace(apply, TURNED, ROWS, *map(jnp.asarray, more))
+    assert costs.exact(structure) == macs
+    (note,) = structure.notes
+    assert note.startswith("while at ")
+    assert "test_structure.py" in note
+    assert "runs as long as its values say: it is counted once" in note
+    assert str(structure).endswith(note)
+    assert costs.counted_once(structure, costs.macs)
+    assert costs.counted_once(structure, costs.reference_flops)
+    assert not costs.counted_once(structure, costs.params)
+    assert not costs.counted_once(structure, costs.weights)
+
+
+def test_loops_that_multiply_nothing_are_not_told_of():
+    def apply(params, x):
+        big = jax.lax.while_loop(lambda n: n * n < x.sum(), lambda n: n + 1, 1.0)
+        return x @ params["one"] * big
+
+    assert not trace(apply, TURNED, ROWS).notes
+
+
 def test_prints_a_table():
     _, _, structure = two_layers()
     lines = str(structure).splitlines()

@@ -1029,6 +1029,32 @@ def test_units_that_cost_nothing_under_a_target_are_named():
     training_of("perceptron", structure=structure, target=train.Target("density", 0.3))
 
 
+def test_a_target_that_counts_a_loop_of_unknown_turns_says_so():
+    params = {"a": jnp.ones((3, 6)), "w": jnp.ones((6, 6)), "b": jnp.ones((6, 2))}
+
+    def apply(params, x, turns):
+        h = jax.lax.fori_loop(0, turns, lambda _, h: h @ params["w"], x @ params["a"])
+        return h @ params["b"]
+
+    def training(target):
+        return train.Training(
+            train.function(apply, params),
+            lambda model, batch: ((model(*batch) ** 2).mean(), {}),
+            (jnp.ones((4, 3)), jnp.asarray(2)),
+            gate=gates.HardConcrete(),
+            target=target,
+            optimizer=SGD,
+        )
+
+    for how in ("lagrangian", "decided"):
+        said = r"of macs, which counts one turn of while at .*test_training.py"
+        with pytest.warns(UserWarning, match=said) as warned:
+            training(train.Target(costs.macs, 0.5, how=how))
+        assert len(warned) == 1
+    training(train.Target(costs.params, 0.5))
+    training(train.Target("density", 0.5))
+
+
 def _first_closed(training):
     """A network's arrays, its structure, and which units are left without the first."""
     network, structure = training.network, training.structure

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from l0jax import objectives, units
+from l0jax import costs, objectives, units
 from l0jax.compaction import removable
 from l0jax.constraints import Amounts, Constraint
 from l0jax.gates.noise import fold_in
@@ -128,6 +128,10 @@ class Training:
             group whose units are used by what isn't trained; anything that is refused
             by `train.network`, `Learned` or `Target`.
         l0jax.tracing.TraceError: if the model can't be read.
+
+    Warns:
+        UserWarning: for groups that cost nothing under the target; for loops that run
+            as long as their values say, if the target counts their turns.
     """
 
     def __init__(
@@ -178,6 +182,7 @@ class Training:
         self._sizes = self._sizes_at_first()
         self._derive()
         self._warn_of_what_costs_nothing()
+        self._warn_of_what_is_counted_once()
 
     def _read(self, example: PyTree) -> Structure:
         if example is None and isinstance(self.gating, Ungated):
@@ -315,6 +320,21 @@ class Training:
                     "or give a cost that counts them",
                     stacklevel=3,
                 )
+
+    def _warn_of_what_is_counted_once(self) -> None:
+        """Of loops whose turns a target counts, and nobody knows."""
+        if self._budget is None or isinstance(self._budget.target.cost, str):
+            return
+        loops = costs.counted_once(self.structure, self._budget.target.cost)
+        if loops:
+            warnings.warn(
+                f"the target is of {self._budget.target.name}, which counts one turn "
+                f"of {loops[0]}, whose turns nobody knows before it runs: what is left "
+                "is a share of that; give the loop a fixed number of turns (a Python "
+                "number to fori_loop, or scan), or a cost that counts no turns, such "
+                "as costs.params or what measure_latency found",
+                stacklevel=3,
+            )
 
     def _check(self) -> None:
         if isinstance(self.polyak, jax.core.Tracer):
