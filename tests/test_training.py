@@ -118,6 +118,49 @@ def test_what_is_left_of_a_module_is_a_module_of_its_class():
     assert small.first.kernel.shape[-1] == small.norm.scale.shape[0] < 8
 
 
+class Recurrent(nnx.Module):
+    """It writes keys of dropout, in training, and what a cell carries."""
+
+    def __init__(self, rngs):
+        self.cell = nnx.RNN(nnx.LSTMCell(8, 6, rngs=rngs))
+        self.hidden = nnx.Linear(6, 12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.out = nnx.Linear(12, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.hidden(self.cell(x[..., 0])[:, -1]))
+        return self.out(self.dropout(x))
+
+
+@pytest.mark.parametrize("gate", [None, gates.HardConcrete()])
+def test_what_is_left_of_a_module_can_be_trained_on(gate):
+    training = train.Training(
+        Recurrent(nnx.Rngs(0)),
+        models.loss,
+        models.EXAMPLE,
+        gate=gate,
+        price=None if gate is None else 1e-4,
+        optimizer=SGD,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        small = training.finish(training.start(jax.random.key(0)))
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(nnx.state(small)))
+    images = models.digits()[0][:5]
+    small(images)
+    small.train()
+    assert np.abs(np.asarray(small(images) - small(images))).max() > 0
+
+
+@pytest.mark.parametrize("gate", [None, gates.HardConcrete()])
+def test_what_is_left_of_a_function_has_arrays_of_jax(gate):
+    training = training_of("function", gate=gate, target=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _, variables = training.finish(training.start(jax.random.key(0)))
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(variables))
+
+
 def test_the_users_arrays_survive():
     model = models.ConvNet(nnx.Rngs(0))
     before = bits(nnx.state(model))

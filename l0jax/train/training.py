@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -763,9 +764,9 @@ class Training:
         params = self.folded(state, decision)
         tree = self.placement.on_host(self.network.tree(params, state.rest))
         if not self.structure.groups:
-            return self.network.whole(tree)
+            return _of_jax(self.network.whole(tree))
         keep = units.in_use(tree, self.structure.groups)
-        return self.network.finished(tree, keep, self.structure)
+        return _of_jax(self.network.finished(tree, keep, self.structure))
 
     # -------------------------------------------------------------- compaction
 
@@ -811,6 +812,16 @@ class Training:
             laid[name] = np.zeros(len(flags), np.asarray(vector).dtype)
             laid[name][flags] = np.asarray(vector)
         return laid
+
+
+def _of_jax(found: Any) -> Any:
+    """What is left, with arrays of JAX: those that lie on the host can't be written,
+    and have no `.at`, which layers use."""
+    if isinstance(found, tuple):
+        apply, variables = found
+        return apply, jax.tree.map(jnp.array, variables)
+    graph, tree = nnx.split(found)
+    return nnx.merge(graph, jax.tree.map(jnp.array, tree))
 
 
 _REPLACEABLE = (
