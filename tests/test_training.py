@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+import l0jax
 import l0jax.nnx
 from l0jax import costs, estimators, gates, gating, objectives, train, units
 from l0jax.methods import relocation
@@ -557,6 +558,65 @@ def test_momenta_and_averages_go_with_their_units():
     np.testing.assert_array_equal(
         moments[::2], after.opt_state["gates"][0].mu["logits"]["first"]
     )
+
+
+@pytest.mark.parametrize("row", ["gone", "shifted"])
+def test_a_shift_is_that_of_the_units_that_are_left(row):
+    """And units to which it is added are none that are closed."""
+    keep = np.arange(32) % 2 == 0
+    rows = keep if row == "gone" else keep | (np.arange(32) == 1)
+    shift = jnp.outer(jnp.float32(rows), jnp.linspace(0.1, 0.2, 10))
+    training = training_of(
+        "perceptron",
+        gate=train.Chosen(
+            {"second": keep},
+            relocation.Closing("cosine", share=0.5),
+            2,
+            {"out.kernel": shift},
+        ),
+        target=None,
+    )
+    state = training.start(jax.random.key(0))
+    state, _ = training.step(state, next(models.batches(0)))
+    small, after = training.compact(state)
+    assert small.structure.groups["second"].size == rows.sum()
+    x = models.digits()[0][:64]
+    expected = training.whole_model(state)(x)
+    np.testing.assert_allclose(small.whole_model(after)(x), expected, atol=1e-5)
+    batch = next(models.batches(1))
+    ours, _ = small.step(jax.tree.map(jnp.copy, after), batch)
+    theirs, _ = training.step(state, batch)
+    np.testing.assert_allclose(
+        ours.params["out"]["kernel"], theirs.params["out"]["kernel"][rows], atol=1e-5
+    )
+    np.testing.assert_allclose(small.finish(after)(x), expected, atol=1e-5)
+
+
+def test_units_of_inputs_stay_with_the_data():
+    model = models.Perceptron(nnx.Rngs(0))
+    flat = [
+        (images.reshape(len(images), -1), labels)
+        for images, labels in (next(models.batches(0)),)
+    ]
+    structure = l0jax.trace(model, flat[0][0])
+    training = train.Training(
+        model,
+        models.loss,
+        structure=structure,
+        gate=gates.HardConcrete(),
+        price=1e-4,
+        optimizer=SGD,
+        compaction=train.Compaction(after=1, at=1.0),
+    )
+    state = training.start(jax.random.key(0))
+    half = {
+        name: jnp.where(jnp.arange(group.size) % 2 == 0, 5.0, -5.0)
+        for name, group in structure.groups.items()
+    }
+    training, state = training.compact(state._replace(gates={"logits": half}))
+    sizes = {n: g.size for n, g in training.structure.groups.items()}
+    assert sizes == {"input": 64, "first": 24, "second": 16}
+    training.step(state, flat[0])
 
 
 def test_compacting_a_training_without_gates_changes_nothing():

@@ -28,7 +28,8 @@ class Compaction:
     A unit is dead for good when at several calls of `compact` in a row it is closed by
     the test-time rule and open in training with a small probability. The dead are taken
     out together, once so many multiply-accumulates go with them that it is worth
-    another compilation. Where there is a target, no more is taken out than leaves some
+    another compilation. Units that lie in inputs stay, closed: the data would have to
+    lose them too. Where there is a target, no more is taken out than leaves some
     room above it: what is gone never comes back.
 
     Args:
@@ -83,6 +84,8 @@ def compact(
         closed={name: jnp.asarray(each, jnp.int32) for name, each in closed.items()}
     )
     keep = compaction.alive(closed, policy.after)
+    for name in training.structure.inputs.keys() & keep.keys():
+        keep[name][:] = True  # Else the batches to come would not fit.
     keep = _with_room(training, keep, policy.room)
     keep = _rounded(training, keep)
     if all(flags.all() for flags in keep.values()):
@@ -116,7 +119,13 @@ def _closed(training: "Training", below: float, state: "TrainingState"):
     params, own = training.averaged(state)
     z, active = training.gating.decide(own, state.step, rule, state.key)
     groups = training._below(training.structure.groups)
-    return compaction.closed(params, z, active, groups, below)
+    closed = compaction.closed(params, z, active, groups, below)
+    # A shift may still be added where a gate is closed.
+    folded = training.gating.fold(params, own, z, training._gated)
+    used = units.largest_use(
+        jax.tree.map(jnp.abs, folded), compaction.removable(groups)
+    )
+    return {name: flags & (used[name] == 0) for name, flags in closed.items()}
 
 
 def _with_room(training: "Training", keep: Keep, room: float) -> dict[str, np.ndarray]:
@@ -186,7 +195,7 @@ def without(
     other = copy.copy(training)
     other.network = smaller
     other.structure = structure.shrink(keep)
-    other.gating = training.gating.smaller(keep)
+    other.gating = training.gating.smaller(keep, masks)
     other.alive = {name: flags.copy() for name, flags in training.alive.items()}
     for name, flags in other.alive.items():
         flags[flags] = keep[name]

@@ -774,7 +774,8 @@ class Training:
         self, state: TrainingState, examples_to_come: int | None = None
     ) -> tuple["Training", TrainingState]:
         """The training and the state without units that are dead for good, if that is
-        worth another compilation; else as they are. See `Compaction`.
+        worth another compilation; else as they are. Units of inputs stay. See
+        `Compaction`.
 
         Args:
             state: of this training.
