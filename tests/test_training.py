@@ -1367,13 +1367,28 @@ def test_the_budget_needs_a_target():
         training.decide(training.start(jax.random.key(0)), "budget")
 
 
-def test_an_optimiser_that_keeps_other_shapes_is_refused():
-    training = training_of(
-        "perceptron", optimizer=optax.adafactor(1e-3, min_dim_size_to_factor=8)
-    )
+@pytest.mark.parametrize(
+    ("make", "leaf"),
+    [
+        (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=8), "v_row"),
+        (lambda: optax.sm3(1e-3), r"mu\.first"),
+        (lambda: optax.flatten(optax.adam(1e-3)), r"0\.mu"),
+    ],
+)
+def test_an_optimiser_that_keeps_other_shapes_is_refused(make, leaf):
+    training = training_of("perceptron", optimizer=make())
     state = training.start(jax.random.key(0))
-    with pytest.raises(ValueError, match="its units can't be told apart"):
+    words = rf"the optimiser keeps '.*{leaf}.*its units can't be told apart"
+    with pytest.raises(ValueError, match=words):
         training.without(state, {"first": np.arange(48) < 20})
+
+
+@pytest.mark.parametrize("make", [optax.novograd, optax.adafactor])
+def test_numbers_that_an_optimiser_keeps_for_arrays_need_no_cut(make):
+    training = training_of("perceptron", optimizer=make(1e-3), gate_optimizer=ADAM)
+    state = training.start(jax.random.key(0))
+    training, state = training.without(state, {"first": np.arange(48) < 20})
+    training.step(state, next(models.batches(0)))
 
 
 def test_a_group_that_something_else_reads_is_refused():

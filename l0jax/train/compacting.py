@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import compaction, costs, units
+from l0jax.train import averages
 from l0jax.train.placement import parameters_of
 from l0jax.units import Keep
 
@@ -188,10 +189,13 @@ def without(
             "gates": _of_groups(state.average["gates"], keep),
         }
     params, rest = left[0]
+    gates = _of_groups(state.gates, keep)
     opt_state = {
         "params": _moments(state.opt_state["params"], state.params, masks),
         "gates": _of_groups(state.opt_state["gates"], keep),
     }
+    for name, theta in (("params", params), ("gates", gates)):
+        _check_fits(opt_state[name], training._optimizers[name], theta)
     other = copy.copy(training)
     other.network = smaller
     other.structure = structure.shrink(keep)
@@ -203,7 +207,7 @@ def without(
     closed: Any = {n: np.asarray(a)[keep[n]] for n, a in state.closed.items()}
     after = state._replace(
         params=params,
-        gates=_of_groups(state.gates, keep),
+        gates=gates,
         rest=rest,
         opt_state=opt_state,
         average=average,
@@ -233,7 +237,7 @@ def _of_groups(tree: PyTree, keep: Keep) -> PyTree:
         if not isinstance(last, str) or last not in keep:
             return leaf
         if np.shape(leaf) != keep[last].shape:
-            raise ValueError(_told_apart(key_path, leaf, keep[last].shape))
+            return _of_all(key_path, leaf, keep[last].shape)
         return np.asarray(leaf)[keep[last]]
 
     return jax.tree_util.tree_map_with_path(cut, tree)
@@ -248,7 +252,7 @@ def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
         if of not in cut_paths:
             return leaf
         if np.shape(leaf) != shapes[of]:
-            raise ValueError(_told_apart(key_path, leaf, shapes[of]))
+            return _of_all(key_path, leaf, shapes[of])
         return units.take(leaf, of, masks)
 
     leaves, form = jax.tree_util.tree_flatten_with_path(opt_state)
@@ -259,8 +263,42 @@ def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
     )
 
 
-def _told_apart(key_path, leaf, shape) -> str:
-    return (
-        f"the optimiser keeps {units.path_of(key_path)!r} in shape {np.shape(leaf)} "
-        f"for a parameter of shape {shape}: its units can't be told apart"
+def _of_all(key_path, leaf, shape) -> Any:
+    """A number that is kept for all units of an array, or in place of one.
+
+    Raises:
+        ValueError: if it is more than a number.
+    """
+    if np.size(leaf) > 1:
+        raise ValueError(
+            f"the optimiser keeps {units.path_of(key_path)!r} in shape "
+            f"{np.shape(leaf)} for a parameter of shape {shape}: {_TOLD_APART}"
+        )
+    return leaf
+
+
+def _check_fits(opt_state: PyTree, optimizer: Any, theta: PyTree) -> None:
+    """Raises ValueError unless an optimiser would begin with arrays of these shapes: it
+    may keep some of which it can't be told what they are of."""
+    wanted = jax.eval_shape(optimizer.init, averages.trained(theta))
+    (ours, form), (theirs, other) = (
+        jax.tree_util.tree_flatten_with_path(tree) for tree in (opt_state, wanted)
     )
+    if form != other:
+        raise ValueError(
+            f"the optimiser keeps {form}, and would begin with {other} for what is "
+            f"left: {_TOLD_APART}"
+        )
+    for (key_path, leaf), (_, one) in zip(ours, theirs, strict=True):
+        if np.shape(leaf) != one.shape:
+            raise ValueError(
+                f"the optimiser keeps {units.path_of(key_path)!r} in shape "
+                f"{np.shape(leaf)}, and would in {one.shape} for what is left: "
+                f"{_TOLD_APART}"
+            )
+
+
+_TOLD_APART = (
+    "its units can't be told apart; take an optimiser that keeps arrays of the "
+    "parameters' shapes, or train without taking units out"
+)

@@ -791,8 +791,8 @@ class Training:
 
         Raises:
             ValueError: as `l0jax.shrink`; if the network's code is another function
-                when its arrays are smaller; if an optimiser keeps an array for a
-                parameter in another shape than the parameter's.
+                when its arrays are smaller; if an optimiser keeps an array, not only
+                a number, in another shape than that of its parameter.
         """
         return compacting.without(self, state, keep)
 
