@@ -656,6 +656,48 @@ def test_what_computes_from_its_sizes_goes_on_at_full_width():
     )
 
 
+def test_a_stack_that_is_a_group_ends_as_a_narrowed_module():
+    """Its layers remember sizes of one layer each, and can't tell which axis it is."""
+
+    class Ensemble(nnx.Module):
+        def __init__(self, rngs):
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def make(rngs):
+                return nnx.Linear(64, 8, rngs=rngs)
+
+            self.members = make(rngs)
+            self.out = nnx.Linear(8, 10, rngs=rngs)
+
+        def __call__(self, x):
+            x = x.reshape(len(x), -1)
+            each = nnx.vmap(lambda one, x: one(x), in_axes=(0, None))(self.members, x)
+            return self.out(nnx.relu(each.mean(0)))
+
+    training = train.Training(
+        Ensemble(nnx.Rngs(0)),
+        models.loss,
+        models.EXAMPLE,
+        gate=gates.HardConcrete(),
+        price=1e-4,
+        optimizer=SGD,
+        compaction=train.Compaction(after=1, at=1.0),
+    )
+    state = training.start(jax.random.key(0))
+    logits = {
+        name: jnp.where(jnp.arange(group.size) < 2, 9.0, -9.0)
+        for name, group in training.structure.groups.items()
+    }
+    state = state._replace(gates={"logits": logits})
+    with pytest.warns(UserWarning, match=r"full width.*remembers the sizes"):
+        again, state = training.compact(state)
+    assert again.structure.groups == training.structure.groups
+    small = again.finish(state)
+    assert type(small) is l0jax.nnx.Narrowed
+    x = models.digits()[0][:5]
+    np.testing.assert_allclose(small(x), again.whole_model(state)(x), atol=1e-5)
+
+
 # ----------------------------------------------------------------- what is descended on
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import compaction, costs, units
+from l0jax.equivalence import CantShrink
 from l0jax.train import averages
 from l0jax.train.placement import parameters_of
 from l0jax.units import Keep
@@ -101,11 +102,9 @@ def compact(
         return training, training.placed(state)
     try:
         return without(training, state, keep)
-    except ValueError as error:
-        if "another function" not in str(error):
-            raise
+    except CantShrink as error:
         warnings.warn(
-            f"training goes on at full width, for the code computes from its sizes: "
+            f"training goes on at full width, for the code can't run with fewer units: "
             f"{error}",
             stacklevel=3,
         )
