@@ -47,6 +47,7 @@ class Checkpoints:
         if asynchronous and jax.process_count() == 1:
             self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
+        self._known: set[int] = set()  # Steps that were written or looked at here.
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were begun, oldest first."""
@@ -62,7 +63,9 @@ class Checkpoints:
 
         Raises:
             ValueError: if an array is of a dtype that can't be stored, or that JAX as
-                it is set up does not have; if JSON would not give `notes` back.
+                it is set up does not have; if JSON would not give `notes` back; if
+                there is a checkpoint of a later step that was neither written nor
+                looked at by `restore` here, as of another run.
             OSError: if it can't be written, as on a full disk. The checkpoints before
                 it stay. What another thread meets is raised by whatever waits for it,
                 and a warning says it at once.
@@ -73,6 +76,7 @@ class Checkpoints:
             self._write_together(step, notes, described, arrays)
             return
         self.wait()
+        self._check_order(step)
         # Whoever trains on may give the buffers away, and change the notes.
         mine = copy.deepcopy(notes), described, jax.tree.map(np.array, arrays)
         self._writing = self._writer.submit(self._write, step, *mine)
@@ -107,7 +111,9 @@ class Checkpoints:
         """
         self.wait()
         records = {int(e.stem) for e in self.folder.glob("*.json") if _is_of(e)}
-        for step in sorted({*self.steps(), *records}, reverse=True):
+        there = {*self.steps(), *records}
+        self._known |= there
+        for step in sorted(there, reverse=True):
             target = self.arrays(step)
             try:
                 record, parts = self._opened(step)
@@ -146,6 +152,7 @@ class Checkpoints:
         failed = None
         if jax.process_index() == 0:
             try:
+                self._check_order(step)
                 self._write(step, *parts)
             # Whatever it is: the others would wait for ever.
             except Exception as error:
@@ -159,6 +166,18 @@ class Checkpoints:
                 )
         if failed is not None:
             raise failed
+
+    def _check_order(self, step: int) -> None:
+        """Raises ValueError where the newest are another run's: they would be kept, and
+        restored, in place of those of this one."""
+        newest = max(self.steps(), default=step)
+        if newest > step and newest not in self._known:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of step {newest}, and step {step} is "
+                "to be saved there by a run that didn't begin with it: call restore "
+                "first to go on from there, or choose another folder"
+            )
+        self._known.add(step)
 
     def _write(self, step: int, notes: Any, described: dict, arrays: dict) -> None:
         described = encoding.digested(described, arrays)

@@ -38,6 +38,11 @@ QUICK = {
 Apply = Callable[..., PyTree]
 
 
+class CantShrink(ValueError):
+    """A module or a function is another one when its arrays are smaller, can't be told
+    from another one, or can't be told its sizes. `l0jax.narrow` needs none of them."""
+
+
 def difference(
     structure: Structure,
     keep: Keep,

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax import gating, units
-from l0jax.equivalence import difference
+from l0jax.equivalence import CantShrink, difference
 from l0jax.gates.gate import Gate
 from l0jax.remembered import Attributes, counted
 from l0jax.structure import Structure
@@ -143,9 +143,10 @@ def shrink(
         `(small, small_variables)`: `small.apply(small_variables, *inputs)`.
 
     Raises:
-        ValueError: as `l0jax.units.shrink`; if there is no such attribute or group; if
-            the module's code computes something else from smaller arrays, or it can't
-            be told that it doesn't: `l0jax.narrow` gives the smaller function.
+        ValueError: as `l0jax.units.shrink`; if there is no such attribute or group.
+        l0jax.equivalence.CantShrink: a ValueError, if the module's code computes
+            something else from smaller arrays, or it can't be told that it doesn't:
+            `l0jax.narrow` gives the smaller function.
     """
     inner = module.module if isinstance(module, Resized) else module
     for attribute, named in (attributes or {}).items():
@@ -157,7 +158,7 @@ def shrink(
 
     found = difference(structure, keep, evaluated(module), variables, evaluated(small))
     if found is not None:
-        raise ValueError(
+        raise CantShrink(
             f"{type(inner).__name__} is another function when its arrays are smaller: "
             f"{found}; name sizes that it keeps itself in attributes, use l0jax.narrow,"
             " or keep the units of that group"

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l0jax import gating, remembered, units
-from l0jax.equivalence import difference
+from l0jax.equivalence import CantShrink, difference
 from l0jax.gates.gate import Gate
 from l0jax.narrowed import Narrowed as Narrowed
 from l0jax.structure import Structure
@@ -136,12 +136,13 @@ def shrink(
             multiplied by the share of the units that are left.
 
     Raises:
-        ValueError: as `l0jax.units.shrink`; if a layer has arrays of other sizes than
-            it says; if there is no such attribute or group, or the attribute is no
-            multiple of the number of units; if the module's code computes something
-            else from smaller arrays, as the scale of an attention from the size of its
-            heads, or it can't be told that it doesn't: `Narrowed` and `l0jax.narrow`
-            give the smaller function.
+        ValueError: as `l0jax.units.shrink`; if there is no such attribute or group, or
+            the attribute is no multiple of the number of units.
+        l0jax.equivalence.CantShrink: a ValueError, where `Narrowed` and `l0jax.narrow`
+            give the smaller function: if a layer has arrays of other sizes than it
+            says; if the module's code computes something else from smaller arrays, as
+            the scale of an attention from the size of its heads, or it can't be told
+            that it doesn't.
     """
     structure = groups if isinstance(groups, Structure) else None
     if isinstance(groups, Structure):
@@ -171,7 +172,7 @@ def _check_same(module, small, rescaled, keep, structure) -> None:
         rescaled.numbers,
     )
     if found is not None:
-        raise ValueError(
+        raise CantShrink(
             f"{type(module).__name__} is another function when its arrays are "
             f"smaller: {found}; name sizes that it keeps itself in attributes, use "
             "l0jax.nnx.Narrowed(structure, module, keep) or l0jax.narrow, or keep the "

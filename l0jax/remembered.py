@@ -18,6 +18,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jaxtyping import PyTree
 
+from l0jax.equivalence import CantShrink
 from l0jax.units import Groups, Keep, Masks, path_of
 
 Attributes = Mapping[str, str | Sequence[str]]
@@ -78,7 +79,7 @@ class Layer:
         """Which axes of an array are the layer's own; the others are of stacks.
 
         Raises:
-            ValueError: if the array has no axes of these sizes.
+            CantShrink: if the array has no axes of these sizes.
         """
         old, new = (getattr(each, name).shape for each in (self.before, self.after))
         changed = {at for at, (a, b) in enumerate(zip(old, new, strict=True)) if a != b}
@@ -88,7 +89,7 @@ class Layer:
             axes = axes[::-1]
             if tuple(old[at] for at in axes) == tuple(sizes) and changed <= {*axes}:
                 return axes
-        raise ValueError(
+        raise CantShrink(
             f"{type(self.after).__name__} at {self.path!r} remembers the sizes "
             f"{tuple(sizes)} of {name}, which had the shape {old} and now has {new}"
         )
@@ -97,7 +98,7 @@ class Layer:
         """What is left of the sizes that the layer remembers of an array.
 
         Raises:
-            ValueError: as `axes`.
+            CantShrink: as `axes`.
         """
         shape = getattr(self.after, name).shape
         return tuple(shape[at] for at in self.axes(name, sizes))
@@ -122,7 +123,7 @@ def tell(before: nnx.Module, after: nnx.Module, masks: Masks) -> "Rescaled":
         By what arrays of `after` must be multiplied so that it is the same function.
 
     Raises:
-        ValueError: if an array of a layer does not have the sizes that the layer says.
+        CantShrink: if an array of a layer does not have the sizes that the layer says.
     """
     rescaled = Rescaled()
     for kinds in (LAYERS, OF_LAYERS):

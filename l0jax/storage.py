@@ -10,7 +10,11 @@ of itself: whatever changes by accident, be it one bit of any file, is noticed w
 folder is read.
 """
 
+import dataclasses
+import enum
+import functools
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -23,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.core import FrozenDict
 from jaxtyping import PyTree
 
 from l0jax import encoding, exporting, files, models, units
@@ -46,8 +51,11 @@ LARGEST_ARGUMENT = 2**20
 
 
 def save(model: nnx.Module, folder: Folder) -> None:
-    """Writes any NNX module into `folder`: its arrays, and the numbers, strings and
-    tuples of these among its attributes.
+    """Writes any NNX module into `folder`: its arrays, and what its attributes are.
+
+    Numbers, strings and tuples of these are written as they are, also NumPy's. Of
+    others there is a description (`attributes_of`), by which `load` tells whether the
+    module that it is given has the same.
 
     One of `l0jax.models.MODELS` is read back by itself; of any other class `load` needs
     a module of any size, such as the one that was shrunk.
@@ -68,14 +76,21 @@ def save(model: nnx.Module, folder: Folder) -> None:
         record = {"model": models.name_of(model), "arguments": model.architecture}
     else:
         record = {"class": type(model).__qualname__, "attributes": attributes_of(model)}
+        record["complete"] = True
     described, arrays = encoding.encode_all(nnx.state(model))
     parts = {ARRAYS: encoding.pack(described, arrays)}
     _write(Path(folder), parts, {**record, "arrays": described})
 
 
 def attributes_of(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """The attributes of a module and of all modules within it, by their dotted paths:
-    what JSON can hold, and of functions and types the name, as `{"named": "relu"}`."""
+    """The attributes of a module and of all modules within it, by their dotted paths,
+    but for arrays and modules.
+
+    Numbers, strings and tuples of these are what they are in JSON. All else is a
+    dictionary: of functions and types the name, `{"named": "relu"}`, of other values
+    the type and what they consist of, `{"type": "Mode", "is": "FAST"}`; the type alone
+    of what does not say what it is.
+    """
     found = {}
     for path, module in nnx.iter_modules(model):
         each = {}
@@ -83,34 +98,140 @@ def attributes_of(model: nnx.Module) -> dict[str, dict[str, Any]]:
             # (NNX keeps books of its own there.)
             if name.startswith(("_pytree", "_object")):
                 continue
-            if _is_plain(value):
-                each[name] = _as_json(value)
-            elif callable(value) and hasattr(value, "__qualname__"):
-                each[name] = {"named": value.__qualname__}
+            held = bool(vars(module).get("_pytree__nodes", {}).get(name))
+            if not (held and isinstance(value, _HELD)):
+                each[name] = _described(value, held)
         found[".".join(map(str, path))] = each
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, bool | int | str)
+_HELD = (nnx.Variable, nnx.Pytree, jax.Array, np.ndarray)
+"""What NNX has in its state, or goes into, where it isn't told to leave it alone."""
 
 
-def _as_json(value: Any) -> Any:
+def _described(value: Any, held: bool = False) -> Any:
+    """A value as JSON: see `attributes_of`.
+
+    Args:
+        value: an attribute, or something within one.
+        held: whether arrays and modules within it are in the state of the module.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value).__qualname__
+    if isinstance(value, enum.Enum):
+        return {"type": kind, "is": value.name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
     if isinstance(value, tuple | list):
-        return [_as_json(each) for each in value]
-    return value
+        return [_described(each, held) for each in value]
+    if held and isinstance(value, _HELD):
+        return {"held": kind}
+    parts: Any
+    if isinstance(value, Mapping):
+        keys, values = zip(*_sorted(value), strict=True) if value else ((), ())
+        parts = {"keys": list(keys), "values": [_described(v, held) for v in values]}
+    elif isinstance(value, set | frozenset):
+        parts = {"of": sorted(map(_described, value), key=_text)}
+    elif isinstance(value, functools.partial):
+        whole = value.func, value.args, value.keywords
+        parts = {"of": _described(whole, held)}
+    elif isinstance(value, jax.Array | np.ndarray):
+        parts = _described_array(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [each.name for each in dataclasses.fields(value)]
+        parts = {"of": [[n, _described(getattr(value, n), held)] for n in fields]}
+    elif callable(value) and hasattr(value, "__qualname__"):
+        return {"named": value.__qualname__}
+    else:
+        said = repr(value)
+        # By default an address, which is another one each time.
+        says = type(value).__repr__ is not object.__repr__ and " at 0x" not in said
+        parts = {"is": said} if says and not isinstance(value, _HELD) else {}
+    return {"type": kind, **parts}
+
+
+def _described_array(value: Any) -> dict[str, Any]:
+    """An array that is no part of a module's state."""
+    try:
+        return dict(encoding.encode_all({"": value})[0][""])
+    except ValueError:  # Such as one of objects.
+        return {}
+
+
+def _sorted(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """What keys are, and values, in an order that is always the same."""
+    pairs = [(_described(key), value) for key, value in mapping.items()]
+    return sorted(pairs, key=lambda pair: _text(pair[0]))
+
+
+def _text(described: Any) -> str:
+    """By which descriptions are compared: 1, 1.0 and True are equal in Python."""
+    return json.dumps(described, sort_keys=True)
+
+
+def _untold(described: Any) -> list[str]:
+    """Of what is described what can't be told apart: functions without a name of their
+    own, and what has nothing but a type."""
+    found = []
+    for each in _values(described):
+        if isinstance(each, dict) and each.keys() == {"type"}:
+            found.append(each["type"])
+        elif isinstance(each, dict) and "<" in str(each.get("named", "")):
+            found.append(each["named"])
+    return found
+
+
+def _as_saved(saved: Any, here: Any, was: Any) -> Any:
+    """An attribute as a file describes it, in the place of one that is there.
+
+    Args:
+        saved: the description of the file.
+        here: the description of `was`.
+        was: the attribute that is there.
+
+    Raises:
+        ValueError: if it is more than numbers and strings in which they differ.
+    """
+    if _text(saved) == _text(here):
+        return was
+    both = isinstance(saved, dict) and isinstance(here, dict)
+    if both and type(was) in (dict, FrozenDict) and saved.get("keys") == here["keys"]:
+        parts = zip(here["keys"], saved["values"], here["values"], strict=True)
+        told = {_text(key): (theirs, ours) for key, theirs, ours in parts}
+        made = {}
+        for key, value in was.items():
+            theirs, ours = told[_text(_described(key))]
+            made[key] = _as_saved(theirs, ours, value)
+        return type(was)(made)
+    if not any(isinstance(each, dict) for each in _values([saved, here])):
+        return _as_attribute(saved, was)
+    if isinstance(saved, list) and isinstance(here, list):
+        each = [_as_saved(*three) for three in zip(saved, here, was, strict=True)]
+        return _sequence(each, was)
+    raise ValueError(f"{saved!r} can't take the place of {here!r}")
 
 
 def _as_attribute(value: Any, was: Any) -> Any:
-    """A value of JSON, with tuples where there was one."""
+    """A value of JSON, with tuples and numbers of NumPy where there were some."""
     if isinstance(value, list):
-        each = [_as_attribute(v, v) for v in value]
-        return tuple(each) if isinstance(was, tuple) else each
+        there = list(was) if isinstance(was, tuple | list) else []
+        # (Those beyond are as the last.)
+        there += [there[-1] if there else None] * len(value)
+        each = [_as_attribute(v, w) for v, w in zip(value, there, strict=False)]
+        return _sequence(each, was)
+    if isinstance(was, np.generic) and type(was.item()) is type(value):
+        made = np.asarray(value).astype(was.dtype)[()]
+        return made if made.item() == value else value
     return value
+
+
+def _sequence(each: list[Any], was: Any) -> Any:
+    if hasattr(was, "_fields") and len(was) == len(each):
+        return type(was)(*each)
+    return tuple(each) if isinstance(was, tuple) else each
 
 
 def save_function(
@@ -297,16 +418,24 @@ def load(
     Args:
         folder: where it lies.
         like: a module of the class that was saved, of any size, if that is none of
-            `l0jax.models.MODELS`. Its code is taken, functions among its attributes
-            too, and must have the same names; arrays, numbers and strings are those of
-            the file. It isn't changed.
+            `l0jax.models.MODELS`. Arrays, numbers and strings, also in tuples and
+            dictionaries, are those of the file. Its code is taken, functions among its
+            attributes too, which must have the same names; and all other attributes,
+            which must be what the file describes. It isn't changed.
         apart: read a program in a process of its own first, which takes seconds.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
         ValueError: if a file is not what was saved, or was saved by another version; if
-            arrays and architecture disagree; if `like` is missing, needless, or of
-            another class.
+            arrays and architecture disagree; if `like` is missing, needless, of
+            another class, or has attributes that are no numbers or strings and are
+            something else than those that were saved.
+
+    Warns:
+        UserWarning: of attributes of `like` that are taken though they can't be told
+            from others: lambdas and other functions without a name of their own,
+            objects that don't say what they are, and in a file of an older version
+            what that did not describe.
     """
     folder = Path(folder)
     if apart:
@@ -338,6 +467,17 @@ def load(
     return _load_like(folder, record, arrays, like)
 
 
+def _is_new(described: Any, saved: bool) -> bool:
+    """Whether older versions left out an attribute, or wrote it as something else."""
+    return described is not None and (
+        not saved
+        or any(
+            isinstance(each, dict) and "named" not in each
+            for each in _values(described)
+        )
+    )
+
+
 def _load_like(
     folder: Path,
     record: dict[str, Any],
@@ -354,22 +494,35 @@ def _load_like(
         )
     model = nnx.clone(like)
     here, saved = attributes_of(model), record["attributes"]
-    for path, module in nnx.iter_modules(model):
+    taken = []
+    for path, module in list(nnx.iter_modules(model)):
         at = ".".join(map(str, path))
         mine, theirs = here[at], saved.get(at, {})
         for attribute in sorted({*mine, *theirs}):
             one, other = mine.get(attribute), theirs.get(attribute)
-            if attribute in mine and attribute in theirs and one == other:
+            where = f"{attribute} at {at or 'its root'!r}"
+            if "complete" not in record and _is_new(one, attribute in theirs):
+                taken.append(where)
                 continue
-            # Sizes and settings are those of the file, code is that of `like`.
-            if len({attribute in each for each in (mine, theirs)}) > 1 or (
-                isinstance(one, dict) or isinstance(other, dict)
-            ):
+            try:
+                if (attribute in mine) != (attribute in theirs):
+                    raise ValueError("only one has it")
+                value = _as_saved(other, one, getattr(module, attribute))
+            except ValueError as error:
                 raise ValueError(
                     f"{folder}: {name} was saved with {attribute} {other!r} at "
                     f"{at or 'its root'!r}, and like= has {one!r}"
-                )
-            setattr(module, attribute, _as_attribute(other, getattr(module, attribute)))
+                ) from error
+            taken += [f"{where} ({what})" for what in _untold(one)]
+            if _text(one) != _text(other):
+                setattr(module, attribute, value)
+    if taken:
+        warnings.warn(
+            f"{folder}: what like= has is taken for what was saved, which can't be "
+            f"told: {', '.join(taken)}; see that it is the same, and give functions "
+            "names of their own, and objects a repr or fields of a dataclass",
+            stacklevel=3,
+        )
     state = nnx.state(model)
     expected = units.arrays(state)
     if expected.keys() != arrays.keys():
@@ -396,6 +549,8 @@ def _check_record(record: dict[str, Any]) -> None:
     kinds: dict[str, type] = {"model": str, "arguments": dict, "arrays": dict}
     if "class" in record:
         kinds = {"class": str, "attributes": dict, "arrays": dict}
+        if "complete" in record:  # Before, only what is plain was described.
+            kinds["complete"] = bool
     if "program" in record:
         kinds = {"program": str, "program bytes": int, "derivatives": int}
         kinds |= {"jax": str, "arrays": dict}

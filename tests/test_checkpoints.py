@@ -140,8 +140,29 @@ def test_one_that_was_cut_short_is_none_of_those_that_are_kept(tmp_path):
 
 
 def test_what_was_just_saved_is_kept(tmp_path):
-    """A run that was begun anew beside checkpoints of a longer one."""
+    """By one that goes back by itself."""
     assert save(tmp_path, [9, 10, 1]).steps() == [1, 9, 10]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_that_begins_anew_beside_a_longer_one_is_refused(asynchronous, tmp_path):
+    save(tmp_path, [9, 10])
+    anew = Checkpoints(tmp_path, asynchronous=asynchronous)
+    with pytest.raises(ValueError, match=r"step 10, and step 1 is .* restore") as error:
+        anew.save(1, state(1.0), {})
+    assert str(tmp_path) in str(error.value)
+    assert anew.steps() == [9, 10]
+    check(restore(tmp_path)[0], 10)
+
+
+def test_a_run_that_went_back_past_a_damaged_checkpoint_goes_on(tmp_path):
+    save(tmp_path, [9, 12])
+    damage_by_truncation(tmp_path, 12)
+    of_run = Checkpoints(tmp_path)
+    lines = []
+    check(of_run.restore(lambda _: state(0.0), lines.append), 9)
+    of_run.save(10, state(10.0), {"epoch": 10, "best": None})
+    check(restore(tmp_path)[0], 10)
 
 
 def test_saving_over_a_half_written_checkpoint(tmp_path):

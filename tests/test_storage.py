@@ -1,5 +1,8 @@
 """What is written comes back, and what is damaged is noticed."""
 
+import dataclasses
+import enum
+import functools
 import json
 import pathlib
 import pickle
@@ -7,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +226,129 @@ def test_a_module_of_another_class_or_with_other_code_is_refused(tmp_path):
     more.other = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="like="):
         storage.load(tmp_path, like=more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    scale: float = 1.0
+    act: Any = nnx.relu
+
+
+class Mode(enum.IntEnum):
+    SLOW = 1
+    FAST = 2
+
+
+class Opaque:
+    pass
+
+
+def kept(value):
+    """A module with some attribute, and one that reads it."""
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    model.kept = nnx.static(value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (np.float32(2), np.float32(1)),
+        (np.int64(2), np.int64(1)),
+        (np.bool_(True), np.bool_(False)),
+        ((np.int64(2), 3.0), (np.int64(1), 2.0)),
+        (((1, 2), (3,)), ((1, 1), (1,))),
+        (2.0, 1.0),
+        (2, 2.0),
+        ({"scale": 2.0, "b": "same"}, {"scale": 1.0, "b": "same"}),
+        (({"scale": (2.0, nnx.relu)}, 1), ({"scale": (1.0, nnx.relu)}, 2)),
+    ],
+)
+def test_numbers_within_attributes_are_those_of_the_file(saved, other, tmp_path):
+    storage.save(kept(saved), tmp_path)
+    like = kept(other)
+    again = storage.load(tmp_path, like=like)
+    assert repr(again.kept) == repr(saved)
+    assert repr(like.kept) == repr(other)
+
+
+PARTIAL = functools.partial(nnx.leaky_relu, negative_slope=0.1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (Config(2.0), Config(1.0)),
+        (Config(act=nnx.gelu), Config()),
+        ((Config(2.0),), (Config(1.0),)),
+        ({"config": Config(2.0)}, {"config": Config(1.0)}),
+        ({"a": 1.0}, {"b": 1.0}),
+        (Mode.FAST, Mode.SLOW),
+        (Mode.FAST, 2),
+        (range(3), range(4)),
+        (2j, 1j),
+        (slice(1, 2), slice(2)),
+        (np.dtype("float32"), np.dtype("float16")),
+        (jnp.float32, jnp.bfloat16),
+        (frozenset({1, 2}), frozenset({1, 3})),
+        (float("inf"), 1.0),
+        (b"a", b"b"),
+        (functools.partial(PARTIAL.func, negative_slope=0.9), PARTIAL),
+        (functools.partial(nnx.elu, negative_slope=0.1), PARTIAL),
+        (functools.partial(jnp.add, 1), functools.partial(jnp.add, 2)),
+        (Opaque(), nnx.relu),
+        (Opaque(), None),
+    ],
+)
+def test_an_attribute_that_is_another_one_is_refused_by_name(saved, other, tmp_path):
+    storage.save(kept(saved), tmp_path)
+    if not isinstance(saved, Opaque):
+        storage.load(tmp_path, like=kept(saved))
+    with pytest.raises(
+        ValueError, match=r"saved with kept .* at 'its root', and like="
+    ):
+        storage.load(tmp_path, like=kept(other))
+
+
+@pytest.mark.parametrize("value", [lambda h: 2 * h, Opaque(), (1, lambda h: h)])
+def test_what_can_not_be_told_apart_is_warned_of(value, tmp_path):
+    storage.save(kept(value), tmp_path)
+    words = r"kept at 'its root' \((.*<lambda>|Opaque)\); see that it is the same"
+    with pytest.warns(UserWarning, match=words):
+        storage.load(tmp_path, like=kept(value))
+
+
+def test_modules_and_arrays_within_attributes_are_no_settings(tmp_path):
+    def model(seed, scale):
+        model = nnx.Linear(4, 2, rngs=nnx.Rngs(seed))
+        inside = nnx.Linear(2, 2, rngs=nnx.Rngs(seed))
+        model.inside = nnx.data({"layer": inside, "scale": scale})
+        return model
+
+    storage.save(model(0, 2.0), tmp_path)
+    again = storage.load(tmp_path, like=model(1, 1.0))
+    assert again.inside["scale"] == 2.0
+    np.testing.assert_array_equal(
+        again.inside["layer"].kernel[...], model(0, 2.0).inside["layer"].kernel[...]
+    )
+
+
+def test_a_module_of_an_older_version_is_loaded(tmp_path):
+    """It had described numbers, strings, tuples of these and names alone."""
+    model = own()
+    model.config = nnx.static(Config(2.0))
+    model.count = np.int64(2)
+    storage.save(model, tmp_path)
+    file = tmp_path / "architecture.json"
+    record = encoding.opened(file.read_bytes())
+    del record["complete"], record["attributes"][""]["config"]
+    del record["attributes"][""]["count"]
+    file.write_text(encoding.sealed(record))
+    with pytest.warns(UserWarning, match=r"config at 'its root', count at 'its root'"):
+        again = storage.load(tmp_path, like=model)
+    np.testing.assert_array_equal(again(jnp.ones((2, 4))), model(jnp.ones((2, 4))))
+    with pytest.raises(ValueError, match="saved with act"):
+        storage.load(tmp_path, like=own(act=nnx.gelu))
 
 
 def test_a_narrowed_module_is_saved_as_a_program(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+import l0jax
 import l0jax.nnx
 from l0jax import costs, estimators, gates, gating, objectives, train, units
 from l0jax.methods import relocation
@@ -116,6 +117,49 @@ def test_what_is_left_of_a_module_is_a_module_of_its_class():
         small = training.finish(state)
     assert type(small) is models.ConvNet
     assert small.first.kernel.shape[-1] == small.norm.scale.shape[0] < 8
+
+
+class Recurrent(nnx.Module):
+    """It writes keys of dropout, in training, and what a cell carries."""
+
+    def __init__(self, rngs):
+        self.cell = nnx.RNN(nnx.LSTMCell(8, 6, rngs=rngs))
+        self.hidden = nnx.Linear(6, 12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.out = nnx.Linear(12, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.hidden(self.cell(x[..., 0])[:, -1]))
+        return self.out(self.dropout(x))
+
+
+@pytest.mark.parametrize("gate", [None, gates.HardConcrete()])
+def test_what_is_left_of_a_module_can_be_trained_on(gate):
+    training = train.Training(
+        Recurrent(nnx.Rngs(0)),
+        models.loss,
+        models.EXAMPLE,
+        gate=gate,
+        price=None if gate is None else 1e-4,
+        optimizer=SGD,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        small = training.finish(training.start(jax.random.key(0)))
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(nnx.state(small)))
+    images = models.digits()[0][:5]
+    small(images)
+    small.train()
+    assert np.abs(np.asarray(small(images) - small(images))).max() > 0
+
+
+@pytest.mark.parametrize("gate", [None, gates.HardConcrete()])
+def test_what_is_left_of_a_function_has_arrays_of_jax(gate):
+    training = training_of("function", gate=gate, target=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _, variables = training.finish(training.start(jax.random.key(0)))
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(variables))
 
 
 def test_the_users_arrays_survive():
@@ -516,6 +560,65 @@ def test_momenta_and_averages_go_with_their_units():
     )
 
 
+@pytest.mark.parametrize("row", ["gone", "shifted"])
+def test_a_shift_is_that_of_the_units_that_are_left(row):
+    """And units to which it is added are none that are closed."""
+    keep = np.arange(32) % 2 == 0
+    rows = keep if row == "gone" else keep | (np.arange(32) == 1)
+    shift = jnp.outer(jnp.float32(rows), jnp.linspace(0.1, 0.2, 10))
+    training = training_of(
+        "perceptron",
+        gate=train.Chosen(
+            {"second": keep},
+            relocation.Closing("cosine", share=0.5),
+            2,
+            {"out.kernel": shift},
+        ),
+        target=None,
+    )
+    state = training.start(jax.random.key(0))
+    state, _ = training.step(state, next(models.batches(0)))
+    small, after = training.compact(state)
+    assert small.structure.groups["second"].size == rows.sum()
+    x = models.digits()[0][:64]
+    expected = training.whole_model(state)(x)
+    np.testing.assert_allclose(small.whole_model(after)(x), expected, atol=1e-5)
+    batch = next(models.batches(1))
+    ours, _ = small.step(jax.tree.map(jnp.copy, after), batch)
+    theirs, _ = training.step(state, batch)
+    np.testing.assert_allclose(
+        ours.params["out"]["kernel"], theirs.params["out"]["kernel"][rows], atol=1e-5
+    )
+    np.testing.assert_allclose(small.finish(after)(x), expected, atol=1e-5)
+
+
+def test_units_of_inputs_stay_with_the_data():
+    model = models.Perceptron(nnx.Rngs(0))
+    flat = [
+        (images.reshape(len(images), -1), labels)
+        for images, labels in (next(models.batches(0)),)
+    ]
+    structure = l0jax.trace(model, flat[0][0])
+    training = train.Training(
+        model,
+        models.loss,
+        structure=structure,
+        gate=gates.HardConcrete(),
+        price=1e-4,
+        optimizer=SGD,
+        compaction=train.Compaction(after=1, at=1.0),
+    )
+    state = training.start(jax.random.key(0))
+    half = {
+        name: jnp.where(jnp.arange(group.size) % 2 == 0, 5.0, -5.0)
+        for name, group in structure.groups.items()
+    }
+    training, state = training.compact(state._replace(gates={"logits": half}))
+    sizes = {n: g.size for n, g in training.structure.groups.items()}
+    assert sizes == {"input": 64, "first": 24, "second": 16}
+    training.step(state, flat[0])
+
+
 def test_compacting_a_training_without_gates_changes_nothing():
     training = training_of("perceptron", gate=None, target=None)
     state = training.start(jax.random.key(0))
@@ -551,6 +654,48 @@ def test_what_computes_from_its_sizes_goes_on_at_full_width():
     np.testing.assert_allclose(
         small(x), training.whole_model(state)(x), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_stack_that_is_a_group_ends_as_a_narrowed_module():
+    """Its layers remember sizes of one layer each, and can't tell which axis it is."""
+
+    class Ensemble(nnx.Module):
+        def __init__(self, rngs):
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def make(rngs):
+                return nnx.Linear(64, 8, rngs=rngs)
+
+            self.members = make(rngs)
+            self.out = nnx.Linear(8, 10, rngs=rngs)
+
+        def __call__(self, x):
+            x = x.reshape(len(x), -1)
+            each = nnx.vmap(lambda one, x: one(x), in_axes=(0, None))(self.members, x)
+            return self.out(nnx.relu(each.mean(0)))
+
+    training = train.Training(
+        Ensemble(nnx.Rngs(0)),
+        models.loss,
+        models.EXAMPLE,
+        gate=gates.HardConcrete(),
+        price=1e-4,
+        optimizer=SGD,
+        compaction=train.Compaction(after=1, at=1.0),
+    )
+    state = training.start(jax.random.key(0))
+    logits = {
+        name: jnp.where(jnp.arange(group.size) < 2, 9.0, -9.0)
+        for name, group in training.structure.groups.items()
+    }
+    state = state._replace(gates={"logits": logits})
+    with pytest.warns(UserWarning, match=r"full width.*remembers the sizes"):
+        again, state = training.compact(state)
+    assert again.structure.groups == training.structure.groups
+    small = again.finish(state)
+    assert type(small) is l0jax.nnx.Narrowed
+    x = models.digits()[0][:5]
+    np.testing.assert_allclose(small(x), again.whole_model(state)(x), atol=1e-5)
 
 
 # ----------------------------------------------------------------- what is descended on
@@ -1290,13 +1435,28 @@ def test_the_budget_needs_a_target():
         training.decide(training.start(jax.random.key(0)), "budget")
 
 
-def test_an_optimiser_that_keeps_other_shapes_is_refused():
-    training = training_of(
-        "perceptron", optimizer=optax.adafactor(1e-3, min_dim_size_to_factor=8)
-    )
+@pytest.mark.parametrize(
+    ("make", "leaf"),
+    [
+        (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=8), "v_row"),
+        (lambda: optax.sm3(1e-3), r"mu\.first"),
+        (lambda: optax.flatten(optax.adam(1e-3)), r"0\.mu"),
+    ],
+)
+def test_an_optimiser_that_keeps_other_shapes_is_refused(make, leaf):
+    training = training_of("perceptron", optimizer=make())
     state = training.start(jax.random.key(0))
-    with pytest.raises(ValueError, match="its units can't be told apart"):
+    words = rf"the optimiser keeps '.*{leaf}.*its units can't be told apart"
+    with pytest.raises(ValueError, match=words):
         training.without(state, {"first": np.arange(48) < 20})
+
+
+@pytest.mark.parametrize("make", [optax.novograd, optax.adafactor])
+def test_numbers_that_an_optimiser_keeps_for_arrays_need_no_cut(make):
+    training = training_of("perceptron", optimizer=make(1e-3), gate_optimizer=ADAM)
+    state = training.start(jax.random.key(0))
+    training, state = training.without(state, {"first": np.arange(48) < 20})
+    training.step(state, next(models.batches(0)))
 
 
 def test_a_group_that_something_else_reads_is_refused():

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from l0jax import compaction, costs, units
+from l0jax.equivalence import CantShrink
+from l0jax.train import averages
 from l0jax.train.placement import parameters_of
 from l0jax.units import Keep
 
@@ -28,7 +30,8 @@ class Compaction:
     A unit is dead for good when at several calls of `compact` in a row it is closed by
     the test-time rule and open in training with a small probability. The dead are taken
     out together, once so many multiply-accumulates go with them that it is worth
-    another compilation. Where there is a target, no more is taken out than leaves some
+    another compilation. Units that lie in inputs stay, closed: the data would have to
+    lose them too. Where there is a target, no more is taken out than leaves some
     room above it: what is gone never comes back.
 
     Args:
@@ -83,6 +86,8 @@ def compact(
         closed={name: jnp.asarray(each, jnp.int32) for name, each in closed.items()}
     )
     keep = compaction.alive(closed, policy.after)
+    for name in training.structure.inputs.keys() & keep.keys():
+        keep[name][:] = True  # Else the batches to come would not fit.
     keep = _with_room(training, keep, policy.room)
     keep = _rounded(training, keep)
     if all(flags.all() for flags in keep.values()):
@@ -97,11 +102,9 @@ def compact(
         return training, training.placed(state)
     try:
         return without(training, state, keep)
-    except ValueError as error:
-        if "another function" not in str(error):
-            raise
+    except CantShrink as error:
         warnings.warn(
-            f"training goes on at full width, for the code computes from its sizes: "
+            f"training goes on at full width, for the code can't run with fewer units: "
             f"{error}",
             stacklevel=3,
         )
@@ -116,7 +119,13 @@ def _closed(training: "Training", below: float, state: "TrainingState"):
     params, own = training.averaged(state)
     z, active = training.gating.decide(own, state.step, rule, state.key)
     groups = training._below(training.structure.groups)
-    return compaction.closed(params, z, active, groups, below)
+    closed = compaction.closed(params, z, active, groups, below)
+    # A shift may still be added where a gate is closed.
+    folded = training.gating.fold(params, own, z, training._gated)
+    used = units.largest_use(
+        jax.tree.map(jnp.abs, folded), compaction.removable(groups)
+    )
+    return {name: flags & (used[name] == 0) for name, flags in closed.items()}
 
 
 def _with_room(training: "Training", keep: Keep, room: float) -> dict[str, np.ndarray]:
@@ -179,14 +188,17 @@ def without(
             "gates": _of_groups(state.average["gates"], keep),
         }
     params, rest = left[0]
+    gates = _of_groups(state.gates, keep)
     opt_state = {
         "params": _moments(state.opt_state["params"], state.params, masks),
         "gates": _of_groups(state.opt_state["gates"], keep),
     }
+    for name, theta in (("params", params), ("gates", gates)):
+        _check_fits(opt_state[name], training._optimizers[name], theta)
     other = copy.copy(training)
     other.network = smaller
     other.structure = structure.shrink(keep)
-    other.gating = training.gating.smaller(keep)
+    other.gating = training.gating.smaller(keep, masks)
     other.alive = {name: flags.copy() for name, flags in training.alive.items()}
     for name, flags in other.alive.items():
         flags[flags] = keep[name]
@@ -194,7 +206,7 @@ def without(
     closed: Any = {n: np.asarray(a)[keep[n]] for n, a in state.closed.items()}
     after = state._replace(
         params=params,
-        gates=_of_groups(state.gates, keep),
+        gates=gates,
         rest=rest,
         opt_state=opt_state,
         average=average,
@@ -224,7 +236,7 @@ def _of_groups(tree: PyTree, keep: Keep) -> PyTree:
         if not isinstance(last, str) or last not in keep:
             return leaf
         if np.shape(leaf) != keep[last].shape:
-            raise ValueError(_told_apart(key_path, leaf, keep[last].shape))
+            return _of_all(key_path, leaf, keep[last].shape)
         return np.asarray(leaf)[keep[last]]
 
     return jax.tree_util.tree_map_with_path(cut, tree)
@@ -239,7 +251,7 @@ def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
         if of not in cut_paths:
             return leaf
         if np.shape(leaf) != shapes[of]:
-            raise ValueError(_told_apart(key_path, leaf, shapes[of]))
+            return _of_all(key_path, leaf, shapes[of])
         return units.take(leaf, of, masks)
 
     leaves, form = jax.tree_util.tree_flatten_with_path(opt_state)
@@ -250,8 +262,42 @@ def _moments(opt_state: PyTree, params: PyTree, masks: units.Masks) -> PyTree:
     )
 
 
-def _told_apart(key_path, leaf, shape) -> str:
-    return (
-        f"the optimiser keeps {units.path_of(key_path)!r} in shape {np.shape(leaf)} "
-        f"for a parameter of shape {shape}: its units can't be told apart"
+def _of_all(key_path, leaf, shape) -> Any:
+    """A number that is kept for all units of an array, or in place of one.
+
+    Raises:
+        ValueError: if it is more than a number.
+    """
+    if np.size(leaf) > 1:
+        raise ValueError(
+            f"the optimiser keeps {units.path_of(key_path)!r} in shape "
+            f"{np.shape(leaf)} for a parameter of shape {shape}: {_TOLD_APART}"
+        )
+    return leaf
+
+
+def _check_fits(opt_state: PyTree, optimizer: Any, theta: PyTree) -> None:
+    """Raises ValueError unless an optimiser would begin with arrays of these shapes: it
+    may keep some of which it can't be told what they are of."""
+    wanted = jax.eval_shape(optimizer.init, averages.trained(theta))
+    (ours, form), (theirs, other) = (
+        jax.tree_util.tree_flatten_with_path(tree) for tree in (opt_state, wanted)
     )
+    if form != other:
+        raise ValueError(
+            f"the optimiser keeps {form}, and would begin with {other} for what is "
+            f"left: {_TOLD_APART}"
+        )
+    for (key_path, leaf), (_, one) in zip(ours, theirs, strict=True):
+        if np.shape(leaf) != one.shape:
+            raise ValueError(
+                f"the optimiser keeps {units.path_of(key_path)!r} in shape "
+                f"{np.shape(leaf)}, and would in {one.shape} for what is left: "
+                f"{_TOLD_APART}"
+            )
+
+
+_TOLD_APART = (
+    "its units can't be told apart; take an optimiser that keeps arrays of the "
+    "parameters' shapes, or train without taking units out"
+)

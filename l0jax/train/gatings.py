@@ -90,8 +90,9 @@ class Gating(Protocol):
         """Parameters with gates of test time multiplied in."""
         ...
 
-    def smaller(self, keep: Keep) -> "Gating":
-        """The same for the units that are kept."""
+    def smaller(self, keep: Keep, masks: units.Masks) -> "Gating":
+        """The same for the units that are kept, and for the positions of parameters
+        that are left."""
         ...
 
 
@@ -239,7 +240,7 @@ class Learned:
         """Where a unit is read."""
         return units.apply_gates(params, z, groups)
 
-    def smaller(self, keep):
+    def smaller(self, keep, masks):
         """The same: its logits are in the state."""
         return self
 
@@ -331,13 +332,16 @@ class Chosen:
         """Where a unit is read, and the shift that makes up for it."""
         return relocation.closing(params, z, groups, self.shift, 1.0)
 
-    def smaller(self, keep):
+    def smaller(self, keep, masks):
         """Of the units that are left."""
         left = {
             name: np.asarray(flags)[keep[name]] if name in keep else flags
             for name, flags in self.keep.items()
         }
-        return dataclasses.replace(self, keep=left)
+        shift = self.shift
+        if shift:
+            shift = {path: units.take(a, path, masks) for path, a in shift.items()}
+        return dataclasses.replace(self, keep=left, shift=shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +389,7 @@ class Ungated:
         """The parameters as they are."""
         return params
 
-    def smaller(self, keep):
+    def smaller(self, keep, masks):
         """The same."""
         return self
 

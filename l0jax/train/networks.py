@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 import l0jax.linen
 import l0jax.nnx
 from l0jax import gating, units
-from l0jax.equivalence import difference
+from l0jax.equivalence import CantShrink, difference
 from l0jax.narrow import narrow
 from l0jax.remembered import Attributes
 from l0jax.structure import Structure
@@ -71,7 +71,8 @@ class Network(Protocol):
         of each.
 
         Raises:
-            ValueError: if its code is another function when its arrays are smaller.
+            CantShrink: if its code is another function when its arrays are smaller, or
+                can't be told its sizes.
         """
         ...
 
@@ -185,14 +186,12 @@ class Module:
         return found, left
 
     def finished(self, tree, keep, structure):
-        """A module of the same class; of one whose code computes from its sizes, a
-        `l0jax.nnx.Narrowed`."""
+        """A module of the same class; of one whose code computes from its sizes, or
+        can't be told them, a `l0jax.nnx.Narrowed`."""
         module = self.whole(tree)
         try:
             return l0jax.nnx.shrink(module, keep, structure, dict(self.attributes))
-        except ValueError as error:
-            if "another function" not in str(error):
-                raise
+        except CantShrink:
             return l0jax.nnx.Narrowed(structure, module, keep)
 
     def whole(self, tree):
@@ -395,10 +394,10 @@ class Function(_Applied):
 
 
 def _check_same(whole, small, tree, keep: Keep, structure: Structure) -> None:
-    """Raises ValueError unless code is the same function of smaller arrays."""
+    """Raises CantShrink unless code is the same function of smaller arrays."""
     found = difference(structure, keep, whole, tree, small)
     if found is not None:
-        raise ValueError(
+        raise CantShrink(
             f"the code is another function when its arrays are smaller: {found}"
         )
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -807,9 +808,9 @@ class Training:
         params = self.folded(state, decision)
         tree = self.placement.on_host(self.network.tree(params, state.rest))
         if not self.structure.groups:
-            return self.network.whole(tree)
+            return _of_jax(self.network.whole(tree))
         keep = units.in_use(tree, self.structure.groups)
-        return self.network.finished(tree, keep, self.structure)
+        return _of_jax(self.network.finished(tree, keep, self.structure))
 
     # -------------------------------------------------------------- compaction
 
@@ -817,7 +818,8 @@ class Training:
         self, state: TrainingState, examples_to_come: int | None = None
     ) -> tuple["Training", TrainingState]:
         """The training and the state without units that are dead for good, if that is
-        worth another compilation; else as they are. See `Compaction`.
+        worth another compilation; else as they are. Units of inputs stay. See
+        `Compaction`.
 
         Args:
             state: of this training.
@@ -839,8 +841,8 @@ class Training:
 
         Raises:
             ValueError: as `l0jax.shrink`; if the network's code is another function
-                when its arrays are smaller; if an optimiser keeps an array for a
-                parameter in another shape than the parameter's.
+                when its arrays are smaller; if an optimiser keeps an array, not only
+                a number, in another shape than that of its parameter.
         """
         return compacting.without(self, state, keep)
 
@@ -861,6 +863,16 @@ class Training:
             laid[name] = np.zeros(len(flags), np.asarray(vector).dtype)
             laid[name][flags] = np.asarray(vector)
         return laid
+
+
+def _of_jax(found: Any) -> Any:
+    """What is left, with arrays of JAX: those that lie on the host can't be written,
+    and have no `.at`, which layers use."""
+    if isinstance(found, tuple):
+        apply, variables = found
+        return apply, jax.tree.map(jnp.array, variables)
+    graph, tree = nnx.split(found)
+    return nnx.merge(graph, jax.tree.map(jnp.array, tree))
 
 
 _REPLACEABLE = (
