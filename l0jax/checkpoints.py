@@ -173,9 +173,9 @@ class Checkpoints:
         newest = max(self.steps(), default=step)
         if newest > step and newest not in self._known:
             raise ValueError(
-                f"{self.folder} holds a checkpoint of step {newest}, and step {step} is "
-                "to be saved there by a run that didn't begin with it: call restore "
-                "first to go on from there, or choose another folder"
+                f"{self.folder} holds a checkpoint of step {newest}, and a run that "
+                f"didn't begin with it is to save step {step} there: call restore first "
+                "to go on from there, or choose another folder"
             )
         self._known.add(step)
 
