@@ -174,8 +174,8 @@ class Checkpoints:
         if newest > step and newest not in self._known:
             raise ValueError(
                 f"{self.folder} holds a checkpoint of step {newest}, and a run that "
-                f"didn't begin with it is to save step {step} there: call restore first "
-                "to go on from there, or choose another folder"
+                f"didn't begin with it is to save step {step} there: call restore "
+                "first, or choose another folder"
             )
         self._known.add(step)
 
