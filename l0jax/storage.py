@@ -14,7 +14,6 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -134,7 +133,7 @@ def _described(value: Any, held: bool = False) -> Any:
         keys, values = zip(*_sorted(value), strict=True) if value else ((), ())
         parts = {"keys": list(keys), "values": [_described(v, held) for v in values]}
     elif isinstance(value, set | frozenset):
-        parts = {"of": sorted(map(_described, value), key=_text)}
+        parts = {"of": sorted(map(_described, value), key=repr)}
     elif isinstance(value, functools.partial):
         whole = value.func, value.args, value.keywords
         parts = {"of": _described(whole, held)}
@@ -164,12 +163,7 @@ def _described_array(value: Any) -> dict[str, Any]:
 def _sorted(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
     """What keys are, and values, in an order that is always the same."""
     pairs = [(_described(key), value) for key, value in mapping.items()]
-    return sorted(pairs, key=lambda pair: _text(pair[0]))
-
-
-def _text(described: Any) -> str:
-    """By which descriptions are compared: 1, 1.0 and True are equal in Python."""
-    return json.dumps(described, sort_keys=True)
+    return sorted(pairs, key=lambda pair: repr(pair[0]))
 
 
 def _untold(described: Any) -> list[str]:
@@ -195,15 +189,16 @@ def _as_saved(saved: Any, here: Any, was: Any) -> Any:
     Raises:
         ValueError: if it is more than numbers and strings in which they differ.
     """
-    if _text(saved) == _text(here):
+    # (As text: 1, 1.0 and True are equal in Python.)
+    if repr(saved) == repr(here):
         return was
     both = isinstance(saved, dict) and isinstance(here, dict)
     if both and type(was) in (dict, FrozenDict) and saved.get("keys") == here["keys"]:
         parts = zip(here["keys"], saved["values"], here["values"], strict=True)
-        told = {_text(key): (theirs, ours) for key, theirs, ours in parts}
+        told = {repr(key): (theirs, ours) for key, theirs, ours in parts}
         made = {}
         for key, value in was.items():
-            theirs, ours = told[_text(_described(key))]
+            theirs, ours = told[repr(_described(key))]
             made[key] = _as_saved(theirs, ours, value)
         return type(was)(made)
     if not any(isinstance(each, dict) for each in _values([saved, here])):
@@ -514,7 +509,7 @@ def _load_like(
                     f"{at or 'its root'!r}, and like= has {one!r}"
                 ) from error
             taken += [f"{where} ({what})" for what in _untold(one)]
-            if _text(one) != _text(other):
+            if repr(one) != repr(other):
                 setattr(module, attribute, value)
     if taken:
         warnings.warn(
