@@ -796,8 +796,8 @@ class Training:
 
         Returns:
             For an NNX module one of the same class with smaller arrays, in evaluation
-            mode, or a `l0jax.nnx.Narrowed` where its code computes from its sizes; else
-            a pair `(apply, variables)`.
+            mode, or a `l0jax.nnx.Narrowed` where its code computes from its sizes or
+            can't be told them; else a pair `(apply, variables)`. Arrays are JAX's.
 
         Warns:
             UserWarning: if many gates of a group are undecided: what is decided then
