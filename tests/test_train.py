@@ -927,25 +927,23 @@ def test_training_goes_on_as_if_lost_units_had_been_closed():
     assert after.step == state.step + STEPS
 
 
-@pytest.mark.parametrize("least", [2, 128])
-def test_an_optimiser_that_keeps_other_shapes_is_refused(least):
-    """Adafactor keeps sums over rows and columns, or a placeholder in their place."""
-    ada = relaxed(optax.adafactor(1e-2, min_dim_size_to_factor=least))
-    training = make(optimizer=ada)
+def test_an_optimiser_that_keeps_other_shapes_is_refused():
+    """Adafactor keeps sums over rows and columns."""
+    training = make(optimizer=relaxed(optax.adafactor(1e-2, min_dim_size_to_factor=2)))
     state = training.start(ROOT)
     with pytest.raises(ValueError, match="the optimiser keeps") as error:
         training.without(state, KEEP)
     said = str(error.value)
-    shape = "(4,)" if least == 2 else "(1,)"
-    assert all(word in said for word in (shape, "dense1", "(4, 6)", "told apart"))
+    assert all(word in said for word in ("(4,)", "dense1", "(4, 6)", "told apart"))
 
 
-def test_an_optimiser_of_gates_that_keeps_other_shapes_is_refused():
-    training = make(gate_optimizer=relaxed(optax.adafactor(1e-2)))
-    with pytest.raises(ValueError, match="the optimiser keeps") as error:
-        training.without(training.start(ROOT), KEEP)
-    said = str(error.value)
-    assert all(word in said for word in ("(1,)", "hidden", "(6,)", "told apart"))
+@pytest.mark.parametrize("which", ["optimizer", "gate_optimizer"])
+def test_a_number_in_the_place_of_an_array_needs_no_cut(which):
+    """Of small arrays Adafactor keeps such placeholders."""
+    training = make(**{which: relaxed(optax.adafactor(1e-2))})
+    smaller, state = training.without(training.start(ROOT), KEEP)
+    _, totals = epochs(smaller, state, [3])
+    assert totals.first_bad_step == -1
 
 
 def test_what_can_not_be_shrunk_is_named():
