@@ -48,7 +48,7 @@ class Totals(NamedTuple):
                 "rows that the data don't have"
             )
         steps = int(totals.steps)
-        return {n: losses.number(each / steps) for n, each in totals.sums.items()}
+        return {name: losses.mean(each, steps) for name, each in totals.sums.items()}
 
     def plus(self, other: "Totals") -> "Totals":
         """Of these steps and of others that came later."""

@@ -77,9 +77,10 @@ def examples_of(batch: PyTree) -> int:
     return next(iter(lengths.values()))
 
 
-def number(value: Any) -> Any:
-    """A float, or an array in NumPy of what is no scalar."""
-    return np.asarray(value) if np.ndim(value) else float(value)
+def mean(total: Any, count: int) -> Any:
+    """Of a sum, in double precision: a float, or an array in NumPy of what is none."""
+    found = np.asarray(total, np.float64) / count
+    return found if found.ndim else float(found)
 
 
 def check_rest(before: PyTree, after: PyTree) -> None:

@@ -726,7 +726,7 @@ class Training:
             count += size
         if total is None:
             raise ValueError("there is no batch to evaluate")
-        return {n: losses.number(value / count) for n, value in total.items()}
+        return {name: losses.mean(value, count) for name, value in total.items()}
 
     def _decided(self, state: TrainingState, rule: str | Decision | None) -> Decision:
         return rule if isinstance(rule, Decision) else self.decide(state, rule)
