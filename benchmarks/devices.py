@@ -58,12 +58,14 @@ def of_losses(folder: str) -> list[dict]:
                     f"{same} units are left",
                 )
             )
-    (one,) = on_devices.ran("processes", folder)
-    two = on_devices.ran("processes", folder, processes=2)
-    for way, expected in one.items():
-        split = "batches split" if way == "data" else "parameters split too"
-        apart = max(on_devices.apart(each[way], expected) for each in two)
-        restored = all(each[way]["restored"] for each in two)
+    for way, split in (
+        ("replicated", "batches split"),
+        ("sharded", "parameters split too"),
+    ):
+        (expected,) = on_devices.ran(way, folder)
+        two = on_devices.ran(way, folder, processes=2)
+        apart = max(on_devices.apart(each, expected) for each in two)
+        restored = all(each["restored"] for each in two)
         entries.append(
             difference(
                 f"2 processes with 4 devices each beside one with 8, {split}",

@@ -22,10 +22,6 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most of the time is spent on compiling what then runs for milliseconds. (XLA's other
-# way to emit fusions, --xla_cpu_use_fusion_emitters=false, compiles in two thirds of
-# the time, and gives wrong gradients of convolutions.)
-jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples at every run, and no clock: a test fails for its code alone.
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25)
@@ -50,27 +46,34 @@ MEMBERS = 2
 
 
 def pytest_configure(config):
-    """Programs are compiled once for all tests and workers: that is most of the time.
-    Where a folder is given, they stay there for other runs.
+    """Programs are compiled once for all tests, workers and what they start: that is
+    most of the time. Where a folder is given, they stay there for other runs.
 
     (A worker that reads what another one is still writing compiles it again.)
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
-        # Workers begin with the environment of their parent.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     for name, value in (
         ("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]),
         ("jax_persistent_cache_min_compile_time_secs", 0.0),
         ("jax_persistent_cache_min_entry_size_bytes", -1),
+        # What is compiled runs for milliseconds. (XLA's other way to emit fusions,
+        # --xla_cpu_use_fusion_emitters=false, compiles in two thirds of the time, and
+        # gives wrong gradients of convolutions.)
+        ("jax_disable_most_optimizations", True),
     ):
         jax.config.update(name, value)
+        # Processes begin with the environment of their parent.
+        os.environ[name.upper()] = str(value)
 
 
 TURN = "SLOW_TURN"
-"""Where `1/3` stands there, slow members of sweeps take turns: only those of one third
-are run, and those of the others at `0/3` and `2/3`."""
+"""Where `1/5` stands there, slow members of sweeps take turns: only every fifth is run,
+the first being the one at 1."""
+MEMBERS_TURN = "MEMBERS_TURN"
+"""The same for all members of sweeps."""
 
 
 def pytest_collection_modifyitems(config, items):
@@ -94,21 +97,18 @@ def pytest_collection_modifyitems(config, items):
         for at, item in enumerate(members):
             if at not in chosen:
                 item.add_marker(pytest.mark.slow)
-    if TURN in os.environ:
-        runs, waits = [], []
-        for item in items:
-            slow = item.get_closest_marker("slow")
-            now = not slow or has_its_turn(item.nodeid, os.environ[TURN])
-            (runs if now else waits).append(item)
-        config.hook.pytest_deselected(items=waits)
-        items[:] = runs
-
-
-def has_its_turn(name, turn):
-    """Whether a slow test runs in a turn such as `1/3`. One that is no member of a
-    sweep always does."""
-    at, of = map(int, turn.split("/"))
-    return "[" not in name or zlib.crc32(name.encode()) % of == at
+    for turn, marked in ((TURN, True), (MEMBERS_TURN, False)):
+        if turn in os.environ:
+            members = [
+                item
+                for item in items
+                if "[" in item.nodeid
+                and (item.get_closest_marker("slow") or not marked)
+            ]
+            at, of = map(int, os.environ[turn].split("/"))
+            waits = set(members).difference(members[at::of])
+            config.hook.pytest_deselected(items=[*waits])
+            items[:] = [item for item in items if item not in waits]
 
 
 MAPS = Path("/proc/self/maps")

@@ -181,46 +181,53 @@ def loss_of_tokens(model, batch):
     return losses.mean(), {}
 
 
-def processes(folder, parts, part):
-    """A sharded run with all it does: steps over parts of batches, compaction,
-    a checkpoint, evaluation, epochs over data that lie on the devices, and its end."""
-    found = {}
-    for way, sharding in (("data", None), ("sharded", RULES)):
-        whole = perceptron(mesh=mesh(), sharding=sharding)
-        losses, training, state = trained(whole, parts, part)
-        checkpoints = train.Checkpoints(f"{folder}/{parts}-{way}")
-        for done in (1, 2, 3):
-            checkpoints.save(done, training, state)
-        again, restored, done = checkpoints.restore(whole, jax.random.key(1))
-        equal = [
-            np.array_equal(*map(np.asarray, pair))
-            for pair in zip(
-                jax.tree.leaves(training.placement.on_host(state._replace(key=0))),
-                jax.tree.leaves(again.placement.on_host(restored._replace(key=0))),
-                strict=True,
-            )
-        ]
-        images, labels = models.digits()
-        held_out = jax.tree.map(
-            lambda a: np.split(a[1500:1796], parts)[part], (images, labels)
+def processes(folder, parts, part, sharding):
+    """A run with all it does: steps over parts of batches, compaction, a checkpoint,
+    evaluation, epochs over data that lie on the devices, and its end."""
+    whole = perceptron(mesh=mesh(), sharding=sharding)
+    losses, training, state = trained(whole, parts, part)
+    checkpoints = train.Checkpoints(f"{folder}/{parts}-{bool(sharding)}")
+    for done in (1, 2, 3):
+        checkpoints.save(done, training, state)
+    again, restored, done = checkpoints.restore(whole, jax.random.key(1))
+    equal = [
+        np.array_equal(*map(np.asarray, pair))
+        for pair in zip(
+            jax.tree.leaves(training.placement.on_host(state._replace(key=0))),
+            jax.tree.leaves(again.placement.on_host(restored._replace(key=0))),
+            strict=True,
         )
-        seen = training.evaluate(state, [held_out])
-        data, order = (images[:960], labels[:960]), np.arange(960).reshape(10, 96)
-        for loop in (False, True):
-            state, totals = again.epoch(restored, data, order, loop=loop)
-            losses.append(totals.means["loss"])
-            restored = state
-        small = again.finish(state)
-        found[way] = {
-            "losses": losses,
-            "seen": seen,
-            "restored": all(equal) and len(equal) > 20,
-            "done": done,
-            "kept": sorted(checkpoints._files.steps()),
-            "sum": float(np.abs(small.first.kernel[...]).sum()),
-            "widths": [g.size for g in again.structure.groups.values()],
-        }
-    return found
+    ]
+    images, labels = models.digits()
+    held_out = jax.tree.map(
+        lambda a: np.split(a[1500:1796], parts)[part], (images, labels)
+    )
+    seen = training.evaluate(state, [held_out])
+    data, order = (images[:960], labels[:960]), np.arange(960).reshape(10, 96)
+    for loop in (False, True):
+        state, totals = again.epoch(restored, data, order, loop=loop)
+        losses.append(totals.means["loss"])
+        restored = state
+    small = again.finish(state)
+    return {
+        "losses": losses,
+        "seen": seen,
+        "restored": all(equal) and len(equal) > 20,
+        "done": done,
+        "kept": sorted(checkpoints._files.steps()),
+        "sum": float(np.abs(small.first.kernel[...]).sum()),
+        "widths": [g.size for g in again.structure.groups.values()],
+    }
+
+
+def replicated(*where):
+    """Each device has all parameters."""
+    return processes(*where, None)
+
+
+def sharded(*where):
+    """Each has a part of them."""
+    return processes(*where, RULES)
 
 
 def stream(folder, parts, part):

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,28 +164,19 @@ def losses(name: str, folder: Path, **flags: Any) -> dict[str, list[float]]:
     return found
 
 
-def on_hosts(folder: str, names: Iterable[str]) -> None:
-    """Prints the losses of studies in which several processes train together."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    flags: dict[str, Any] = {"mesh": "data=2", "distributed": True}
-    # (What makes them small uses JAX before they could join.)
+def on_hosts(folder: str, name: str) -> None:
+    """Prints the losses of a study that several processes train together."""
+    # (What makes it small uses JAX before they could join.)
     devices.begin(OnHosts(distributed=True))
-    found = {name: losses(name, Path(folder) / name, **flags) for name in names}
+    found = losses(name, Path(folder), mesh="data=2", distributed=True)
     print(json.dumps([jax.process_index(), found]))
 
 
-def main(folder: str, names: Iterable[str]) -> None:
-    """Prints the losses of studies on one device and on two, which split parameters
+def main(folder: str, name: str) -> None:
+    """Prints the losses of a study on one device and on two, which split parameters
     too where the study has a flag for that."""
-    # (As for all tests, most of the time of which is spent on compiling.)
-    jax.config.update("jax_disable_most_optimizations", True)
-    found = {}
-    for name in names:
-        flags = {"mesh": "data=2"}
-        if isinstance(STUDIES[name].config, OnDevices):
-            flags["shard"] = "data"
-        found[name] = [
-            losses(name, Path(folder) / name / "one", mesh="data=1"),
-            losses(name, Path(folder) / name / "two", **flags),
-        ]
-    print(json.dumps(found))
+    split = isinstance(STUDIES[name].config, OnDevices)
+    flags: dict[str, Any] = {"shard": "data"} if split else {}
+    one = losses(name, Path(folder) / "one", mesh="data=1")
+    two = losses(name, Path(folder) / "two", mesh="data=2", **flags)
+    print(json.dumps([one, two]))

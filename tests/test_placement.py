@@ -69,22 +69,19 @@ def test_each_process_goes_on_with_its_part_of_a_stream(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
-    (alone,) = ran("processes", tmp_path)
-    both = ran("processes", tmp_path, processes=2)
-    assert both[0] == both[1]
-    for way, expected in alone.items():
-        found = both[0][way]
-        assert found["restored"]
-        assert expected["restored"]
-        assert (found["done"], found["kept"]) == (3, [2, 3])
-        assert apart(found, expected) < 2e-6
-        assert found["widths"] == expected["widths"]
-        np.testing.assert_allclose(
-            found["losses"][-2:], expected["losses"][-2:], rtol=1e-5
-        )
-        np.testing.assert_allclose(found["sum"], expected["sum"], rtol=1e-4)
-        assert found["seen"] == pytest.approx(expected["seen"], rel=1e-5)
+@pytest.mark.parametrize("way", ["replicated", "sharded"])
+def test_two_processes_give_what_one_gives(way, tmp_path):
+    (expected,) = ran(way, tmp_path)
+    found, other = ran(way, tmp_path, processes=2)
+    assert found == other
+    assert found["restored"]
+    assert expected["restored"]
+    assert (found["done"], found["kept"]) == (3, [2, 3])
+    assert apart(found, expected) < 2e-6
+    assert found["widths"] == expected["widths"]
+    np.testing.assert_allclose(found["losses"][-2:], expected["losses"][-2:], rtol=1e-5)
+    np.testing.assert_allclose(found["sum"], expected["sum"], rtol=1e-4)
+    assert found["seen"] == pytest.approx(expected["seen"], rel=1e-5)
 
 
 def test_what_the_benchmark_prints_of_all_that(monkeypatch):
@@ -92,10 +89,10 @@ def test_what_the_benchmark_prints_of_all_that(monkeypatch):
     alone = {"losses": [2.0] * 50, "widths": [4], "restored": True, "specs": {}}
     other = alone | {"losses": [2.0] * 49 + [2.000005]}
     kinds = [f"{kind}, {way}" for kind in on_devices.KINDS for way in on_devices.WAYS]
-    ways = {"data": alone, "sharded": alone}
     found = {
         "trajectories": {k: other if k == kinds[1] else alone for k in kinds},
-        "processes": ways,
+        "replicated": alone,
+        "sharded": alone,
         "decoder": {"alone": alone, "sharded": other},
         "collectives": {"gated": {"all-reduce": 3}, "plain": {"all-reduce": 2}},
     }

@@ -1,44 +1,61 @@
-"""Slow members of sweeps that take turns: none is left out."""
+"""Members of sweeps that take turns: none is left out, and nothing else is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import TURN
-
-SWEEP = "tests/test_models.py"
+from tests import conftest
 
 
-def collected(*arguments, turn=None):
-    """The tests of a file that would be run."""
-    given = {name: value for name, value in os.environ.items() if name != TURN}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "--collect-only", "-q", SWEEP),
-            *("-o", "addopts=--strict-markers", *arguments),
-        ],
-        env=given | ({TURN: turn} if turn else {}) | {"PYTEST_ADDOPTS": ""},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [line for line in done.stdout.splitlines() if "::" in line]
+class Item:
+    """What is collected of a test."""
+
+    def __init__(self, nodeid, *marks):
+        self.nodeid, self.marks = nodeid, set(marks)
+
+    def add_marker(self, mark):
+        self.marks.add(mark.name)
+
+    def get_closest_marker(self, name):
+        return name if name in self.marks else None
 
 
-@pytest.mark.slow
-def test_each_slow_member_of_a_sweep_has_one_turn_of_three_and_all_else_every():
-    slow = collected("-m", "slow")
-    fast = set(collected("-m", "not slow"))
-    turns = [collected("-m", "slow or not slow", turn=f"{at}/3") for at in range(3)]
-    members = [name for name in slow if "[" in name]
-    assert len(members) > 30
-    for name in members:
-        assert sum(name in turn for turn in turns) == 1
-    for turn in turns:
-        assert fast <= set(turn)
-        assert set(slow) - set(members) <= set(turn)
-        assert len(members) / 4 < sum(name in turn for name in members)
+def collected(monkeypatch, **turn):
+    """What is run of some tests, and what is said to be left out."""
+    items = [Item(f"test_a.py::test_law[{at}]", "sweep") for at in range(17)]
+    items += [Item(f"test_a.py::test_kind[{at}]") for at in range(4)]
+    items += [Item("test_b.py::test_run[1]", "slow"), Item("test_b.py::test_b", "slow")]
+    items += [Item("test_c.py::test_c")]
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    for name in (conftest.TURN, conftest.MEMBERS_TURN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in turn.items():
+        monkeypatch.setenv(name, value)
+    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    return items, left_out
+
+
+@pytest.mark.parametrize("of", range(1, 8))
+@pytest.mark.parametrize("name", [conftest.TURN, conftest.MEMBERS_TURN])
+def test_each_member_has_one_turn_and_all_else_every(name, of, monkeypatch):
+    everything, none = collected(monkeypatch)
+    assert none == []
+    takes_turns = {
+        item.nodeid
+        for item in everything
+        if "[" in item.nodeid
+        and (name == conftest.MEMBERS_TURN or "slow" in item.marks)
+    }
+    # A sweep has two fast members.
+    assert len(takes_turns) == (22 if name == conftest.MEMBERS_TURN else 16)
+    turns = [collected(monkeypatch, **{name: f"{at}/{of}"}) for at in range(of)]
+    sizes = []
+    for runs, left_out in turns:
+        names = [item.nodeid for item in runs]
+        assert {item.nodeid for item in everything} - takes_turns <= set(names)
+        assert len(names) + len(left_out) == len(everything)
+        sizes.append(len(names))
+    assert max(sizes) - min(sizes) <= 1
+    for each in takes_turns:
+        assert sum(each in {item.nodeid for item in runs} for runs, _ in turns) == 1
