@@ -1,15 +1,16 @@
 """A language model of `experiments.language_model` at full size: what gates cost a
-step, and what half of the parameters saves in training, in a call and in generation.
+step, what half of the parameters saves in training, in a call and in generation, and
+whether whole branches or widths save more seconds.
 
     python -m benchmarks.decoder             # prints ratios and limits
     python -m benchmarks.decoder --record    # and writes benchmarks/results/
 
 What is compared takes turns in one process, as in the other benchmarks. The tokens are
-random: no step depends on what they say. Three minutes on two cores.
+random: no step depends on what they say. Two minutes on two cores.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from experiments.language_run import groups_of, new_decoder, structure_of
 from experiments.language_settings import Config
 from experiments.language_training import Windows, loss
 from l0jax import costs, gates, train
-from l0jax.models.decoder import Decoder, generate
+from l0jax.models.decoder import Decoder, Sizes, generate
 from l0jax.nnx import shrink
 
 CONFIG = Config()
@@ -150,9 +151,62 @@ def of_calls(turns: int) -> list[dict]:
     return found
 
 
+def at_sizes(blocks: Sequence[Sizes]) -> Decoder:
+    """A decoder of other blocks, with random weights."""
+    return Decoder(CHARACTERS, CONFIG.width, blocks, CONFIG.length, rngs=nnx.Rngs(0))
+
+
+def of_depth(turns: int) -> list[dict]:
+    """Half of the blocks, and as much of the arithmetic out of all of them."""
+    each = Sizes(*base().sizes[0])
+    many, half = CONFIG.layers, CONFIG.layers // 2
+    no_attention = each._replace(groups=0, values=0)
+    no_feed_forward = each._replace(hidden=0)
+    few_heads = each._replace(groups=each.groups // 2)
+    few_hidden = each._replace(hidden=each.hidden // 2)
+    pairs = {
+        "feed-forward": ([no_feed_forward] * half + [each] * half, [few_hidden] * many),
+        "attention": ([no_attention] * half + [each] * half, [few_heads] * many),
+        "both": (
+            [each] * half,
+            [few_heads._replace(hidden=each.hidden // 2)] * many,
+        ),
+    }
+    found = []
+    whole = at_sizes([each] * many)
+    for batch in (1, 32):
+        tokens = jax.ShapeDtypeStruct((batch, CONFIG.length), jnp.int32)
+
+        def macs(model: Decoder, tokens=tokens) -> float:
+            return costs.exact(l0jax.trace(model, tokens), cost=costs.macs)
+
+        for what, blocks in pairs.items():
+            models = dict(
+                zip(("branches", "widths"), map(at_sizes, blocks), strict=True)
+            )
+            calls = {name: caller(model, batch) for name, model in models.items()}
+            seconds = take_turns(calls | {"whole": caller(whole, batch)}, turns)
+            for name, told in (
+                ("branches", f"{what}: half of the branches"),
+                ("widths", f"{what}: half of the units of all branches"),
+            ):
+                found.append(
+                    entry(
+                        f"a call at batch {batch} over that of the whole, {told}",
+                        ratio(seconds, name, "whole"),
+                        None,
+                        "×",
+                        f"{macs(models[name]) / macs(whole):.2f}× the "
+                        f"multiply-accumulates; {milliseconds(seconds, 1)}",
+                    )
+                )
+    return found
+
+
 def main(arguments) -> list[dict]:
     begun = time.perf_counter()
-    found = of_steps(arguments.turns) + of_calls(4 * arguments.turns + 1)
+    turns = 4 * arguments.turns + 1
+    found = of_steps(arguments.turns) + of_calls(turns) + of_depth(turns)
     print(f"{time.perf_counter() - begun:.0f} s")
     return found
 

@@ -24,6 +24,7 @@ from experiments.harness.alone import alone
 from experiments.language_methods import GATES, METHODS, SCORES
 from experiments.language_settings import LATENCY, UNTOLD, Config
 from experiments.reports import places, runs
+from l0jax.models.decoder import Sizes
 
 RUNS = Path("runs") / "language_rows"
 HALF = "half"
@@ -105,6 +106,7 @@ def section() -> str:
             told(row, lines),
             language_report.table(results.of_folder(folder)),
             statements(results.of_folder(folder)),
+            *filter(None, [branches(lines)]),
             f"![loss against what is left]({inside}/figures/losses.png)",
             f"![what is left of each block]({inside}/figures/left.png)",
             f"[How they go on]({inside}/texts.md), [as CSV]({inside}/runs.csv).",
@@ -133,6 +135,27 @@ def told(row: str, lines: Sequence[dict[str, Any]]) -> str:
         "calls at the end of each run, when other work may have run beside it.",
     )
     return " ".join(filter(None, said))
+
+
+def branches(lines: Sequence[dict[str, Any]]) -> str:
+    """Of how many branches nothing is left, by each method, where that was open."""
+    if "branches" not in lines[0]["settings"]["gated"]:
+        return ""
+    said = []
+    for method, its in results.by(lines, "method").items():
+        blocks = [[Sizes(*each) for each in line["blocks"]] for line in its]
+        attention = np.mean([sum(not b.groups for b in each) for each in blocks])
+        feed_forward = np.mean([sum(not b.hidden for b in each) for each in blocks])
+        whole = sum(not b.groups and not b.hidden for each in blocks for b in each)
+        said.append(
+            f"`{method}` {attention:.1f} of attention and {feed_forward:.1f} "
+            f"feed-forward ones, whole blocks {whole} in {len(its)} runs"
+        )
+    many = lines[0]["settings"]["layers"]
+    return (
+        f"Branches of which nothing is left, of {many} and {many} (means of seeds): "
+        f"{'; '.join(said)}."
+    )
 
 
 def statements(found: Sequence[results.Result]) -> str:

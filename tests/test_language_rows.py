@@ -125,6 +125,23 @@ def test_a_lucky_seed_is_not_compared_with_three(place):
     assert "+0.040 (one seed) from `uniform`" in said
 
 
+def test_branches_that_are_gone_are_counted_where_they_may_go(place):
+    language_rows.record("half", [line("taylor", 0)])
+    assert "Branches" not in language_rows.section()
+    whole, (none, narrow) = [3, 1, 16, 32, 250], ([0, 1, 16, 0, 0], [3, 1, 16, 32, 0])
+    lines = [
+        line("taylor", 0, blocks=[narrow, whole, none]),
+        line("taylor", 1, blocks=[[0, 1, 16, 0, 9], whole, whole]),
+    ]
+    for each in lines:
+        each["settings"] |= {"gated": ("heads", "hidden", "branches")}
+    language_rows.record("seconds", lines)
+    assert (
+        "`taylor` 1.0 of attention and 1.0 feed-forward ones, whole blocks 1 in 2 runs."
+        in language_rows.section()
+    )
+
+
 def test_rows_are_settings_that_can_be_run():
     for config in language_rows.ROWS.values():
         language_model.check(config, language_model.METHODS)
