@@ -210,7 +210,7 @@ def shape(architecture: Mapping[str, Any]) -> str:
 def main(arguments: rows.Arguments) -> None:
     """Runs rows by name."""
 
-    def told(row: Row) -> Any:
+    def told(row: Row) -> dict[str, Any]:
         return run_folder.settings_of(row.config, frontier.UNTOLD)
 
     rows.run(arguments, "experiments.frontier_rows", ROWS, run, told)

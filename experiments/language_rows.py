@@ -206,7 +206,7 @@ def main(arguments: rows.OfMethods) -> None:
     def one(name: str, seed: int) -> None:
         run(name, seed, arguments.methods)
 
-    def told(config: Config) -> Any:
+    def told(config: Config) -> dict[str, Any]:
         return run_folder.settings_of(config, UNTOLD)
 
     rows.run(arguments, "experiments.language_rows", ROWS, one, told)

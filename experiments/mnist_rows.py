@@ -174,7 +174,7 @@ def run(name: str, seed: int) -> None:
 def main(arguments: rows.Arguments) -> None:
     """Runs rows by name."""
 
-    def told(row: Row) -> Any:
+    def told(row: Row) -> dict[str, Any]:
         return mnist.scientific(row.config)
 
     rows.run(arguments, "experiments.mnist_rows", ROWS, run, told)

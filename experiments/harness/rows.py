@@ -20,7 +20,7 @@ class Arguments:
     seeds: tuple[int, ...] | None = None
     """only these seeds; None is all of the row's"""
     list: bool = False
-    """print the names and settings, and run nothing"""
+    """print the names and settings, and run nothing; what most rows have first"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def run(
     program: str,
     rows: Mapping[str, Any],
     one: Callable[[str, int], Any],
-    told: Callable[[Any], Any],
+    told: Callable[[Any], Mapping[str, Any]],
 ) -> None:
     """Runs rows by name, one seed after the other; what can't be done ends the program
     with a line that says why.
@@ -46,13 +46,17 @@ def run(
         program: its name, for that line.
         rows: by name; each has `seeds`.
         one: runs one row with one seed.
-        told: what `--list` says of a row.
+        told: the settings of a row.
     """
     if arguments.rows or not arguments.list:
         check_names(arguments.rows, rows)
     if arguments.list:
-        for name, row in rows.items():
-            print(f"{name}: {told(row)}")
+        settings = {name: flat(told(row)) for name, row in rows.items()}
+        usual = most_common(settings.values())
+        print(f"where a row says nothing else: {said(usual.items())}")
+        for name, its in settings.items():
+            own = (item for item in its.items() if usual[item[0]] != item[1])
+            print(f"{name}: {said(own)}")
         return
     for name in arguments.rows:
         for seed in arguments.seeds or rows[name].seeds:
@@ -61,6 +65,29 @@ def run(
                 one(name, seed)
             except (ValueError, Diverged, DataError, OSError) as error:
                 raise SystemExit(f"{program}: {error}") from None
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names of their flags: those of recipes have a dot."""
+    return {
+        f"{name}.{inner}" if inner else name: its
+        for name, value in settings.items()
+        for inner, its in (value if isinstance(value, dict) else {"": value}).items()
+    }
+
+
+def most_common(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each setting the value that most rows have, the first of several."""
+    values: dict[str, list[Any]] = {}
+    for settings in rows:
+        for name, value in settings.items():
+            values.setdefault(name, []).append(value)
+    return {name: max(its, key=its.count) for name, its in values.items()}
+
+
+def said(settings: Iterable[tuple[str, Any]]) -> str:
+    """Settings as a line."""
+    return ", ".join(f"{name} = {value}" for name, value in settings)
 
 
 def check_names(names: Sequence[str], there: Iterable[str]) -> None:
