@@ -36,7 +36,7 @@ SLOW = re.compile(
     r"|test_relocation_runs|each_option_does_something"
     r"|every_variant_trains_and_is_removed\[(?!fixed\])"
     r"|a_target_is_met\[(?!macs)|a_comparison_goes_on_where|it_trains_and_is_recorded"
-    r"|test_mnist.*\[compacted weights\]|a_network_and_a_data_set_of_one_s_own"
+    r"|test_mnist.*\[compacted( weights)?\]|a_page_run\[devices|a_network_and_a_data_set_of_one_s_own"
     r"|test_language_study.*(every_way_ends|a_budget\[|not_made_twice|are_read_with)"
     r"|the_report_is_made_of_the_folder|met_by_branches_and_units"
     r"|each_group_may_have_a_target_of_its_own|have_the_mean_loss_of_networks_of_their"
@@ -70,10 +70,10 @@ def pytest_configure(config):
 
 
 TURN = "SLOW_TURN"
-"""Where `1/5` stands there, slow members of sweeps take turns: only every fifth is run,
-the first being the one at 1."""
+"""Where `1/5` stands there, slow tests take turns: only every fifth is run, the first
+being the one at 1, and those that are marked `always`."""
 MEMBERS_TURN = "MEMBERS_TURN"
-"""The same for all members of sweeps."""
+"""The same for the members of sweeps, slow or not."""
 
 
 def pytest_collection_modifyitems(config, items):
@@ -97,18 +97,21 @@ def pytest_collection_modifyitems(config, items):
         for at, item in enumerate(members):
             if at not in chosen:
                 item.add_marker(pytest.mark.slow)
-    for turn, marked in ((TURN, True), (MEMBERS_TURN, False)):
+    for turn, takes_turns in ((TURN, is_slow), (MEMBERS_TURN, is_member)):
         if turn in os.environ:
-            members = [
-                item
-                for item in items
-                if "[" in item.nodeid
-                and (item.get_closest_marker("slow") or not marked)
-            ]
             at, of = map(int, os.environ[turn].split("/"))
-            waits = set(members).difference(members[at::of])
+            found = [item for item in items if takes_turns(item)]
+            waits = set(found).difference(found[at::of])
             config.hook.pytest_deselected(items=[*waits])
             items[:] = [item for item in items if item not in waits]
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") and not item.get_closest_marker("always")
+
+
+def is_member(item):
+    return "[" in item.nodeid
 
 
 MAPS = Path("/proc/self/maps")

@@ -73,6 +73,7 @@ def test_every_method_ends_in_a_smaller_network(folder, method):
     assert all(0 <= error <= 100 for error in line["metrics"].values())
 
 
+@pytest.mark.slow
 def test_gates_fill_the_budget_that_others_have(folder):
     """They leave the most that fits into what a uniformly pruned network costs."""
     names = ("filter_l1", "l0_hard_concrete", "l0_mixture", "l0_bernoulli")

@@ -43,6 +43,7 @@ def test_a_run_is_a_line_and_is_not_made_twice(tmp_path, monkeypatch):
     assert cifar.main(config) == [line]
 
 
+@pytest.mark.slow
 def test_recorded_networks_are_pruned_by_others_and_are_of_one_recipe(
     tmp_path, monkeypatch
 ):

@@ -149,6 +149,7 @@ def test_families_are_compared_at_equal_budgets(tmp_path):
     assert (tmp_path / results.LINES).read_text() == before
 
 
+@pytest.mark.slow
 def test_members_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     """At a λ of 0, and at one of which no number of digits is all, too."""
     lam = (0.0, 1 / 3, 0.1 + 0.2)

@@ -34,6 +34,7 @@ def test_only_the_noise_is_another(name):
     np.testing.assert_array_equal(gate.sample(jax.random.key(0), logits), drawn)
 
 
+@pytest.mark.slow
 def test_a_line_for_each_network_and_kind(monkeypatch):
     monkeypatch.setattr(families, "STEPS", 1)
     monkeypatch.setattr(steps, "EXAMPLES", 200)

@@ -58,6 +58,7 @@ def test_a_run_that_goes_on_ends_alike_and_claims_no_seconds(tmp_path):
     assert {**again, "seconds": 0} == {**line, "seconds": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:gates are undecided")
 def test_what_the_dense_network_says_is_learned_from(tmp_path):
     """Of labels alone, of the dense network alone: other networks."""

@@ -7,8 +7,27 @@ import pytest
 
 from benchmarks import gpu
 from experiments.harness import json_lines
+from l0jax import models
+from l0jax.models import pre_activation
 
 PARTS = tuple(gpu.PARTS)
+SHALLOW = dataclasses.replace(
+    gpu.SMALL, narrowed=("resnet8", 2), trained=("resnet8", "digits", 0.25)
+)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Networks that are compiled in seconds."""
+    of = ("pre_activation_resnet", pre_activation.of_depth(8))
+    monkeypatch.setitem(models.PRESETS, "resnet8", of)
+
+
+@pytest.mark.parametrize("sizes", [gpu.Sizes(), gpu.SMALL])
+def test_its_networks_can_be_made(sizes):
+    names = {name for name, _ in sizes.networks}
+    names |= {sizes.narrowed[0], sizes.trained[0]}
+    assert names <= {"mlp", "lenet5"} | models.PRESETS.keys()
 
 
 @pytest.mark.slow
@@ -16,7 +35,7 @@ def test_the_list_runs_and_goes_on(tmp_path, monkeypatch):
     file = tmp_path / "gpu.jsonl"
     monkeypatch.setattr(gpu, "CALLS", 1)
     monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
-    found = gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False)
+    found = gpu.run(file, SHALLOW, PARTS, 10.0, show=False)
     assert {line["part"] for line in found} == set(PARTS)
     assert not any("error" in line for line in found)
     for line in found:
@@ -25,11 +44,11 @@ def test_the_list_runs_and_goes_on(tmp_path, monkeypatch):
         assert numbers
         assert all(value > 0 for value in numbers.values())
     kinds = [line["what"] for line in found if line["part"] == "steps"]
-    assert len(kinds) == len(set(kinds)) == 4 * len(gpu.SMALL.networks)
+    assert len(kinds) == len(set(kinds)) == 4 * len(SHALLOW.networks)
     whole, *narrowed = (line["macs"] for line in found if line["part"] == "widths")
     assert all(0.3 * whole < macs < 0.8 * whole for macs in narrowed)
     monkeypatch.setattr(gpu, "seconds_of", lambda _: pytest.fail("it is there"))
-    assert gpu.run(file, gpu.SMALL, PARTS, 10.0, show=False) == found
+    assert gpu.run(file, SHALLOW, PARTS, 10.0, show=False) == found
     said = gpu.entries(found)
     assert len(said) == len(found)
     shares = [e["detail"] for e in said if "of the product in bfloat16" in e["detail"]]
@@ -53,10 +72,10 @@ def test_a_network_is_trained_in_the_time_that_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(gpu, "seconds_an_epoch", lambda *_: 10.0)
     file = tmp_path / "gpu.jsonl"
-    (line,) = gpu.run(file, gpu.SMALL, ("training",), 0.9, show=False)
+    (line,) = gpu.run(file, SHALLOW, ("training",), 0.9, show=False)
     assert line["error"].startswith("an epoch takes 10.0 s, and 5")
     assert not (tmp_path / "runs").exists()
-    sizes = dataclasses.replace(gpu.SMALL, epochs=100)
+    sizes = dataclasses.replace(SHALLOW, epochs=100)
     (line,) = gpu.run(file, sizes, ("training",), 100 / 60, show=False)
     assert line["epochs"] == 6
     assert 0.3 < line["macs left"] < 0.6

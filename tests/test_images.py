@@ -77,6 +77,7 @@ def trained(trainer):
     return trainer.trained()
 
 
+@pytest.mark.slow
 def test_training_is_that_of_flax():
     model = network()
     before = units.arrays(nnx.state(model))

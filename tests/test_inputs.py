@@ -36,6 +36,7 @@ def trained(run):
     return losses
 
 
+@pytest.mark.slow
 def test_a_run_over_a_pipeline_goes_on_bit_for_bit(tmp_path):
     straight = run_over(pipeline(source()), tmp_path / "straight")
     losses = trained(straight)
@@ -108,6 +109,7 @@ def as_it_is(example):
     return example
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_every_way(monkeypatch):
     monkeypatch.setattr(benchmark, "BUFFERED", 3)
     found = benchmark.measured("mlp", Pixels(), as_it_is, turns=1, steps=5)

@@ -106,25 +106,6 @@ def test_every_way_ends_within_its_budget(method, folder):
 
 
 @pytest.mark.slow
-def test_two_devices_train_as_one(folder, tmp_path, run_python):
-    program = f"""
-import dataclasses, pathlib
-from experiments import language_model
-from experiments.tasks import text
-from tests import test_language_study as here
-found = here.a_part()
-text.load = lambda name: found
-out = pathlib.Path({str(tmp_path)!r})
-config = dataclasses.replace(here.TINY, mesh="data=2", out=out)
-(line,) = language_model.main(config)["results"]
-print(line["metrics"]["test loss"])
-"""
-    found = float(run_python(program, devices=2).splitlines()[-1])
-    expected = of(folder, method=("uniform",))["metrics"]["test loss"]
-    assert found == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.slow
 def test_a_base_is_taken_from_another_run(folder, tmp_path):
     line = of(tmp_path / "run", method=("random",), left=0.7, base_from=folder)
     assert not (tmp_path / "run" / "base-0").exists()

@@ -23,6 +23,7 @@ PARAMS = {"first": {"kernel": jnp.zeros((6, 4))}, "out": {"kernel": jnp.zeros((4
 
 
 @pytest.mark.slow
+@pytest.mark.always
 def test_eight_devices_give_what_one_gives(tmp_path):
     (found,) = ran("trajectories", tmp_path)
     for kind in on_devices.KINDS:
@@ -60,6 +61,7 @@ def test_a_sharded_decoder_gives_what_one_device_gives(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.always
 def test_each_process_goes_on_with_its_part_of_a_stream(tmp_path):
     both = ran("stream", tmp_path, processes=2)
     assert [found["same"] for found in both] == [True, True]

@@ -90,6 +90,8 @@ def nothing_stays():
     assert not [t.name for t in threading.enumerate() if "grain-thread" in t.name]
 
 
+@pytest.mark.slow
+@pytest.mark.always
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
     data = pipeline(source())
     _, whole, expected = run(tmp_path / "straight", STEPS, data)

@@ -261,6 +261,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_members_on_several_devices_are_those_of_one(run_python):
     """In a process of its own, since the number of devices is fixed once."""
     assert run_python(ON_FOUR, devices=4).strip() == "same"

@@ -515,6 +515,7 @@ def test_benchmarks_stand_in_one_table(place, monkeypatch, capsys):
     assert "NOT within" in rows[1]
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_measured_in_a_process_of_its_own(tmp_path):
     (row, *_) = every_benchmark.measured("run_folders", ["--turns", "3"], tmp_path)
     assert row[0] == "run_folders"

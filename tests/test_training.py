@@ -418,6 +418,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_an_epoch_in_one_program_is_split_over_devices(run_python):
     alone, split, apart, refused = run_python(WITHIN_EIGHT, devices=8).splitlines()
     assert alone == "0 False"
@@ -476,6 +477,7 @@ print(int(state.step), states.step.tolist())
 """
 
 
+@pytest.mark.slow
 def test_a_loop_that_never_waits_comes_to_an_end(run_python):
     """The threads of XLA's CPU client would all wait for one another."""
     program = WITHOUT_WAITING.replace("STEPS", "400")

@@ -1,4 +1,4 @@
-"""Members of sweeps that take turns: none is left out, and nothing else is."""
+"""Tests that take turns: none is left out, and nothing else is."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ def collected(monkeypatch, **turn):
     items = [Item(f"test_a.py::test_law[{at}]", "sweep") for at in range(17)]
     items += [Item(f"test_a.py::test_kind[{at}]") for at in range(4)]
     items += [Item("test_b.py::test_run[1]", "slow"), Item("test_b.py::test_b", "slow")]
-    items += [Item("test_c.py::test_c")]
+    items += [Item("test_c.py::test_c"), Item("test_c.py::test_d", "slow", "always")]
     left_out = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     for name in (conftest.TURN, conftest.MEMBERS_TURN):
@@ -38,17 +38,20 @@ def collected(monkeypatch, **turn):
 
 @pytest.mark.parametrize("of", range(1, 8))
 @pytest.mark.parametrize("name", [conftest.TURN, conftest.MEMBERS_TURN])
-def test_each_member_has_one_turn_and_all_else_every(name, of, monkeypatch):
+def test_each_has_one_turn_and_all_else_every(name, of, monkeypatch):
     everything, none = collected(monkeypatch)
     assert none == []
     takes_turns = {
         item.nodeid
         for item in everything
-        if "[" in item.nodeid
-        and (name == conftest.MEMBERS_TURN or "slow" in item.marks)
+        if (
+            "[" in item.nodeid
+            if name == conftest.MEMBERS_TURN
+            else "slow" in item.marks and "always" not in item.marks
+        )
     }
     # A sweep has two fast members.
-    assert len(takes_turns) == (22 if name == conftest.MEMBERS_TURN else 16)
+    assert len(takes_turns) == (22 if name == conftest.MEMBERS_TURN else 17)
     turns = [collected(monkeypatch, **{name: f"{at}/{of}"}) for at in range(of)]
     sizes = []
     for runs, left_out in turns:
