@@ -99,7 +99,7 @@ def recorded() -> dict[str, list[dict[str, Any]]]:
 def picture(of_rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Errors against weights, ours with 95 % intervals and those that are published."""
     tasks = dict.fromkeys(its[0]["task"] for its in of_rows.values())
-    figure = Figure(figsize=(4.5 * max(len(tasks), 1), 4), layout="constrained")
+    figure = Figure(figsize=(4.5 * max(len(tasks), 1), 5), layout="constrained")
     panels = figure.subplots(1, max(len(tasks), 1), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=False):
         here = {name: its for name, its in of_rows.items() if its[0]["task"] == task}
@@ -131,13 +131,16 @@ def picture(of_rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         )
         axes.axhline(dense, color=BLACK, linewidth=0.8, linestyle=":", label="dense")
         axes.set_xscale("log")
+        # So that networks of nearly one size stand beside each other.
+        at_least, at_most = axes.get_xlim()
+        axes.set_xlim(at_least / 1.2, at_most * 1.2)
         budgets = sorted({ROWS[name].config.weights for name in here})
         axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets], minor=False)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("weights left")
         axes.set_ylabel("test error, %")
         axes.set_title(task)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
