@@ -43,7 +43,7 @@ SLOW = re.compile(
     r"|each_group_may_have_a_target_of_its_own|have_the_mean_loss_of_networks_of_their"
     r"|input_gradients_that_are_noise|in_the_time_that_is_left"
 )
-MEMBERS = 2
+MEMBERS = 1
 
 
 def pytest_configure(config):
