@@ -100,6 +100,7 @@ def test_gates_fill_the_budget_that_others_have(folder):
             assert share > line["budget"]
 
 
+@pytest.mark.slow
 def test_a_layer_may_close_wholly(tmp_path, monkeypatch):
     """What is left does not depend on the images; it is trained and stored."""
     decide = train.Training.decide
@@ -138,6 +139,7 @@ def test_all_methods_train_equally_long(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["macs", "params"])
 def test_a_budget_may_be_a_share_of_a_cost(tmp_path, cost):
     names = ("filter_l1", "slimming", "l0_hard_concrete")
@@ -280,6 +282,7 @@ def test_another_configuration_is_refused(folder):
         run(folder, method=("random",), ratio=0.3)
 
 
+@pytest.mark.slow
 def test_the_authors_way_is_an_option(tmp_path):
     line = run(tmp_path / "run", method=("dcp",), auxiliary="once")["results"][0]
     assert line["kept"] == {"convs.0": 2, "convs.1": 3}

@@ -86,6 +86,7 @@ def test_training_is_that_of_flax():
         np.testing.assert_array_equal(array, before[path], err_msg="written to")
 
 
+@pytest.mark.slow
 def test_a_penalty_is_part_of_the_loss():
     def penalty(params):
         return 0.1 * jnp.square(units.arrays(params)["head.kernel"]).sum()

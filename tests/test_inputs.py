@@ -58,6 +58,7 @@ def test_a_run_over_a_pipeline_goes_on_bit_for_bit(tmp_path):
     assert trained(again) == []
 
 
+@pytest.mark.slow
 def test_a_loop_that_was_left_goes_on():
     expected = trained(run_over(pipeline(source())))
     run = run_over(pipeline(source()))

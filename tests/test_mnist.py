@@ -778,6 +778,7 @@ def test_a_run_goes_on_after_it_was_compacted(kind, runs, tmp_path):
         same_files(found, whole)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_told_not_to_compact(runs, tmp_path):
     """Until there is something to take out it is the same run."""
     changes = {**KINDS["compacted"], "compact": False}
