@@ -100,6 +100,12 @@ def writer(model: Decoder, batch: int) -> Callable[[], None]:
     return go
 
 
+def macs(model: Decoder) -> float:
+    """Of a call with one window; those of a batch are as many times more."""
+    tokens = jax.ShapeDtypeStruct((1, CONFIG.length), jnp.int32)
+    return costs.exact(l0jax.trace(model, tokens), cost=costs.macs)
+
+
 def of_steps(turns: int) -> list[dict]:
     whole = base()
     seconds = take_turns(
@@ -129,11 +135,6 @@ def of_calls(turns: int) -> list[dict]:
     small = half(whole)
     found = []
     for batch in (1, 32):
-        tokens = jax.ShapeDtypeStruct((batch, CONFIG.length), jnp.int32)
-        macs = [
-            costs.exact(l0jax.trace(each, tokens), cost=costs.macs)
-            for each in (small, whole)
-        ]
         for what, make in (("a call", caller), ("generation with a cache", writer)):
             seconds = take_turns(
                 {"half": make(small, batch), "whole": make(whole, batch)}, turns
@@ -144,7 +145,7 @@ def of_calls(turns: int) -> list[dict]:
                     ratio(seconds, "half", "whole"),
                     None,
                     "×",
-                    f"{macs[0] / macs[1]:.2f}× the multiply-accumulates; "
+                    f"{macs(small) / macs(whole):.2f}× the multiply-accumulates; "
                     f"{milliseconds(seconds, 1)}",
                 )
             )
@@ -158,48 +159,38 @@ def at_sizes(blocks: Sequence[Sizes]) -> Decoder:
 
 def of_depth(turns: int) -> list[dict]:
     """Half of the blocks, and as much of the arithmetic out of all of them."""
-    each = Sizes(*base().sizes[0])
-    many, half = CONFIG.layers, CONFIG.layers // 2
+    whole = base()
+    each, many, half = whole.sizes[0], CONFIG.layers, CONFIG.layers // 2
     no_attention = each._replace(groups=0, values=0)
     no_feed_forward = each._replace(hidden=0)
     few_heads = each._replace(groups=each.groups // 2)
     few_hidden = each._replace(hidden=each.hidden // 2)
-    pairs = {
+    few = few_heads._replace(hidden=few_hidden.hidden)
+    ways = {
         "feed-forward": ([no_feed_forward] * half + [each] * half, [few_hidden] * many),
         "attention": ([no_attention] * half + [each] * half, [few_heads] * many),
-        "both": (
-            [each] * half,
-            [few_heads._replace(hidden=each.hidden // 2)] * many,
-        ),
+        "both": ([each] * half, [few] * many),
+    }
+    models = {
+        f"{what}: half of the {of}": at_sizes(blocks)
+        for what, pair in ways.items()
+        for of, blocks in zip(("branches", "units of all branches"), pair, strict=True)
     }
     found = []
-    whole = at_sizes([each] * many)
     for batch in (1, 32):
-        tokens = jax.ShapeDtypeStruct((batch, CONFIG.length), jnp.int32)
-
-        def macs(model: Decoder, tokens=tokens) -> float:
-            return costs.exact(l0jax.trace(model, tokens), cost=costs.macs)
-
-        for what, blocks in pairs.items():
-            models = dict(
-                zip(("branches", "widths"), map(at_sizes, blocks), strict=True)
+        calls = {name: caller(model, batch) for name, model in models.items()}
+        seconds = take_turns(calls | {"whole": caller(whole, batch)}, turns)
+        found += [
+            entry(
+                f"a call at batch {batch} over that of the whole, {name}",
+                ratio(seconds, name, "whole"),
+                None,
+                "×",
+                f"{macs(model) / macs(whole):.2f}× the multiply-accumulates; "
+                f"{milliseconds({n: seconds[n] for n in (name, 'whole')}, 1)}",
             )
-            calls = {name: caller(model, batch) for name, model in models.items()}
-            seconds = take_turns(calls | {"whole": caller(whole, batch)}, turns)
-            for name, told in (
-                ("branches", f"{what}: half of the branches"),
-                ("widths", f"{what}: half of the units of all branches"),
-            ):
-                found.append(
-                    entry(
-                        f"a call at batch {batch} over that of the whole, {told}",
-                        ratio(seconds, name, "whole"),
-                        None,
-                        "×",
-                        f"{macs(models[name]) / macs(whole):.2f}× the "
-                        f"multiply-accumulates; {milliseconds(seconds, 1)}",
-                    )
-                )
+            for name, model in models.items()
+        ]
     return found
 
 

@@ -43,7 +43,6 @@ SLOW = re.compile(
     r"|each_group_may_have_a_target_of_its_own|have_the_mean_loss_of_networks_of_their"
     r"|input_gradients_that_are_noise|in_the_time_that_is_left"
 )
-MEMBERS = 1
 
 
 def pytest_configure(config):
@@ -78,7 +77,7 @@ MEMBERS_TURN = "MEMBERS_TURN"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what is so by name, and of each sweep all members but some.
+    """Marks as slow what is so by name, and of each sweep all members but one.
 
     Which ones differs from law to law, so that every network and every family of gates
     stands under some laws in the fast run, and under all of them in the slow one.
@@ -90,14 +89,9 @@ def pytest_collection_modifyitems(config, items):
         elif item.get_closest_marker("sweep"):
             sweeps[item.nodeid.partition("[")[0]].append(item)
     for name, members in sweeps.items():
-        first = zlib.crc32(name.encode())
-        chosen = {
-            (first + at * len(members) // MEMBERS) % len(members)
-            for at in range(MEMBERS)
-        }
-        for at, item in enumerate(members):
-            if at not in chosen:
-                item.add_marker(pytest.mark.slow)
+        chosen = zlib.crc32(name.encode()) % len(members)
+        for item in members[:chosen] + members[chosen + 1 :]:
+            item.add_marker(pytest.mark.slow)
     for turn, takes_turns in ((TURN, is_slow), (MEMBERS_TURN, is_member)):
         if turn in os.environ:
             at, of = map(int, os.environ[turn].split("/"))

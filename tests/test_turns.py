@@ -50,9 +50,8 @@ def test_each_has_one_turn_and_all_else_every(name, of, monkeypatch):
             else "slow" in item.marks and "always" not in item.marks
         )
     }
-    # A sweep has some fast members.
-    slow = 17 - conftest.MEMBERS + 2
-    assert len(takes_turns) == (22 if name == conftest.MEMBERS_TURN else slow)
+    # A sweep has one fast member.
+    assert len(takes_turns) == (22 if name == conftest.MEMBERS_TURN else 18)
     turns = [collected(monkeypatch, **{name: f"{at}/{of}"}) for at in range(of)]
     sizes = []
     for runs, left_out in turns:
